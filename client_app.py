@@ -1,0 +1,54 @@
+"""The ClientApp: one message is one local round on one institution's data. Wiring only.
+
+What leaves the node: to the trunk, hidden states (`fl_split.wire`); to the server, the reply built at the end of
+`train`: shared adapter weights by name, numbers, and the path of the adapter on the node's own disk.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+# Ray's workers put the folder that Flower's SuperLink was started in before the app's own: if that is a checkout of
+# fl-split, they would run its code instead of the code that was submitted.
+if Path(sys.argv[0]).name == "flwr-simulation":
+    os.chdir(Path(__file__).resolve().parent)
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict  # noqa: E402
+from flwr.clientapp import ClientApp  # noqa: E402
+
+from fl_split.config import NodeConfig, RunConfig  # noqa: E402
+from fl_split.errors import FLSplitError  # noqa: E402
+from fl_split.node import run_round  # noqa: E402
+
+app = ClientApp()
+logger = logging.getLogger("fl_split")
+
+
+@app.train()
+def train(msg: Message, context: Context) -> Message:
+    """Train this node's adapters for one round; the reply holds what `aggregation.share` names, and metrics."""
+    instructions = msg.content.config_records["config"]
+    try:
+        result = run_round(
+            RunConfig.from_flat(context.run_config),
+            NodeConfig.from_flat(context.node_config),
+            msg.content.array_records["arrays"].to_torch_state_dict(),
+            server_round=int(instructions["server-round"]),
+            run_name=str(instructions["run-name"]),
+            run_id=str(instructions["run-id"]),
+            trunk_address=str(instructions["trunk-address"]),
+        )
+    except FLSplitError as error:
+        raise type(error)(str(error)) from None  # the text goes to the server; what led to it stays here
+    except Exception as error:
+        logger.exception("the round failed")
+        raise FLSplitError(f"{type(error).__name__} on the node; its own log says more (data may be private)") from None
+    reply = RecordDict(
+        {
+            "arrays": ArrayRecord(result.shared),
+            "metrics": MetricRecord(result.metrics),
+            "node": ConfigRecord({"adapter": str(result.adapter)}),
+        }
+    )
+    return Message(reply, reply_to=msg)

@@ -1,0 +1,60 @@
+"""Every error fl-split raises on purpose.
+
+    FLSplitError
+    ├── ConfigError          a key, a value or a combination that cannot work; named as the user wrote it
+    ├── SplitError           a model that cannot be split, or not where it was asked to be
+    ├── DataError            private data that cannot be read; never quotes a row
+    ├── WireError            a message whose bytes, shapes or dtypes do not fit
+    ├── TrunkError           the trunk service
+    │   ├── TrunkUnavailable     nobody answers, in spite of retries
+    │   ├── TrunkMismatch        it serves another model, other layers or other weights
+    │   └── TrunkRefused         it answered, and said no
+    ├── NodeStateError       what a node or a run left on disk does not fit this run
+    └── RoundFailed          fewer nodes finished a round than the run asks for
+
+Messages travel: Flower sends the text of a node's exception to the server. None may hold private data.
+"""
+
+
+class FLSplitError(Exception):
+    """Root of every error that fl-split raises on purpose."""
+
+
+class ConfigError(FLSplitError):
+    """A key, a value or a combination of them that cannot work."""
+
+
+class SplitError(FLSplitError):
+    """A model that cannot be split, or not at the layers asked for."""
+
+
+class DataError(FLSplitError):
+    """Private data that cannot be read or used."""
+
+
+class WireError(FLSplitError):
+    """A message whose bytes, shapes or dtypes do not fit together."""
+
+
+class TrunkError(FLSplitError):
+    """Anything the trunk service is the cause of."""
+
+
+class TrunkUnavailable(TrunkError):
+    """No trunk answers at the address, in spite of retries."""
+
+
+class TrunkMismatch(TrunkError):
+    """The trunk serves another model, other layers or other weights than the node expects."""
+
+
+class TrunkRefused(TrunkError):
+    """The trunk answered a call with a refusal that asking again would not change."""
+
+
+class NodeStateError(FLSplitError):
+    """What a node or a run left on disk cannot be used by this run."""
+
+
+class RoundFailed(FLSplitError):
+    """Fewer nodes finished a round than ``aggregation.min-nodes``."""

@@ -1,0 +1,1 @@
+"""The wire format: `trunk.proto` and the code generated from it."""

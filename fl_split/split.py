@@ -1,0 +1,492 @@
+"""A Hugging Face model -> the client's model and the trunk's model.
+
+Both are ordinary models of the full config in which each layer that a party does not hold is a hole that passes
+the hidden states on. Module names, layer indices, masks, rotary tables, checkpoint keys and adapter keys stay
+those of the full model, so Hugging Face's own forward and loss, PEFT and `Trainer` work on a client unchanged.
+
+What leaves the node: what `RemoteTrunk.start` hands to the trunk, and nothing else (hidden states after the
+bottom, the padding mask, position ids).
+"""
+
+import copy
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from fl_split.errors import SplitError
+from fl_split.surrogate import Kind, join, kept_layers
+
+
+class Trunk(Protocol):
+    """Whatever runs the middle layers: a remote service or a model in this process."""
+
+    def start(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> "Future[Tensor]":
+        """Begin one forward pass.
+
+        Args:
+            hidden_states: ``[batch, seq, hidden]``, output of the last bottom layer; leaves the node.
+            attention_mask: ``[batch, seq]``, 1 for real tokens, or None if all are real.
+            position_ids: ``[batch or 1, seq]``, or None for 0, 1, 2, ...
+
+        Returns:
+            Output of the last trunk layer, ``[batch, seq, hidden]``, without a graph. Rows of padding are undefined.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """Where a model of `num_layers` layers is cut: bottom ``[0, first)``, trunk ``[first, end)``, top the rest."""
+
+    layers_path: str  # of the list of layers, below the base model
+    num_layers: int
+    first: int
+    end: int
+
+    @classmethod
+    def of(cls, anatomy: "Anatomy", bottom_layers: int, top_layers: int) -> "Boundaries":
+        """Cut a model so that the node holds its first and last layers.
+
+        Raises:
+            SplitError: Nothing is left for one of the three parts.
+        """
+        for key, value in (("split.bottom-layers", bottom_layers), ("split.top-layers", top_layers)):
+            if value < 1:
+                raise SplitError(f"{key}={value}: a node holds at least one layer at each end")
+        num_layers = anatomy.num_layers
+        if bottom_layers + top_layers >= num_layers:
+            raise SplitError(
+                f"split.bottom-layers={bottom_layers} and split.top-layers={top_layers} leave no trunk: the model has "
+                f"{num_layers} layers, so together they must be at most {num_layers - 1}"
+            )
+        return cls(anatomy.layers_path, num_layers, bottom_layers, num_layers - top_layers)
+
+    @property
+    def layers_name(self) -> str:
+        """What precedes a layer's index in the names of its weights, such as ``layers`` or ``h``."""
+        return self.layers_path.rsplit(".", 1)[-1]
+
+    @property
+    def bottom(self) -> range:
+        """Layers of the bottom."""
+        return range(self.first)
+
+    @property
+    def trunk(self) -> range:
+        """Layers of the trunk."""
+        return range(self.first, self.end)
+
+    @property
+    def top(self) -> range:
+        """Layers of the top."""
+        return range(self.end, self.num_layers)
+
+
+# --------------------------------------------------------------------------------------------------------- holes
+
+
+class Hole(nn.Module):
+    """A layer that another party holds: passes the hidden states on."""
+
+    def __init__(self, layer: nn.Module, as_tuple: bool) -> None:
+        super().__init__()
+        self.as_tuple = as_tuple
+        for name, value in vars(layer).items():  # what a model reads off its layers, such as `attention_type`
+            if not name.startswith("_") and name != "training" and isinstance(value, (str, int, float)):
+                setattr(self, name, value)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """``[batch, seq, hidden]`` -> the same, in the way that the family's layers return it."""
+        return (hidden_states, None) if self.as_tuple else hidden_states
+
+
+class RemoteTrunk:
+    """One client model's calls to its trunk: begun at the trunk's first layer, joined at its last.
+
+    Plain Python, not a module: the model owns it through its slots. What is in flight is kept per thread.
+    """
+
+    def __init__(self, trunk: Trunk, differentiable: bool) -> None:
+        self.trunk = trunk
+        self.differentiable = differentiable
+        self._thread = threading.local()
+
+    def remember(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """Note what the model was called with: its layers see only a 4D mask made of it."""
+        self._thread.context = (attention_mask, position_ids)
+
+    def start(self, hidden_states: Tensor) -> None:
+        """Send ``[batch, seq, hidden]`` to the trunk; it computes while the surrogate does."""
+        self._thread.pending = self.trunk.start(hidden_states.detach(), *self._thread.context)
+
+    def join(self, surrogate: Tensor) -> Tensor:
+        """Wait for the trunk's output and give it the surrogate's Jacobian, ``[batch, seq, hidden]``."""
+        hidden_states: Tensor = self._thread.pending.result()
+        self._thread.pending = None
+        if not self.differentiable or not surrogate.requires_grad:
+            return hidden_states
+        return join(surrogate, hidden_states)
+
+
+class TrunkSlot(Hole):
+    """The place of one trunk layer on a client: a hole, or a layer kept as part of the surrogate.
+
+    The first slot starts the call, the last one joins it. A kept layer steps aside when there is no gradient to make.
+    """
+
+    def __init__(self, layer: nn.Module, as_tuple: bool, remote: RemoteTrunk, first: bool, last: bool) -> None:
+        super().__init__(layer, as_tuple)
+        self.kept = None if isinstance(layer, Hole) else layer
+        self.remote, self.first, self.last = remote, first, last
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """``[batch, seq, hidden]`` -> the same."""
+        if self.first:
+            self.remote.start(hidden_states)
+        if self.kept is not None and hidden_states.requires_grad:
+            out = self.kept(hidden_states, *args, **kwargs)
+            hidden_states = out[0] if self.as_tuple else out
+        if self.last:
+            hidden_states = self.remote.join(hidden_states)
+        return super().forward(hidden_states)
+
+
+class Absent(nn.Module):
+    """On the trunk, an embedding or a norm that clients hold: passes hidden states on; to anything else adds 0."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the hidden states among the arguments, or a 0-d zero, which keeps dtype and device when added."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3:
+                return value
+        return torch.zeros(())
+
+
+# ------------------------------------------------------------------------------------------------------- anatomy
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a model family does around its layers, learnt by `examine`; paths are relative to the base model."""
+
+    model_class: type[PreTrainedModel]
+    layers_path: str
+    num_layers: int
+    as_tuple: bool  # layers return tuples
+    edges: tuple[str, ...]  # modules outside the layers that make or change hidden states
+
+
+def examine(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> Anatomy:
+    """Learn where a family keeps its layers and edges, from the config alone: no weights, no memory.
+
+    Args:
+        config: Of the full model.
+        auto: The Hugging Face auto class that names the model class.
+
+    Raises:
+        SplitError: The model cannot be split; says why.
+    """
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise SplitError(f"{kind} has an encoder and a decoder: only models with one stack of layers can be split")
+    if config.get_text_config() is not config:
+        raise SplitError(f"{kind} is a multimodal model: only text models can be split; use its text model alone")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise SplitError(f"{kind} shares keys and values between layers, so no party could hold a part of them")
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(copy.deepcopy(config))
+    except ValueError as error:
+        raise SplitError(f"{kind} has no {auto.__name__} in this version of transformers") from error
+    base = model.base_model
+    base.config.use_cache = True  # without a cache, the mask code looks at position values, which meta tensors lack
+    path, layers = _find_layers(base)
+    failure: Exception | None = None
+    for as_tuple in (False, True):
+        try:
+            edges = _find_edges(base, path, as_tuple)
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            failure = error  # layers of this family return the other kind
+        else:
+            return Anatomy(type(model), path, len(layers), as_tuple, edges)
+    raise SplitError(f"{kind} cannot be split: its forward pass does not work with layers left out") from failure
+
+
+def _find_layers(base: nn.Module) -> tuple[str, nn.ModuleList]:
+    config: Any = base.config
+    for path, module in base.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return path, module
+    raise SplitError(
+        f"{config.model_type} cannot be split: it has no list of {config.num_hidden_layers} separate layers "
+        "(layers that share weights cannot be held by different parties)"
+    )
+
+
+def _owners(base: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str]]:
+    """Modules from `base` down to the owner of the layers: prefix, module, name of the next."""
+    prefix, module = "", base
+    for name in path.split("."):
+        yield prefix, module, name
+        prefix, module = f"{prefix}{name}.", module.get_submodule(name)
+
+
+def _find_edges(base: nn.Module, path: str, as_tuple: bool) -> tuple[str, ...]:
+    """Run `base` with every layer a hole; list the modules whose output is, or is added to, the hidden states."""
+    batch, seq = 3, 7
+    layers = base.get_submodule(path)
+    if not isinstance(layers, nn.ModuleList):
+        raise TypeError(f"{path} is not a list of layers")
+    real = list(layers)
+    edges: list[str] = []
+    below = False  # whether the layers have been passed
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            shaped = isinstance(out, Tensor) and out.is_floating_point() and out.dim() == 3
+            if below or (shaped and tuple(out.shape[:2]) in ((batch, seq), (1, seq))):
+                edges.append(name)
+
+        return hook
+
+    def passed(*_: Any) -> None:
+        nonlocal below
+        below = True
+
+    handles = [
+        child.register_forward_hook(watch(prefix + name))
+        for prefix, owner, inner in _owners(base, path)
+        for name, child in owner.named_children()
+        if name != inner
+    ]
+    try:
+        for i, layer in enumerate(real):
+            layers[i] = Hole(layer, as_tuple)
+        handles.append(layers[-1].register_forward_hook(passed))
+        with torch.no_grad():
+            ids = torch.zeros(batch, seq, dtype=torch.long, device="meta")
+            out = base(input_ids=ids)[0]
+        if tuple(out.shape[:2]) != (batch, seq):
+            raise ValueError("hidden states came back in another shape")
+    finally:
+        for handle in handles:
+            handle.remove()
+        for i, layer in enumerate(real):
+            layers[i] = layer
+    return tuple(dict.fromkeys(edges))
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+
+def load_client(
+    folder: Path,
+    bottom_layers: int,
+    top_layers: int,
+    trunk: Trunk,
+    *,
+    surrogate: Kind = "blocks",
+    surrogate_layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """Load the two ends of a model; its middle is `trunk`.
+
+    Reads only the weights of the ends and of the surrogate's layers. All of them are frozen.
+
+    Args:
+        folder: The full model's checkpoint (safetensors).
+        bottom_layers: Layers on the node before the trunk.
+        top_layers: Layers on the node after the trunk.
+        trunk: What runs the middle; gets the hidden states of every forward pass.
+        surrogate: Which stand-in gives the bottom its gradient.
+        surrogate_layers: How many trunk layers the stand-in keeps, for ``blocks``.
+        dtype: Of the base weights.
+
+    Returns:
+        A causal language model in eval mode, of the full model's class, with `boundaries` as an attribute.
+
+    Raises:
+        SplitError: The model cannot be split, or not here, or the checkpoint lacks weights.
+        ConfigError: The surrogate does not fit the trunk.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    anatomy = examine(config)
+    cut = Boundaries.of(anatomy, bottom_layers, top_layers)
+    kept = kept_layers(surrogate, surrogate_layers, cut.first, cut.end)
+    holes = [i for i in cut.trunk if i not in kept]
+
+    def dig(model: PreTrainedModel) -> None:
+        layers = _layers(model.base_model, anatomy)
+        for i in holes:
+            layers[i] = Hole(layers[i], anatomy.as_tuple)
+        _ignore_in_checkpoint(model, rf"(^|\.){cut.layers_name}\.({'|'.join(map(str, holes))})\.")
+
+    model, missing = _load(anatomy.model_class, folder, config, dig, dtype)
+    if missing:
+        raise SplitError(f"the checkpoint in {folder} lacks weights that a node needs, such as {sorted(missing)[0]}")
+    remote = RemoteTrunk(trunk, differentiable=surrogate != "none")
+    layers = _layers(model.base_model, anatomy)
+    for i in cut.trunk:
+        layers[i] = TrunkSlot(layers[i], anatomy.as_tuple, remote, i == cut.first, i == cut.end - 1)
+    _listen(model.base_model, anatomy, remote)
+    model.config.use_cache = False
+    model.boundaries = cut
+    model.eval().requires_grad_(False)
+    return cast(PreTrainedModel, model)
+
+
+def boundaries_of(model: nn.Module) -> Boundaries:
+    """Where a client or a trunk was cut."""
+    return cast(Boundaries, model.boundaries)
+
+
+def load_trunk(
+    folder: Path, bottom_layers: int, top_layers: int, *, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Load the middle of a model, to be called with ``inputs_embeds`` = the bottom's output.
+
+    Reads only the weights of its own layers.
+
+    Returns:
+        A base model (no head) in eval mode, with `boundaries` as an attribute.
+
+    Raises:
+        SplitError: The model cannot be split, or not here, the checkpoint lacks weights, or something outside the
+            layers would still change the hidden states.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    anatomy = examine(config, AutoModel)
+    cut = Boundaries.of(anatomy, bottom_layers, top_layers)
+
+    def dig(base: Any) -> None:
+        layers = _layers(base, anatomy)
+        for i in (*cut.bottom, *cut.top):
+            layers[i] = Hole(layers[i], anatomy.as_tuple)
+        for path in anatomy.edges:
+            owner, _, name = path.rpartition(".")
+            setattr(base.get_submodule(owner), name, Absent())
+        if hasattr(base, "embedding_multiplier"):  # Granite scales inputs_embeds itself
+            base.embedding_multiplier = 1.0
+        base.all_tied_weights_keys = {}
+        _ignore_in_checkpoint(base, "")
+
+    base, missing = _load(anatomy.model_class, folder, config, dig, dtype)
+    if missing:
+        raise SplitError(f"the checkpoint in {folder} lacks weights of the trunk, such as {sorted(missing)[0]}")
+    base.config.use_cache = False
+    base.boundaries = cut
+    base.eval().requires_grad_(False)
+    _check_edges_neutral(base, anatomy)
+    return cast(PreTrainedModel, base)
+
+
+def _layers(base: nn.Module, anatomy: Anatomy) -> nn.ModuleList:
+    layers = base.get_submodule(anatomy.layers_path)
+    if not isinstance(layers, nn.ModuleList):
+        raise SplitError(f"{anatomy.layers_path} is not a list of layers")
+    return layers
+
+
+def _ignore_in_checkpoint(model: PreTrainedModel, pattern: str) -> None:
+    """Weights matching `pattern` belong to another party: do not warn that they are not used."""
+    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), pattern}
+
+
+def _load(
+    model_class: type[PreTrainedModel],
+    folder: Path,
+    config: PretrainedConfig,
+    dig: Callable[[PreTrainedModel], None],
+    dtype: torch.dtype,
+) -> tuple[Any, set[str]]:
+    """`from_pretrained` of a class that digs its holes as it is built, so that their weights are never read."""
+
+    def init(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, config, *args, **kwargs)
+        dig(self)
+
+    # Same name and module as the original: transformers looks up weight conversions by them.
+    dug = type(model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__})
+    try:
+        model, info = dug.from_pretrained(  # type: ignore[attr-defined]
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except OSError as error:
+        raise SplitError(
+            f"cannot load {folder}: it needs weights in safetensors files ({type(error).__name__})"
+        ) from error
+    return model, set(info["missing_keys"])
+
+
+def _listen(base: nn.Module, anatomy: Anatomy, remote: RemoteTrunk) -> None:
+    """Let `remote` know the mask and positions of each forward pass of the module that runs the layers."""
+    stack = [module for _, module, _ in _owners(base, anatomy.layers_path) if isinstance(module, PreTrainedModel)][-1]
+    signature = inspect.signature(type(stack).forward)
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = signature.bind(module, *args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        cache = given.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise SplitError("generation with a cache does not work across the split: pass use_cache=False")
+        mask = given.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise SplitError("attention_mask must be [batch, seq] with 1 for real tokens: other masks cannot be sent")
+        remote.remember(mask, given.get("position_ids"))
+
+    stack.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _check_edges_neutral(base: PreTrainedModel, anatomy: Anatomy) -> None:
+    """With every layer a hole, a trunk must give back its inputs_embeds bit for bit."""
+    layers = _layers(base, anatomy)
+    real = list(layers)
+    probe = torch.randn(2, 3, base.config.hidden_size, dtype=base.dtype, device=base.device)
+    try:
+        for i, layer in enumerate(real):
+            layers[i] = Hole(layer, anatomy.as_tuple)
+        with torch.no_grad():
+            out = base(inputs_embeds=probe)[0]
+    finally:
+        for i, layer in enumerate(real):
+            layers[i] = layer
+    if not torch.equal(probe, out):
+        raise SplitError(
+            f"{base.config.model_type} cannot be split: something outside its layers changes the hidden states"
+        )
+
+
+class LocalTrunk:
+    """A trunk in this process, for tests, benchmarks and whoever holds the whole checkpoint."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def start(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> "Future[Tensor]":
+        """Run the trunk now; see `Trunk.start`."""
+        done: Future[Tensor] = Future()
+        done.set_result(run_trunk(self.model, hidden_states, attention_mask, position_ids))
+        return done
+
+
+def run_trunk(
+    model: PreTrainedModel, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> Tensor:
+    """Run a trunk's layers, forward only; shapes as in `Trunk.start`; dtype and device of `hidden_states`."""
+    kwargs: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+    with torch.inference_mode():
+        embeds = hidden_states.to(device=model.device, dtype=model.dtype)
+        out: Tensor = model(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)[0]
+    return out.to(device=hidden_states.device, dtype=hidden_states.dtype, copy=True)

@@ -1,0 +1,69 @@
+"""The trunk's differentiable stand-in on the node.
+
+Data path: bottom -> wire -> trunk -> wire -> **surrogate joins value and Jacobian** -> top.
+
+The trunk T only runs forward, so dL/dh1 = J_T^T dL/dh2 cannot be had. With a surrogate S on the node,
+
+    h2 = S(h1) + (T(h1) - S(h1)).detach()
+
+has the trunk's value and the surrogate's Jacobian, and ordinary autograd trains the bottom. S never touches
+the loss itself: a wrong surrogate makes the bottom learn slowly, not the model compute wrongly.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fl_split.errors import ConfigError
+
+Kind = Literal["none", "identity", "blocks"]
+
+
+class _Join(torch.autograd.Function):
+    """The formula above without its rounding: forward is T(h1) bit for bit, backward goes to S(h1)."""
+
+    @staticmethod
+    def forward(ctx: Any, surrogate: Tensor, trunk: Tensor) -> Tensor:
+        return trunk.view_as(trunk)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
+
+
+def join(surrogate: Tensor, trunk: Tensor) -> Tensor:
+    """Give the trunk's value the surrogate's Jacobian.
+
+    Args:
+        surrogate: S(h1), ``[batch, seq, hidden]``, with its graph.
+        trunk: T(h1), same shape, without a graph.
+
+    Returns:
+        ``[batch, seq, hidden]``: equal to ``trunk`` bit for bit; its gradient is that of ``surrogate``.
+    """
+    joined: Tensor = _Join.apply(surrogate, trunk)  # type: ignore[no-untyped-call]
+    return joined
+
+
+def kept_layers(kind: Kind, count: int, first: int, end: int) -> tuple[int, ...]:
+    """Indices of the trunk layers that a node keeps as its surrogate.
+
+    Args:
+        kind: ``blocks`` keeps layers; ``none`` and ``identity`` keep nothing.
+        count: How many to keep, evenly spaced.
+        first: First layer of the trunk.
+        end: The layer after its last.
+
+    Raises:
+        ConfigError: The trunk has fewer than ``count`` layers, or ``count`` is not positive.
+    """
+    if kind != "blocks":
+        return ()
+    depth = end - first
+    if not 1 <= count <= depth:
+        raise ConfigError(
+            f"surrogate.layers={count} cannot be kept of a trunk of {depth} layers: "
+            f"use 1 to {depth}, or surrogate.kind='identity', which keeps none"
+        )
+    return tuple(first + (2 * i + 1) * depth // (2 * count) for i in range(count))

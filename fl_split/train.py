@@ -1,0 +1,152 @@
+"""One node's local round: micro-batches through bottom, trunk and top, and optimizer steps.
+
+Data path: **batch -> model (bottom, trunk call, surrogate, top) -> loss -> backward -> optimizer**. The loss, the
+labels and every gradient exist only here.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from fl_split.adapters import parameter_groups
+from fl_split.config import Train
+from fl_split.data import IGNORED, Batch
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a local round came to."""
+
+    loss: float  # mean per response token, over the round's steps
+    num_tokens: int  # real tokens trained on
+    seconds: float
+
+
+def make_optimizer(model: PeftModel, config: Train) -> torch.optim.AdamW:
+    """AdamW over the adapters, with a rate for each end."""
+    return torch.optim.AdamW(parameter_groups(model, config.bottom_lr, config.top_lr), weight_decay=0.0)
+
+
+def train_round(
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Batch],
+    config: Train,
+    *,
+    first_step: int = 0,
+    total_steps: int | None = None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Trained:
+    """Train the adapters for one round of ``train.steps`` optimizer steps; mutates model and optimizer.
+
+    Args:
+        model: The client with its adapters.
+        optimizer: From `make_optimizer`.
+        batches: Endless micro-batches.
+        config: Steps, accumulation, scheduler and clipping.
+        first_step: Steps done in earlier rounds, for the scheduler.
+        total_steps: Steps of the whole run, for the scheduler; by default those of this round.
+        on_step: Called with the number of each step done.
+    """
+    end = first_step + config.steps
+    scheduler = _scheduler(optimizer, config, first_step, total_steps or end)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    model.train()
+    started, loss_sum, num_tokens = time.monotonic(), 0.0, 0
+    with tqdm(total=config.steps, unit="step", disable=None, leave=False) as bar:  # None: only on a terminal
+        for step in range(first_step, end):
+            step_batches = [next(batches) for _ in range(config.accumulation)]
+            loss = accumulate(model, step_batches)
+            torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            scheduler.step()
+            loss_sum += loss
+            num_tokens += sum(int(batch["attention_mask"].sum()) for batch in step_batches)
+            bar.set_postfix_str(f"loss {loss:.3f}, {num_tokens / (time.monotonic() - started):.0f} tokens/s")
+            bar.update()
+            on_step(step + 1)
+    return Trained(loss_sum / config.steps, num_tokens, time.monotonic() - started)
+
+
+def accumulate(model: PeftModel, batches: Iterable[Batch]) -> float:
+    """Add one step's gradients, of the mean loss over all response tokens of its micro-batches; return that loss."""
+    on_device = [_to_device(batch, model) for batch in batches]
+    num_targets = sum(count_targets(batch) for batch in on_device)
+    total = 0.0
+    for batch in on_device:
+        with _autocast(model):
+            loss = model(**batch, num_items_in_batch=num_targets).loss
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def evaluate(model: PeftModel, batches: Iterable[Batch]) -> float:
+    """Mean loss per response token, without training; the trunk is called as in training."""
+    model.eval()
+    loss_sum, num_targets = 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            on_device = _to_device(batch, model)
+            with _autocast(model):
+                loss_sum += model(**on_device, num_items_in_batch=1).loss.item()
+            num_targets += count_targets(on_device)
+    return loss_sum / num_targets
+
+
+def count_targets(batch: Batch) -> int:
+    """Tokens that the loss counts; the first of a sequence has nothing to be predicted from."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def _scheduler(
+    optimizer: torch.optim.Optimizer, config: Train, first_step: int, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    rates = {"bottom": config.bottom_lr, "top": config.top_lr}
+    for group in optimizer.param_groups:  # a scheduler multiplies the rates that a run starts with
+        group["lr"] = group["initial_lr"] = rates[group["name"]]
+    scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+        config.scheduler, optimizer, num_warmup_steps=0, num_training_steps=total_steps
+    )
+    for _ in range(first_step):
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # these steps were done in earlier rounds
+        scheduler.step()
+    return scheduler
+
+
+def _to_device(batch: Batch, model: PeftModel) -> Batch:
+    return {name: value.to(model.device) for name, value in batch.items()}
+
+
+def _autocast(model: PeftModel) -> AbstractContextManager[object]:
+    """Mixed precision where the device is made for it."""
+    if model.device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def optimizer_state(model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state as named tensors, so that it can be kept without pickle."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}|{field}": torch.as_tensor(value).detach().cpu()
+        for parameter, fields in optimizer.state.items()
+        for field, value in fields.items()
+    }
+
+
+def load_optimizer_state(model: PeftModel, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    """Inverse of `optimizer_state`; mutates the optimizer."""
+    parameters = dict(model.named_parameters())
+    for key, value in state.items():
+        name, _, field = key.rpartition("|")
+        parameter = parameters[name]
+        optimizer.state[parameter][field] = value if field == "step" else value.to(parameter.device)

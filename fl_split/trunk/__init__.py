@@ -1,0 +1,1 @@
+"""The trunk service and the node's client for it."""

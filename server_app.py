@@ -1,0 +1,69 @@
+"""The ServerApp: read the configuration, start what is embedded, run the strategy, report. Wiring only."""
+
+import logging
+import platform
+import sys
+from contextlib import ExitStack
+from importlib.metadata import version
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.serverapp import Grid, ServerApp
+
+from fl_split import __version__
+from fl_split.checkpoint import resolve_model
+from fl_split.config import RunConfig
+from fl_split.report import final_table, record_round
+from fl_split.runs import RunFolder
+from fl_split.strategy import SplitFedAvg
+from fl_split.trunk import server as trunk_server
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the rounds that are left to run."""
+    logger = _show_log()
+    config = RunConfig.from_flat(context.run_config)
+    packages = ("flwr", "torch", "transformers", "peft", "grpcio")
+    versions = {"fl-split": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}
+    run = RunFolder.open(config, versions)
+    logger.info("run folder: %s", run.root)
+    remaining = config.num_server_rounds - run.num_finished
+
+    with ExitStack() as stack:
+        address = config.trunk.address
+        if address == "embedded" and remaining > 0:
+            held = trunk_server.hold_layers(
+                resolve_model(config.model.name, config.model.revision),
+                config.split.bottom_layers,
+                config.split.top_layers,
+                getattr(torch, config.model.dtype),
+            )
+            address = stack.enter_context(trunk_server.embedded(held))
+            logger.info("embedded trunk: %s", address)
+        strategy = SplitFedAvg(
+            min_nodes=config.aggregation.min_nodes,
+            node_wait_s=config.run.node_wait_s,
+            round_offset=run.num_finished,
+            on_round=lambda number, arrays, nodes: record_round(run, number, arrays.to_torch_state_dict(), nodes),
+        )
+        if remaining > 0:
+            strategy.start(
+                grid,
+                initial_arrays=ArrayRecord(run.shared()),
+                num_rounds=remaining,
+                timeout=config.run.round_timeout,
+                train_config=ConfigRecord({"run-name": run.root.name, "run-id": run.run_id, "trunk-address": address}),
+            )
+    logger.info("%s", final_table(run))
+
+
+def _show_log() -> logging.Logger:
+    """Send fl-split's log to standard output, which ``flwr run --stream`` shows; Flower only shows its own."""
+    logger = logging.getLogger("fl_split")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler(sys.stdout))
+    return logger

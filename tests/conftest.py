@@ -1,0 +1,137 @@
+"""Fixtures: small models, a trained one, a trunk in this process, and Flower without Ray."""
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+from transformers.utils import logging as transformers_logging
+
+from fl_split import demo
+
+transformers_logging.disable_progress_bar()
+torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
+
+
+def tiny(family: str) -> PretrainedConfig:
+    """A config of six small layers."""
+    common = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    match family:
+        case "llama":
+            return LlamaConfig(**common)
+        case "qwen2":
+            return Qwen2Config(**common, tie_word_embeddings=True)
+        case "mistral":
+            return MistralConfig(**common, sliding_window=4)
+        case "gpt2":
+            return GPT2Config(
+                vocab_size=99, n_embd=32, n_layer=6, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+            )
+    raise ValueError(family)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of random models whose layers all matter: weights far larger than the default initialisation."""
+    folders: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in folders:
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(tiny(family))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() > 1:
+                        parameter.normal_(std=0.2)
+            folders[family] = tmp_path_factory.mktemp(family)
+            model.save_pretrained(folders[family])
+        return folders[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The demo's trained base model, built once and cached."""
+    return demo.model_folder()
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[..., Path]:
+    """Write rows as a JSONL file."""
+
+    def write(rows: Iterable[dict[str, Any]], name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+class InProcessGrid(Grid):
+    """Flower without Ray and SuperLink: messages go straight to the ClientApp, errors become error replies."""
+
+    def __init__(self, client_app: ClientApp, num_nodes: int, run_config: dict[str, Any]) -> None:
+        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+        self._app = client_app
+        self.replies: dict[str, Message] = {}
+        self.instructions: list[Message] = []
+        self.contexts = {
+            1000 + i: Context(
+                run_id=1,
+                node_id=1000 + i,
+                node_config={"partition-id": i, "num-partitions": num_nodes},
+                state=RecordDict(),
+                run_config=dict(run_config),
+            )
+            for i in range(num_nodes)
+        }
+
+    def set_run(self, run: Any) -> None: ...
+
+    @property
+    def run(self) -> Any:
+        return SimpleNamespace(run_id=1)
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise AssertionError("not used by this Flower version")
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for original in messages:
+            message = copy.deepcopy(original)
+            message.metadata.__dict__["_message_id"] = f"m{len(self.replies)}"
+            self.instructions.append(message)
+            try:
+                reply = self._app(message, self.contexts[message.metadata.dst_node_id])
+            except Exception as error:  # as Flower does
+                reply = Message(Error(2, f"{type(error)} {error}"), reply_to=message)
+            ids.append(message.metadata.message_id)
+            self.replies[ids[-1]] = reply
+        return ids
+
+    def pull_messages(self, message_ids: Sequence[str]) -> list[Message]:
+        return [self.replies[i] for i in message_ids]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        return self.pull_messages(self.push_messages(messages))
