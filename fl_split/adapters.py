@@ -7,7 +7,7 @@ What leaves the node: `shared_state` decides it, by name, and nothing else reads
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, cast
 
@@ -39,11 +39,13 @@ def attach(client: PreTrainedModel, lora: Lora, *, train_bottom: bool, seed: int
     """
     cut = boundaries_of(client)
     layers = [*(cut.bottom if train_bottom else ()), *cut.top]
+    linear = _linear_modules(client, layers)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=lora.dropout,
-        target_modules=_target_modules(client, layers, lora.target_modules),
+        target_modules=_target_modules(linear, client.config.model_type, lora.target_modules),
+        fan_in_fan_out=Conv1D in linear.values(),
         layers_to_transform=layers,
         layers_pattern=cut.layers_name,
         task_type=TaskType.CAUSAL_LM,
@@ -53,15 +55,19 @@ def attach(client: PreTrainedModel, lora: Lora, *, train_bottom: bool, seed: int
         return cast(PeftModel, get_peft_model(client, config))
 
 
-def _target_modules(client: PreTrainedModel, layers: list[int], wanted: str) -> list[str]:
-    """Names of linear modules inside the layers; never a pattern that would match other layers of the full model."""
+def _linear_modules(client: PreTrainedModel, layers: list[int]) -> dict[str, type[nn.Module]]:
+    """Last name and class of each linear module inside the layers."""
     stack = client.base_model.get_submodule(boundaries_of(client).layers_path)
-    linear = {
-        path.rsplit(".", 1)[-1]
+    return {
+        path.rsplit(".", 1)[-1]: type(module)
         for i in layers
         for path, module in stack.get_submodule(str(i)).named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     }
+
+
+def _target_modules(linear: Iterable[str], model_type: str, wanted: str) -> list[str]:
+    """Names of modules; never a pattern, which would match other layers of the full model."""
     if wanted == "all-linear":
         return sorted(linear)
     names = [name.strip() for name in wanted.split(",") if name.strip()]
@@ -69,7 +75,7 @@ def _target_modules(client: PreTrainedModel, layers: list[int], wanted: str) -> 
     if unknown or not names:
         raise ConfigError(
             f"lora.target-modules={wanted!r}: no linear module {', '.join(unknown) or '(empty)'} in the layers of this "
-            f"{client.config.model_type}; expected 'all-linear' or some of {', '.join(sorted(linear))}"
+            f"{model_type}; expected 'all-linear' or some of {', '.join(sorted(linear))}"
         )
     return names
 
@@ -91,7 +97,7 @@ def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
         if name not in own or own[name].shape != value.shape:
             raise NodeStateError(
                 f"adapter weights for {name} {tuple(value.shape)} do not fit this run's adapter "
-                f"({tuple(own[name].shape) if name in own else 'no such weight'}): lora.* and split.* must be those of the run"
+                f"({tuple(own[name].shape) if name in own else 'no such weight'}): use the run's own lora.* and split.*"
             )
     set_peft_model_state_dict(model, dict(state))
 

@@ -147,8 +147,8 @@ class RunConfig(_Section):
             raise ValueError("run.resume=true needs run.name: the name of the run to go on with")
         if self.surrogate.kind == "none" and self.aggregation.share in ("bottom", "both"):
             raise ValueError(
-                f"aggregation.share={self.aggregation.share!r} shares a bottom adapter, but surrogate.kind='none' makes "
-                "none: use aggregation.share='top', or another surrogate"
+                f"aggregation.share={self.aggregation.share!r} shares a bottom adapter, but surrogate.kind='none' "
+                "makes none: use aggregation.share='top', or another surrogate"
             )
         if self.trunk.address != "embedded" and not self.trunk.address.rpartition(":")[2].isdigit():
             raise ValueError(f"trunk.address={self.trunk.address!r}: expected 'embedded' or host:port")

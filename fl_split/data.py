@@ -57,8 +57,8 @@ def load_examples(config: Data, node: NodeConfig, tokenizer: PreTrainedTokenizer
         )
     if len(examples) < 2:
         raise DataError(
-            f"{len(examples)} usable examples of {len(rows)} rows: at least 2 are needed, one to train on and one to hold "
-            "out; look for empty columns, or raise data.max-length"
+            f"{len(examples)} usable examples of {len(rows)} rows: at least 2 are needed, one to train on and one to "
+            "hold out; look for empty columns, or raise data.max-length"
         )
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     num_heldout = min(max(1, round(config.holdout * len(examples))), len(examples) - 1)

@@ -92,16 +92,16 @@ class NodeFolder:
         """The newest round before `server_round`: its number, adapter and optimizer state; None at the start.
 
         Raises:
-            NodeStateError: Only later rounds are at hand.
+            NodeStateError: Later rounds are at hand: a server loses one round at most.
         """
         finished = self.rounds.finished()
+        if finished and max(finished) > server_round:
+            raise NodeStateError(
+                f"this node has finished round {max(finished)} and is asked for round {server_round}: the server's "
+                "run folder is older than the node's; start a run with another run.name"
+            )
         before = [n for n in finished if n < server_round]
         if not before:
-            if finished and min(finished) > server_round:
-                raise NodeStateError(
-                    f"this node has finished round {max(finished)} and is asked for round {server_round}: the server's "
-                    "run folder is older than the node's; start a run with another run.name"
-                )
             return None
         return before[-1], self.rounds.load(before[-1], "adapter"), self.rounds.load(before[-1], "optimizer")
 

@@ -1,0 +1,111 @@
+"""Adapters: which weights are whose, and an export that the full model takes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from fl_split import adapters
+from fl_split.config import Lora
+from fl_split.errors import ConfigError, NodeStateError
+from fl_split.split import LocalTrunk, load_client, load_trunk
+
+
+def client_with_adapter(folder: Path, lora: Lora | None = None, *, train_bottom: bool = True) -> PeftModel:
+    """Bottom 1, top 2 of 6 layers; B is not zero."""
+    client = load_client(folder, 1, 2, LocalTrunk(load_trunk(folder, 1, 2)))
+    model = adapters.attach(client, lora or Lora(), train_bottom=train_bottom, seed=0)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gpt2"])
+def test_export_gives_the_full_model_the_same_logits(
+    checkpoint: Callable[[str], Path], family: str, tmp_path: Path
+) -> None:
+    model = client_with_adapter(checkpoint(family))
+    adapters.export(model, tmp_path / "adapter", str(checkpoint(family)), "", "a card")
+    base = AutoModelForCausalLM.from_pretrained(checkpoint(family))
+    ids = torch.randint(3, 99, (2, 9))
+    mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
+    with torch.no_grad():
+        plain = base(ids, attention_mask=mask).logits
+        full = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        expected = full(input_ids=ids, attention_mask=mask).logits
+        got = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
+    assert (plain - expected).abs().max() > 0.1  # the adapter does something
+    lora_layers = {name.split("lora_A")[0] for name, _ in full.named_parameters() if "lora_A" in name}
+    assert not any(f".{i}." in name for name in lora_layers for i in (1, 2, 3))  # none on the trunk's layers
+    assert (tmp_path / "adapter" / "README.md").read_text() == "a card"
+    assert full.peft_config["default"].layers_to_transform == [0, 4, 5]
+
+
+def test_export_replaces_an_earlier_one(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    model = client_with_adapter(checkpoint("llama"))
+    for card in ("first", "second"):
+        adapters.export(model, tmp_path / "adapter", "base", "", card)
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert (tmp_path / "adapter" / "README.md").read_text() == "second"
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(("share", "layers"), [("none", set()), ("bottom", {0}), ("top", {4, 5}), ("both", {0, 4, 5})])
+def test_shared_state_holds_the_named_part_only(
+    checkpoint: Callable[[str], Path], share: str, layers: set[int]
+) -> None:
+    model = client_with_adapter(checkpoint("llama"))
+    shared = adapters.shared_state(model, share)  # type: ignore[arg-type]
+    assert {int(name.split(".layers.")[1].split(".")[0]) for name in shared} == layers
+    assert all(".lora_A." in name or ".lora_B." in name for name in shared)
+
+
+def test_without_a_surrogate_the_bottom_has_no_adapter(checkpoint: Callable[[str], Path]) -> None:
+    model = client_with_adapter(checkpoint("llama"), train_bottom=False)
+    assert {adapters.part_of(model, name) for name in adapters.adapter_state(model)} == {"top"}
+    assert [group["name"] for group in adapters.parameter_groups(model, 1e-3, 1e-3)] == ["top"]
+
+
+def test_adapters_start_equal_on_every_node_and_leave_the_random_state_alone(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    states = []
+    for _ in range(2):
+        client = load_client(checkpoint("llama"), 1, 2, LocalTrunk(load_trunk(checkpoint("llama"), 1, 2)))
+        torch.manual_seed(5)
+        states.append(adapters.adapter_state(adapters.attach(client, Lora(), train_bottom=True, seed=3)))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_state_round_trips_and_a_misfit_is_refused(checkpoint: Callable[[str], Path]) -> None:
+    model = client_with_adapter(checkpoint("llama"))
+    other = client_with_adapter(checkpoint("llama"))
+    state = {name: value + 1 for name, value in adapters.adapter_state(model).items()}
+    adapters.load_adapter_state(other, state)
+    assert all(torch.equal(value, state[name]) for name, value in adapters.adapter_state(other).items())
+    smaller = client_with_adapter(checkpoint("llama"), Lora(rank=4))
+    with pytest.raises(NodeStateError, match=r"do not fit this run's adapter .*lora"):
+        adapters.load_adapter_state(smaller, state)
+
+
+def test_target_modules_can_be_named_and_a_wrong_name_is_refused(checkpoint: Callable[[str], Path]) -> None:
+    model = client_with_adapter(checkpoint("llama"), Lora.model_validate({"target-modules": "q_proj, v_proj"}))
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in adapters.adapter_state(model)} == {
+        "q_proj",
+        "v_proj",
+    }
+    with pytest.raises(ConfigError, match="no linear module c_attn .* q_proj"):
+        client_with_adapter(checkpoint("llama"), Lora.model_validate({"target-modules": "c_attn"}))

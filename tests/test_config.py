@@ -1,0 +1,112 @@
+"""Configuration: every wrong key, type and combination is refused by the name the user wrote."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fl_split.config import NodeConfig, RunConfig
+from fl_split.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+def flat(table: dict[str, object], prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in table.items():
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return found
+
+
+def test_pyproject_holds_every_key_with_its_default() -> None:
+    app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert flat(app["config"]) == RunConfig().to_flat()
+
+
+def test_docs_name_every_key_with_its_default_and_meaning() -> None:
+    docs = (ROOT / "docs" / "configuration.md").read_text()
+    for row in key_table():
+        assert row in docs, f"docs/configuration.md lacks the row {row}"
+
+
+def key_table() -> list[str]:
+    """One row of the docs per key."""
+    rows = []
+    defaults = RunConfig().to_flat()
+    for name, field in RunConfig.model_fields.items():
+        sections = {"": {name: field}} if field.annotation is None else {}
+        inner = getattr(field.annotation, "model_fields", None)
+        sections = {field.alias or name: inner} if inner else {"": {name: field}}
+        for section, fields in sections.items():
+            for key, info in fields.items():
+                full = ".".join(filter(None, (section, info.alias or key)))
+                default = str(defaults[full]).lower() if isinstance(defaults[full], bool) else defaults[full]
+                rows.append(
+                    f"| `{full}` | `{default}` | {info.description} |"
+                    if default != ""
+                    else f"| `{full}` | (empty) | {info.description} |"
+                )
+    return rows
+
+
+def test_flat_form_round_trips() -> None:
+    values = {**RunConfig().to_flat(), "train.batch-size": 3, "aggregation.share": "top"}
+    assert RunConfig.from_flat(values).to_flat() == values
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.batch-size", "8", r"train\.batch-size='8': input should be a valid integer"),
+        ("train.batch-size", 0, r"train\.batch-size=0: input should be greater than or equal to 1"),
+        ("train.batchsize", 8, r"train\.batchsize: no such key"),
+        ("nonsense.key", 1, r"nonsense: no such key"),
+        ("model.dtype", "int8", r"model\.dtype='int8': input should be 'float32' or 'bfloat16'"),
+        ("split.bottom-layers", True, r"split\.bottom-layers=True: input should be a valid integer"),
+        ("surrogate.kind", "magic", r"surrogate\.kind='magic': input should be 'none', 'identity'"),
+        ("lora.dropout", 1.0, r"lora\.dropout=1\.0: input should be less than 1"),
+        ("data.holdout", 0.0, r"data\.holdout=0\.0: input should be greater than 0"),
+        ("aggregation.share", "all", r"aggregation\.share='all': input should be 'none', 'bottom', 'top' or 'both'"),
+        ("run.name", "a/b", r"run\.name='a/b': string should match pattern"),
+        ("run.dir", "runs", r"run\.dir='runs' is relative"),
+        ("run.resume", True, r"run\.resume=true needs run\.name"),
+        ("trunk.address", "somewhere", r"trunk\.address='somewhere': expected 'embedded' or host:port"),
+        ("num-server-rounds", 0, r"num-server-rounds=0: input should be greater"),
+    ],
+)
+def test_wrong_value_is_refused_by_the_name_of_its_key(key: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_flat({**RunConfig().to_flat(), key: value})  # type: ignore[dict-item]
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)lora\.rank.*train\.steps"):
+        RunConfig.from_flat({"train.steps": 0, "lora.rank": 0})
+
+
+def test_sharing_a_bottom_adapter_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"aggregation\.share='both' .* surrogate\.kind='none'"):
+        RunConfig.from_flat({"surrogate.kind": "none", "aggregation.share": "both"})
+
+
+def test_node_config_takes_its_own_keys_and_leaves_others() -> None:
+    node = NodeConfig.from_flat({"partition-id": 1, "num-partitions": 3, "data-path": "/d", "other-app": 7})
+    assert (node.partition_id, node.num_partitions, node.data_path) == (1, 3, "/d")
+    with pytest.raises(ConfigError, match="partition-id='one'"):
+        NodeConfig.from_flat({"partition-id": "one"})
+
+
+def test_a_nodes_folder_is_its_own_out_dir_or_below_the_run() -> None:
+    config = RunConfig.from_flat({"run.dir": "/runs"})
+    assert NodeConfig(partition_id=2).folder(config, "x") == Path("/runs/x/nodes/2")
+    assert NodeConfig(out_dir="/mine").folder(config, "x") == Path("/mine/x")
+    with pytest.raises(ConfigError, match="out-dir='mine' is relative"):
+        NodeConfig(out_dir="mine").folder(config, "x")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.name)
+def test_shipped_run_configs_are_valid(path: Path) -> None:
+    table = tomllib.loads(path.read_text())
+    if "serve" in table:
+        pytest.skip("a trunk's configuration, tested with the trunk")
+    RunConfig.from_flat({**RunConfig().to_flat(), **flat(table)})  # type: ignore[dict-item]

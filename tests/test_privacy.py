@@ -1,0 +1,154 @@
+"""Nothing private leaves a node: every byte to the trunk and every reply to the server is looked at."""
+
+import struct
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from conftest import InProcessGrid
+from flwr.app import Context, RecordDict
+from torch import Tensor
+from transformers import AutoTokenizer
+
+import client_app
+import server_app
+from fl_split import adapters, wire
+from fl_split.config import NodeConfig, RunConfig
+from fl_split.data import load_examples, prepare_tokenizer
+from fl_split.proto import trunk_pb2 as pb
+from fl_split.split import RemoteTrunk
+from fl_split.trunk import server
+
+Sent = list[tuple[str, bytes]]
+
+
+@contextmanager
+def tapped_trunk(folder: Path, sent: Sent) -> Iterator[str]:
+    """A trunk behind a proxy that passes raw bytes on and notes what a node sends; yields the proxy's address."""
+    with server.embedded(server.hold_layers(folder, 2, 2)) as behind:
+        channel = grpc.insecure_channel(behind)
+
+        class Tap(grpc.GenericRpcHandler):
+            def service(self, details: Any) -> Any:
+                call = channel.unary_unary(details.method)
+
+                def handle(request: bytes, context: Any) -> bytes:
+                    sent.append((details.method, request))
+                    sent.extend((f"metadata {m.key}", str(m.value).encode()) for m in context.invocation_metadata())
+                    reply: bytes = call(request)
+                    return reply
+
+                return grpc.unary_unary_rpc_method_handler(handle)
+
+        tap = grpc.server(ThreadPoolExecutor(2), (Tap(),))
+        port = tap.add_insecure_port("127.0.0.1:0")
+        tap.start()
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            tap.stop(0).wait()
+            channel.close()
+
+
+def run_app(tmp_path: Path, **changes: Any) -> InProcessGrid:
+    config = {
+        **RunConfig().to_flat(),
+        "num-server-rounds": 1,
+        "train.steps": 2,
+        "data.max-length": 48,
+        "data.holdout": 0.02,
+        "run.dir": str(tmp_path),
+        "run.name": "x",
+        **changes,
+    }
+    grid = InProcessGrid(client_app.app, 2, config)
+    server_app.app(grid=grid, context=Context(1, 1, {}, RecordDict(), config))
+    return grid
+
+
+def test_only_hidden_states_reach_the_trunk(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: Sent = []
+    outputs: list[Tensor] = []  # of the last bottom layer, packed as on the wire
+    start = RemoteTrunk.start
+
+    def spy(self: RemoteTrunk, hidden_states: Tensor) -> None:
+        outputs.append(wire.pack(hidden_states, self._thread.context[0])[0])
+        start(self, hidden_states)
+
+    monkeypatch.setattr(RemoteTrunk, "start", spy)
+    with tapped_trunk(demo_model, sent) as address:
+        run_app(tmp_path, **{"trunk.address": address})
+
+    tokens = private_tokens(demo_model)
+    requests = [message for method, message in sent if method.endswith("/Forward")]
+    assert len(requests) == len(outputs) > 4
+    for message, output in zip(requests, outputs, strict=True):
+        request = pb.ForwardRequest.FromString(message)
+        rest = len(message) - len(request.hidden_states)
+        assert rest <= 16 + 2 * len(request.lengths)  # a few bytes of lengths: room for nothing else
+        assert not request.positions
+        rows = wire.from_bytes(request.hidden_states, request.dtype, sum(request.lengths), output.shape[-1])
+        assert torch.equal(rows, output.detach().to(torch.bfloat16))
+        assert not any(ids in message for ids in tokens)
+    others = {method for method, _ in sent if not method.endswith("/Forward")}
+    assert others <= {"/fl_split.Trunk/Describe", "metadata user-agent", "metadata grpc-accept-encoding"}
+    assert all(message == b"" for method, message in sent if method.endswith("/Describe"))
+
+
+def private_tokens(folder: Path) -> list[bytes]:
+    """Runs of four token ids of every private example, in the encodings that a leak would likely have."""
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
+    config = RunConfig.from_flat({"data.max-length": 48})
+    found = []
+    for partition in range(2):
+        node = NodeConfig(partition_id=partition, num_partitions=2)
+        examples = load_examples(config.data, node, tokenizer, 0)
+        for example in (*examples.train, *examples.heldout):
+            ids = example["input_ids"][1:5]
+            found += [struct.pack(f"<4{form}", *ids) for form in "qif"]
+    return found
+
+
+@pytest.mark.parametrize("share", ["none", "bottom", "top", "both"])
+def test_replies_hold_the_shared_names_and_numbers_only(demo_model: Path, tmp_path: Path, share: str) -> None:
+    grid = run_app(tmp_path, **{"aggregation.share": share})
+    assert len(grid.replies) == 2
+    for reply in grid.replies.values():
+        assert set(reply.content) == {"arrays", "metrics", "node"}
+        layers = {int(name.split(".layers.")[1].split(".")[0]) for name in reply.content["arrays"]}
+        assert layers == {"none": set(), "bottom": {0, 1}, "top": {6, 7}, "both": {0, 1, 6, 7}}[share]
+        assert all(isinstance(value, int | float) for value in reply.content["metrics"].values())
+        assert set(reply.content["node"]) == {"adapter"}
+
+
+def test_nothing_sends_adapter_weights_but_shared_state(demo_model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(adapters, "shared_state", lambda model, share: {})
+    grid = run_app(tmp_path, **{"aggregation.share": "both"})
+    assert all(len(reply.content["arrays"]) == 0 for reply in grid.replies.values())
+
+
+def test_a_failing_nodes_words_hold_nothing_private(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("patient Zanzibar")
+
+    monkeypatch.setattr("fl_split.node.data.load_examples", fail)
+    with pytest.raises(Exception, match="RuntimeError on the node") as error:
+        run_app(tmp_path)
+    assert "Zanzibar" not in str(error.value)
+
+
+def test_tap_sees_what_it_should(demo_model: Path) -> None:
+    """The capture itself works: a token sent as a position would be found."""
+    sent: Sent = []
+    with tapped_trunk(demo_model, sent) as address, grpc.insecure_channel(address) as channel:
+        request = pb.ForwardRequest(dtype=pb.FLOAT32, lengths=[1], positions=[7], hidden_states=b"")
+        with pytest.raises(grpc.RpcError):
+            channel.unary_unary(f"/{server.SERVICE}/Forward")(request.SerializeToString())
+    assert pb.ForwardRequest.FromString(sent[0][1]).positions == [7]

@@ -1,0 +1,113 @@
+"""What is on disk: complete or not there, and found again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fl_split.config import RunConfig
+from fl_split.errors import NodeStateError
+from fl_split.runs import NodeFolder, Rounds, RunFolder, write_atomic
+
+VERSIONS = {"fl-split": "test"}
+
+
+def config(tmp_path: Path, **changes: Any) -> RunConfig:
+    return RunConfig.from_flat({"run.dir": str(tmp_path), "run.name": "mine", **changes})
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {"a": torch.full((2,), value)}
+
+
+def test_text_is_replaced_whole(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        write_atomic(tmp_path / "f", text)
+    assert (tmp_path / "f").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_only_the_newest_rounds_are_kept(tmp_path: Path) -> None:
+    rounds = Rounds(tmp_path)
+    for number in (1, 2, 3):
+        rounds.save(number, {"x": tensors(number)}, keep=2)
+    assert rounds.finished() == [2, 3]
+    assert torch.equal(rounds.load(3, "x")["a"], tensors(3)["a"])
+
+
+def test_a_round_done_again_replaces_it_and_what_came_after(tmp_path: Path) -> None:
+    rounds = Rounds(tmp_path)
+    for number in (1, 2):
+        rounds.save(number, {"x": tensors(number)}, keep=2)
+    rounds.save(1, {"x": tensors(9)}, keep=2)
+    assert rounds.finished() == [1]
+    assert torch.equal(rounds.load(1, "x")["a"], tensors(9)["a"])
+
+
+def test_a_half_written_round_is_not_taken_for_one(tmp_path: Path) -> None:
+    rounds = Rounds(tmp_path)
+    rounds.save(1, {"x": tensors(1)}, keep=2)
+    (tmp_path / ".round-half").mkdir()
+    (tmp_path / ".round-half" / "x.safetensors").write_text("half")
+    assert rounds.finished() == [1]
+    rounds.save(2, {"x": tensors(2)}, keep=2)
+    assert not (tmp_path / ".round-half").exists()
+
+
+def test_a_node_goes_on_from_the_newest_round_before_the_one_asked_for(tmp_path: Path) -> None:
+    node = NodeFolder(tmp_path, "run-1")
+    assert node.load_before(1) is None
+    node.save(1, tensors(1), tensors(10))
+    node.save(2, tensors(2), tensors(20))
+    for asked, expected in ((3, 2), (5, 2), (2, 1)):  # the next; after rounds missed; the last one again
+        found = node.load_before(asked)
+        assert found is not None
+        assert found[0] == expected
+        assert torch.equal(found[1]["a"], tensors(expected)["a"])
+    assert NodeFolder(tmp_path, "run-2").load_before(1) is None  # another run of the same name
+
+
+def test_a_node_ahead_of_its_server_says_so(tmp_path: Path) -> None:
+    node = NodeFolder(tmp_path, "run-1")
+    for number in (2, 3, 4, 5):
+        node.save(number, tensors(number), tensors(number))
+    with pytest.raises(NodeStateError, match=r"finished round 5 and is asked for round 2: .*another run\.name"):
+        node.load_before(2)
+
+
+def test_a_run_goes_on_after_its_last_finished_round(tmp_path: Path) -> None:
+    run = RunFolder.open(config(tmp_path), VERSIONS)
+    run.finish_round(1, [{"round": 1, "x": 1}], tensors(1))
+    run.finish_round(2, [{"round": 2, "x": 2}], tensors(2))
+    with run.metrics.open("a") as file:  # killed while it recorded round 3
+        file.write('{"round": 3, "x": 3}\n{"round": 3, "x"')
+    again = RunFolder.open(config(tmp_path, **{"run.resume": True, "num-server-rounds": 9}), VERSIONS)
+    assert (again.run_id, again.num_finished) == (run.run_id, 2)
+    assert torch.equal(again.shared()["a"], tensors(2)["a"])
+    assert [json.loads(line)["round"] for line in again.metrics.read_text().splitlines()] == [1, 2]
+
+
+def test_resume_of_a_run_that_is_not_there_begins_it(tmp_path: Path) -> None:
+    run = RunFolder.open(config(tmp_path, **{"run.resume": True}), VERSIONS)
+    assert run.num_finished == 0
+    assert run.shared() == {}
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
+    RunFolder.open(config(tmp_path), VERSIONS)
+    with pytest.raises(NodeStateError, match=r"run\.resume=true to go on .* another run\.name"):
+        RunFolder.open(config(tmp_path), VERSIONS)
+
+
+def test_resume_with_another_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
+    RunFolder.open(config(tmp_path), VERSIONS)
+    with pytest.raises(NodeStateError, match=r"lora\.rank was 8 and is 4"):
+        RunFolder.open(config(tmp_path, **{"run.resume": True, "lora.rank": 4}), VERSIONS)
+
+
+def test_a_run_without_a_name_gets_one(tmp_path: Path) -> None:
+    run = RunFolder.open(RunConfig.from_flat({"run.dir": str(tmp_path)}), VERSIONS)
+    assert run.root.parent == tmp_path
+    assert json.loads((run.root / "run.json").read_text())["versions"] == VERSIONS

@@ -1,0 +1,148 @@
+"""Split equals whole."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AlbertConfig, AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5Config
+
+from fl_split.errors import ConfigError, SplitError
+from fl_split.split import Boundaries, LocalTrunk, boundaries_of, examine, load_client, load_trunk
+
+FAMILIES = ["llama", "qwen2", "mistral", "gpt2"]
+MASKS = {
+    "none": None,
+    "right": torch.tensor([[1] * 9, [1] * 6 + [0] * 3, [1] * 2 + [0] * 7]),
+    "left": torch.tensor([[1] * 9, [0] * 3 + [1] * 6, [0] * 7 + [1] * 2]),
+}
+
+
+def batch(mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Token ids and which of them are real, ``[3, 9]``."""
+    ids = torch.randint(3, 99, (3, 9), generator=torch.Generator().manual_seed(1))
+    return ids, torch.ones(3, 9, dtype=torch.bool) if mask is None else mask.bool()
+
+
+def split(folder: Path, bottom: int = 1, top: int = 2, **kwargs: object) -> PreTrainedModel:
+    return load_client(folder, bottom, top, LocalTrunk(load_trunk(folder, bottom, top)), **kwargs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("padding", MASKS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_the_full_models_bit_for_bit(checkpoint: Callable[[str], Path], family: str, padding: str) -> None:
+    full = AutoModelForCausalLM.from_pretrained(checkpoint(family))
+    ids, real = batch(MASKS[padding])
+    for bottom, top in ((1, 2), (3, 1), (1, 4)):  # the last: a trunk of one layer
+        client = split(checkpoint(family), bottom, top, surrogate_layers=1)
+        with torch.no_grad():
+            expected = full(ids, attention_mask=MASKS[padding]).logits
+            got = client(ids, attention_mask=MASKS[padding]).logits
+        assert torch.equal(got[real], expected[real])
+
+
+@pytest.mark.parametrize("padding", MASKS)
+@pytest.mark.parametrize("kind", ["none", "identity", "blocks"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_top_gradients_equal_the_full_models(
+    checkpoint: Callable[[str], Path], family: str, kind: str, padding: str
+) -> None:
+    full = AutoModelForCausalLM.from_pretrained(checkpoint(family)).requires_grad_(False)
+    client = split(checkpoint(family), surrogate=kind)
+    ids, real = batch(MASKS[padding])
+    cut = boundaries_of(client)
+    grads = []
+    for model in (full, client):
+        model.eval()
+        layers = model.base_model.get_submodule(cut.layers_path)
+        for i in (*cut.bottom, *cut.top):
+            layers[i].requires_grad_(True)
+        logits = model(ids, attention_mask=MASKS[padding], use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits[real], ids[real]).backward()
+        grads.append([p.grad for i in cut.top for p in layers[i].parameters()])
+    for expected, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parties_hold_each_weight_once(checkpoint: Callable[[str], Path], family: str) -> None:
+    full = AutoModelForCausalLM.from_pretrained(checkpoint(family))
+    trunk = load_trunk(checkpoint(family), 1, 2)
+    client = split(checkpoint(family), surrogate="identity")
+
+    def count(model: PreTrainedModel) -> int:
+        return sum(p.numel() for p in model.parameters())
+
+    assert count(client) + count(trunk) == count(full)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_boundaries_of_a_family(checkpoint: Callable[[str], Path], family: str) -> None:
+    client = split(checkpoint(family))
+    cut = boundaries_of(client)
+    assert (list(cut.bottom), list(cut.trunk), list(cut.top)) == ([0], [1, 2, 3], [4, 5])
+
+
+def test_boundaries_without_a_trunk_are_refused_with_the_arithmetic() -> None:
+    anatomy = examine(AutoConfig.for_model("llama", num_hidden_layers=9, hidden_size=32, num_attention_heads=4))
+    with pytest.raises(SplitError, match=r"bottom-layers=7 and split.top-layers=2 .* 9 layers, .* at most 8"):
+        Boundaries.of(anatomy, 7, 2)
+    with pytest.raises(SplitError, match="split.bottom-layers=0"):
+        Boundaries.of(anatomy, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (T5Config(d_model=32, num_layers=2), "t5 has an encoder and a decoder"),
+        (AutoConfig.for_model("clip"), "clip"),
+        (AlbertConfig(hidden_size=32, num_attention_heads=4), "albert"),
+    ],
+)
+def test_models_that_cannot_be_split_are_refused_by_name(config: object, reason: str) -> None:
+    with pytest.raises(SplitError, match=reason):
+        examine(config)  # type: ignore[arg-type]
+
+
+def test_checkpoint_without_the_needed_weights_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    (tmp_path / "config.json").write_text((checkpoint("llama") / "config.json").read_text())
+    weights = load_file(checkpoint("llama") / "model.safetensors")
+    lost = "model.layers.3.mlp.up_proj.weight"
+    save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SplitError, match=lost.removeprefix("model.")):
+        load_trunk(tmp_path, 1, 2)
+    split_elsewhere = load_client(tmp_path, 1, 2, LocalTrunk(load_trunk(checkpoint("llama"), 1, 2)), surrogate="none")
+    assert split_elsewhere.num_parameters() > 0  # a client does not miss what the trunk holds
+
+
+def test_folder_without_weights_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((checkpoint("llama") / "config.json").read_text())
+    with pytest.raises(SplitError, match="safetensors"):
+        load_trunk(tmp_path, 1, 2)
+
+
+def test_masks_that_cannot_be_sent_are_refused(checkpoint: Callable[[str], Path]) -> None:
+    client = split(checkpoint("llama"))
+    ids, _ = batch(None)
+    with pytest.raises(SplitError, match=r"\[batch, seq\]"):
+        client(ids, attention_mask=torch.zeros(3, 1, 9, 9))
+
+
+def test_generation_with_a_cache_is_refused_and_without_equals_the_full_model(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    full = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    client = split(checkpoint("llama"))
+    ids = batch(None)[0][:1]
+    options = {"max_new_tokens": 5, "do_sample": False, "use_cache": False, "pad_token_id": 0}
+    assert torch.equal(client.generate(ids, **options), full.generate(ids, **options))
+    with pytest.raises(SplitError, match="use_cache=False"):
+        client.generate(ids, max_new_tokens=5, do_sample=False, use_cache=True, pad_token_id=0)
+
+
+def test_surrogate_with_more_layers_than_the_trunk_is_refused(checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match="surrogate.layers=4 .* trunk of 3 layers"):
+        split(checkpoint("llama"), surrogate="blocks", surrogate_layers=4)
