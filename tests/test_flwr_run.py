@@ -86,7 +86,9 @@ def run_to_the_end(environment: dict[str, str], app: Path, **config: Any) -> dic
     """Submit a run and wait for it; returns what `flwr ls` says of it."""
     pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
     federation = "num-supernodes=2 client-resources-num-cpus=1 init-args-num-cpus=2"
-    submitted = flwr(environment, "run", str(app), "test", "-c", pairs, "--federation-config", federation, "--format", "json")
+    submitted = flwr(
+        environment, "run", str(app), "test", "-c", pairs, "--federation-config", federation, "--format", "json"
+    )
     for _ in range(400):
         runs = flwr(environment, "ls", "test", "--run-id", str(submitted["run-id"]), "--format", "json")["runs"]
         status: dict[str, Any] = runs[0]
