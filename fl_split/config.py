@@ -94,9 +94,13 @@ class TrunkService(_Section):
     """The trunk service."""
 
     address: str = Field(
-        "embedded", description="`embedded`: started for the run; or host:port; a node's `trunk-address` first"
+        "embedded",
+        description="`embedded`: started for the run; or host:port, several with commas; a node's own comes first",
     )
-    wire_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of hidden states on the wire")
+    wire_dtype: Literal["bfloat16", "float32", "int8"] = Field("bfloat16", description="of hidden states on the wire")
+    in_flight: Positive = Field(
+        4, description="calls under way while the node computes, of the micro-batches of one `train.accumulation`"
+    )
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         120.0, description="seconds that one call may take, retries included"
     )
@@ -188,6 +192,11 @@ class NodeConfig(BaseModel):
     data_path: str = ""
     out_dir: str = ""
     trunk_address: str = ""
+    trunk_ca: str = ""
+    trunk_cert: str = ""
+    trunk_key: str = ""
+    trunk_token_file: str = ""
+    trunk_allow_plaintext: bool = False
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Scalar]) -> "NodeConfig":

@@ -19,7 +19,7 @@ from fl_split.checkpoint import resolve_model
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.runs import NodeFolder
 from fl_split.split import load_client
-from fl_split.trunk.client import Expected, TrunkClient
+from fl_split.trunk.client import Credentials, Expected, TrunkClient
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +67,21 @@ def run_round(
     store = NodeFolder(home, run_id)
 
     address = node.trunk_address or trunk_address
-    with TrunkClient(address, expected, wire_dtype=config.trunk.wire_dtype, timeout_s=config.trunk.timeout_s) as trunk:
+    with TrunkClient(
+        address,
+        expected,
+        wire_dtype=config.trunk.wire_dtype,
+        timeout_s=config.trunk.timeout_s,
+        in_flight=config.trunk.in_flight,
+        credentials=_credentials(node),
+    ) as trunk:
         trunk.connect()
         model = _build_model(config, folder, trunk)
         optimizer = train.make_optimizer(model, config.train)
         rounds_done = _restore(model, optimizer, store, server_round)
         adapters.load_adapter_state(model, received)
 
-        before = train.evaluate(model, _heldout(config, examples, tokenizer))
+        before = train.evaluate(model, _heldout(config, examples, tokenizer), config.trunk.in_flight)
         torch.manual_seed(hash((seed, server_round, node.partition_id)))  # of dropout
         first_step = (server_round - 1) * config.train.steps
         drawn = first_step * config.train.batch_size * config.train.accumulation
@@ -88,8 +95,9 @@ def run_round(
             config.train,
             first_step=first_step,
             total_steps=config.num_server_rounds * config.train.steps,
+            in_flight=config.trunk.in_flight,
         )
-        after = train.evaluate(model, _heldout(config, examples, tokenizer))
+        after = train.evaluate(model, _heldout(config, examples, tokenizer), config.trunk.in_flight)
 
     store.save(server_round, adapters.adapter_state(model), train.optimizer_state(model, optimizer))
     card = _card(config, node, server_round, before, after, len(examples.train))
@@ -139,6 +147,12 @@ def _restore(model: PeftModel, optimizer: torch.optim.Optimizer, store: NodeFold
     adapters.load_adapter_state(model, adapter)
     train.load_optimizer_state(model, optimizer, optimizer_tensors)
     return number
+
+
+def _credentials(node: NodeConfig) -> Credentials:
+    return Credentials(
+        node.trunk_ca, node.trunk_cert, node.trunk_key, node.trunk_token_file, node.trunk_allow_plaintext
+    )
 
 
 def _heldout(config: RunConfig, examples: data.Examples, tokenizer: PreTrainedTokenizerBase) -> Iterable[data.Batch]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fl_split.errors import SplitError
+from fl_split.pipeline import in_turn
 from fl_split.surrogate import Distiller, Kind, join, join_exact, kept_layers, read_thin_layers, thin_layer
 
 
@@ -138,7 +139,7 @@ class RemoteTrunk:
     def start(self, hidden_states: Tensor) -> None:
         """Send ``[batch, seq, hidden]`` to the trunk; it computes while the surrogate does."""
         self._thread.start = hidden_states
-        self._thread.pending = self.trunk.start(hidden_states.detach(), *self._thread.context)
+        self._thread.pending = in_turn(self.trunk.start(hidden_states.detach(), *self._thread.context))
 
     def join(self, surrogate: Tensor) -> Tensor:
         """Wait for the trunk's output and give it the surrogate's Jacobian, ``[batch, seq, hidden]``."""
@@ -384,11 +385,11 @@ def boundaries_of(model: nn.Module) -> Boundaries:
 
 
 def load_trunk(
-    folder: Path, bottom_layers: int, top_layers: int, *, dtype: torch.dtype = torch.float32
+    folder: Path, bottom_layers: int, top_layers: int, *, dtype: torch.dtype = torch.float32, **options: Any
 ) -> PreTrainedModel:
     """Load the middle of a model, to be called with ``inputs_embeds`` = the bottom's output.
 
-    Reads only the weights of its own layers.
+    Reads only the weights of its own layers. `options` go to transformers' `from_pretrained`.
 
     Returns:
         A base model (no head) in eval mode, with `boundaries` as an attribute.
@@ -413,7 +414,7 @@ def load_trunk(
         base.all_tied_weights_keys = {}
         _ignore_in_checkpoint(base, "")
 
-    base, missing = _load(anatomy.model_class, folder, config, dig, dtype)
+    base, missing = _load(anatomy.model_class, folder, config, dig, dtype, **options)
     if missing:
         raise SplitError(f"the checkpoint in {folder} lacks weights of the trunk, such as {sorted(missing)[0]}")
     base.config.use_cache = False
@@ -441,6 +442,7 @@ def _load(
     config: PretrainedConfig,
     dig: Callable[[PreTrainedModel], None],
     dtype: torch.dtype,
+    **options: Any,
 ) -> tuple[Any, set[str]]:
     """`from_pretrained` of a class that digs its holes as it is built, so that their weights are never read."""
 
@@ -452,7 +454,7 @@ def _load(
     dug = type(model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__})
     try:
         model, info = dug.from_pretrained(  # type: ignore[attr-defined]
-            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except OSError as error:
         raise SplitError(

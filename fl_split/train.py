@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft import PeftModel
@@ -18,6 +19,7 @@ from transformers import get_scheduler
 from fl_split.adapters import parameter_groups, part_of
 from fl_split.config import Train
 from fl_split.data import IGNORED, Batch
+from fl_split.pipeline import run_in_turns
 from fl_split.split import remote_trunk_of
 from fl_split.surrogate import Distiller
 
@@ -53,6 +55,7 @@ def train_round(
     first_step: int = 0,
     total_steps: int | None = None,
     distiller: Distiller | None = None,
+    in_flight: int = 1,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Trained:
     """Train the adapters for one round of ``train.steps`` optimizer steps; mutates model and optimizer.
@@ -65,6 +68,7 @@ def train_round(
         first_step: Steps done in earlier rounds, for the scheduler.
         total_steps: Steps of the whole run, for the scheduler; by default those of this round.
         distiller: From `make_distiller`, for a surrogate that is trained on the way.
+        in_flight: Calls to the trunk at the same time, at most.
         on_step: Called with the number of each step done.
     """
     end = first_step + config.steps
@@ -75,7 +79,7 @@ def train_round(
     with tqdm(total=config.steps, unit="step", disable=None, leave=False) as bar:  # None: only on a terminal
         for step in range(first_step, end):
             step_batches = [next(batches) for _ in range(config.accumulation)]
-            loss = accumulate(model, step_batches)
+            loss = accumulate(model, step_batches, in_flight)
             torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -90,30 +94,39 @@ def train_round(
     return Trained(loss_sum / config.steps, num_tokens, time.monotonic() - started)
 
 
-def accumulate(model: PeftModel, batches: Iterable[Batch]) -> float:
-    """Add one step's gradients, of the mean loss over all response tokens of its micro-batches; return that loss."""
+def accumulate(model: PeftModel, batches: Iterable[Batch], in_flight: int = 1) -> float:
+    """Add one step's gradients, of the mean loss over all response tokens of its micro-batches; return that loss.
+
+    With `in_flight` > 1, as many calls to the trunk are under way while the node computes; the result is the same.
+    """
     on_device = [_to_device(batch, model) for batch in batches]
     num_targets = sum(count_targets(batch) for batch in on_device)
-    total = 0.0
-    for batch in on_device:
+    seeds = torch.randint(2**62, (len(on_device),)).tolist()  # dropout's, whatever runs in between
+
+    def run(batch: Batch, seed: int) -> float:
+        torch.manual_seed(seed)
         with _autocast(model):
             loss = model(**batch, num_items_in_batch=num_targets).loss
         loss.backward()
-        total += loss.item()
-    return total
+        return float(loss.item())
+
+    tasks = [partial(run, batch, seed) for batch, seed in zip(on_device, seeds, strict=True)]
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        return sum(run_in_turns(tasks, in_flight))
 
 
-def evaluate(model: PeftModel, batches: Iterable[Batch]) -> float:
+def evaluate(model: PeftModel, batches: Iterable[Batch], in_flight: int = 1) -> float:
     """Mean loss per response token, without training; the trunk is called as in training."""
     model.eval()
-    loss_sum, num_targets = 0.0, 0
-    with torch.no_grad():
-        for batch in batches:
-            on_device = _to_device(batch, model)
-            with _autocast(model):
-                loss_sum += model(**on_device, num_items_in_batch=1).loss.item()
-            num_targets += count_targets(on_device)
-    return loss_sum / num_targets
+
+    def run(batch: Batch) -> tuple[float, int]:
+        on_device = _to_device(batch, model)
+        with torch.no_grad(), _autocast(model):
+            loss = model(**on_device, num_items_in_batch=1).loss
+        return float(loss.item()), count_targets(on_device)
+
+    results = list(run_in_turns([partial(run, batch) for batch in batches], in_flight))
+    return sum(loss for loss, _ in results) / sum(num_targets for _, num_targets in results)
 
 
 def count_targets(batch: Batch) -> int:

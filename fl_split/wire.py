@@ -6,6 +6,7 @@ A message holds the hidden states of real tokens only, as raw little-endian byte
 that a decoder could execute. What leaves the node is exactly what `encode_request` writes.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,34 +16,113 @@ from torch import Tensor
 from fl_split.errors import WireError
 from fl_split.proto import trunk_pb2 as pb
 
-DTYPES: dict[pb.DType, torch.dtype] = {pb.BFLOAT16: torch.bfloat16, pb.FLOAT32: torch.float32}
-NAMES: dict[str, pb.DType] = {"bfloat16": pb.BFLOAT16, "float32": pb.FLOAT32}
+FLOATS: dict[pb.DType, torch.dtype] = {pb.BFLOAT16: torch.bfloat16, pb.FLOAT32: torch.float32}
+SERVICE = "fl_split.Trunk"
+REQUEST_ID = "x-request-id"  # metadata: the same in the logs of both sides
+PUSHBACK = "grpc-retry-pushback-ms"  # trailer: gRPC's own name, so that any client with a retry policy obeys it
+NAMES: dict[str, pb.DType] = {"bfloat16": pb.BFLOAT16, "float32": pb.FLOAT32, "int8": pb.INT8}
+GROUP = 64  # channels that share a scale in int8
+_OUTLIER = 4.0  # a channel whose peak is this many times the median channel's peak would cost its group's precision
 
 
-def to_bytes(rows: Tensor, dtype: pb.DType) -> bytes:
-    """Encode a floating-point tensor of any shape as raw bytes of the wire `dtype`."""
-    flat = rows.detach().to(device="cpu", dtype=DTYPES[dtype]).contiguous()
-    return flat.view(torch.uint8).numpy().tobytes()
+def encode_rows(rows: Tensor, dtype: pb.DType) -> tuple[bytes, list[int]]:
+    """Encode ``[tokens, hidden]`` as bytes of the wire `dtype`, and the outlier channels (int8 only, else empty)."""
+    if dtype == pb.INT8:
+        return _quantize(rows.detach().to(device="cpu", dtype=torch.float32))
+    return _to_bytes(rows.detach().to(device="cpu", dtype=FLOATS[dtype])), []
 
 
-def from_bytes(data: bytes, dtype: pb.DType, num_rows: int, hidden_size: int) -> Tensor:
-    """Decode raw bytes into ``[num_rows, hidden_size]`` of the wire `dtype`.
+def decode_rows(data: bytes, dtype: pb.DType, outliers: Sequence[int], num_rows: int, hidden_size: int) -> Tensor:
+    """Inverse of `encode_rows`: ``[num_rows, hidden_size]`` in the wire `dtype`, float32 for int8.
 
     Raises:
         WireError: Unknown dtype, a size that does not fit, or values that are not finite; names the field.
     """
-    if dtype not in DTYPES:
-        raise WireError(f"dtype={dtype} is unknown: expected one of {sorted(DTYPES)} ({', '.join(NAMES)})")
-    expected = num_rows * hidden_size * DTYPES[dtype].itemsize
-    if len(data) != expected:
+    if dtype not in NAMES.values():
+        raise WireError(f"dtype={dtype} is unknown: expected one of {sorted(NAMES.values())} ({', '.join(NAMES)})")
+    row_bytes = bytes_per_token(dtype, hidden_size, len(outliers))
+    if len(data) != num_rows * row_bytes:
         raise WireError(
-            f"hidden_states has {len(data)} bytes, but {num_rows} tokens x {hidden_size} x "
-            f"{DTYPES[dtype].itemsize} bytes make {expected}"
+            f"hidden_states has {len(data)} bytes, but {num_rows} tokens of {hidden_size} channels make "
+            f"{num_rows * row_bytes} ({row_bytes} a token)"
         )
-    rows = torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).view(num_rows, hidden_size)
-    if not torch.isfinite(rows).all():
+    _check_outliers(dtype, outliers, hidden_size)
+    if dtype == pb.INT8:
+        return _dequantize(data, outliers, num_rows, hidden_size)
+    return _finite(_from_bytes(data, FLOATS[dtype]).view(num_rows, hidden_size))
+
+
+def bytes_per_token(dtype: pb.DType, hidden_size: int, num_outliers: int | None = None) -> int:
+    """Bytes that one token's hidden state takes on the wire; for int8 by default with as many outliers as may be."""
+    if dtype != pb.INT8:
+        return hidden_size * FLOATS[dtype].itemsize
+    num_outliers = _max_outliers(hidden_size) if num_outliers is None else num_outliers
+    return 2 * -(-hidden_size // GROUP) + hidden_size + 2 * num_outliers
+
+
+def _max_outliers(hidden_size: int) -> int:
+    return max(1, hidden_size // GROUP)
+
+
+def _check_outliers(dtype: pb.DType, outliers: Sequence[int], hidden_size: int) -> None:
+    if dtype != pb.INT8 and outliers:
+        raise WireError("outliers is for dtype INT8 only: expected none")
+    if len(outliers) > _max_outliers(hidden_size):
+        raise WireError(f"outliers has {len(outliers)} channels: expected at most {_max_outliers(hidden_size)}")
+    if any(a >= b for a, b in itertools.pairwise([-1, *outliers, hidden_size])):
+        raise WireError(f"outliers must be ascending channels less than {hidden_size}")
+
+
+def _quantize(rows: Tensor) -> tuple[bytes, list[int]]:
+    """``[tokens, hidden]`` float32 -> the INT8 layout of `trunk.proto`.
+
+    A value is off by at most half a scale: 1/253 of the largest value in its token's group of 64 channels. Channels
+    that dwarf the others (real residual streams have some) would take that precision from their group for
+    every token, so the worst of them go as bfloat16.
+    """
+    num_rows, hidden_size = rows.shape
+    peaks = rows.abs().amax(0)
+    worst = peaks.topk(_max_outliers(hidden_size))
+    outliers = sorted(worst.indices[worst.values > _OUTLIER * peaks.median()].tolist())
+    kept = rows[:, outliers].to(torch.bfloat16)
+    padded = torch.nn.functional.pad(rows, (0, -hidden_size % GROUP))
+    if outliers:
+        padded = padded.index_fill(1, torch.tensor(outliers), 0.0)
+    groups = padded.view(num_rows, -1, GROUP)
+    # Rounded up, so that no value exceeds 127 of them.
+    scales = (groups.abs().amax(2) * ((1 + 2**-8) / 127)).to(torch.bfloat16)
+    steps = scales.float().masked_fill(scales == 0, 1.0)
+    values = (groups / steps[..., None]).round_().to(torch.int8).view(num_rows, -1)[:, :hidden_size]
+    return _to_bytes(scales) + _to_bytes(values) + _to_bytes(kept), outliers
+
+
+def _dequantize(data: bytes, outliers: Sequence[int], num_rows: int, hidden_size: int) -> Tensor:
+    num_groups = -(-hidden_size // GROUP)
+    ends = list(itertools.accumulate([0, 2 * num_rows * num_groups, num_rows * hidden_size]))
+    scales, values, kept = (data[a:b] for a, b in itertools.pairwise([*ends, len(data)]))
+    steps = _finite(_from_bytes(scales, torch.bfloat16)).float().view(num_rows, num_groups, 1)
+    whole = torch.nn.functional.pad(
+        _from_bytes(values, torch.int8).view(num_rows, hidden_size), (0, -hidden_size % GROUP)
+    )
+    rows = (whole.view(num_rows, num_groups, GROUP) * steps).view(num_rows, -1)[:, :hidden_size]
+    if outliers:
+        columns = _finite(_from_bytes(kept, torch.bfloat16)).float().view(num_rows, len(outliers))
+        rows[:, list(outliers)] = columns
+    return _finite(rows)
+
+
+def _to_bytes(values: Tensor) -> bytes:
+    return values.contiguous().view(torch.uint8).numpy().tobytes() if values.numel() else b""
+
+
+def _from_bytes(data: bytes, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype)  # a copy: bytes cannot be written to, tensors must
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not torch.isfinite(values).all():
         raise WireError("hidden_states holds NaN or infinite values")
-    return rows
+    return values
 
 
 def pack(hidden_states: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, list[int]]:
@@ -71,18 +151,65 @@ def unpack(rows: Tensor, attention_mask: Tensor | None, batch: int) -> Tensor:
     return hidden_states
 
 
-def encode_request(
-    hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, dtype: pb.DType
-) -> pb.ForwardRequest:
-    """Everything that one forward pass sends to the trunk; shapes as in `split.Trunk.start`."""
+@dataclass(frozen=True)
+class Packed:
+    """A ragged batch: ``rows`` is ``[sum(lengths), hidden]``, ``positions`` ``[sum(lengths)]`` or None."""
+
+    rows: Tensor
+    lengths: list[int]
+    positions: Tensor | None
+
+
+def pack_batch(hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Packed:
+    """What of one forward pass goes to the trunk; shapes as in `split.Trunk.start`.
+
+    Without a mask, positions that start anew begin another document of the same row, which transformers keeps apart
+    from the one before: here it becomes a sequence of its own.
+
+    Raises:
+        WireError: See `pack`.
+    """
     rows, lengths = pack(hidden_states, attention_mask)
     batch, seq, _ = hidden_states.shape
     if position_ids is None:
         position_ids = torch.arange(seq, device=rows.device)[None]
-    positions, _ = pack(position_ids.expand(batch, seq)[..., None], attention_mask)
-    implied = torch.cat([torch.arange(n, device=rows.device) for n in lengths])
-    explicit: list[int] = [] if torch.equal(positions[:, 0], implied) else positions[:, 0].tolist()
-    return pb.ForwardRequest(dtype=dtype, hidden_states=to_bytes(rows, dtype), lengths=lengths, positions=explicit)
+    positions = pack(position_ids.expand(batch, seq)[..., None], attention_mask)[0][:, 0].cpu()
+    if attention_mask is None:
+        lengths = [n for row in position_ids.expand(batch, seq).cpu() for n in _documents(row)]
+    implied = torch.cat([torch.arange(n) for n in lengths])
+    return Packed(rows, lengths, None if torch.equal(positions, implied) else positions)
+
+
+def _documents(positions: Tensor) -> list[int]:
+    """Lengths of the unbroken runs in one row's position ids ``[seq]``."""
+    starts = (positions.diff() != 1).nonzero()[:, 0] + 1
+    return [b - a for a, b in itertools.pairwise([0, *starts.tolist(), len(positions)])]
+
+
+def cut(packed: Packed, max_tokens: int) -> list[Packed]:
+    """Cut a ragged batch between sequences into parts of at most `max_tokens`, or of one sequence that is longer."""
+    parts: list[Packed] = []
+    first = start = end = 0
+    for i, length in enumerate(packed.lengths):
+        if end > start and end + length - start > max_tokens:
+            parts.append(_slice(packed, slice(first, i), slice(start, end)))
+            first, start = i, end
+        end += length
+    return [*parts, _slice(packed, slice(first, None), slice(start, end))]
+
+
+def _slice(packed: Packed, sequences: slice, tokens: slice) -> Packed:
+    positions = None if packed.positions is None else packed.positions[tokens]
+    return Packed(packed.rows[tokens], packed.lengths[sequences], positions)
+
+
+def encode_request(packed: Packed, dtype: pb.DType) -> pb.ForwardRequest:
+    """Everything that one call sends to the trunk."""
+    data, outliers = encode_rows(packed.rows, dtype)
+    positions = [] if packed.positions is None else packed.positions.tolist()
+    return pb.ForwardRequest(
+        dtype=dtype, hidden_states=data, lengths=packed.lengths, positions=positions, outliers=outliers
+    )
 
 
 @dataclass(frozen=True)
@@ -94,24 +221,17 @@ class Limits:
     max_sequence_length: int
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A decoded request: ``rows`` is ``[sum(lengths), hidden]``, ``positions`` ``[sum(lengths)]`` or None."""
-
-    rows: Tensor
-    lengths: list[int]
-    positions: Tensor | None
-
-
 def decode_request(request: pb.ForwardRequest, limits: Limits) -> Packed:
     """Inverse of `encode_request`, for input that nobody vouches for.
 
     Raises:
         WireError: Something does not fit; names the field, the value and the limit, never a tensor value.
     """
+    if not 1 <= len(request.lengths) <= limits.max_tokens:
+        raise WireError(f"lengths has {len(request.lengths)} entries: expected 1 to {limits.max_tokens}")
     lengths = list(request.lengths)
-    if not lengths or min(lengths) < 1:
-        raise WireError("lengths must hold at least one sequence, each of at least 1 token")
+    if min(lengths) < 1:
+        raise WireError("lengths holds 0: a sequence has at least 1 token")
     if max(lengths) > limits.max_sequence_length:
         raise WireError(f"lengths holds {max(lengths)}: a sequence has at most {limits.max_sequence_length} tokens")
     total = sum(lengths)
@@ -121,13 +241,14 @@ def decode_request(request: pb.ForwardRequest, limits: Limits) -> Packed:
         raise WireError(f"positions has {len(request.positions)} entries for {total} tokens")
     if request.positions and max(request.positions) >= limits.max_sequence_length:
         raise WireError(f"positions holds {max(request.positions)}: expected less than {limits.max_sequence_length}")
-    rows = from_bytes(request.hidden_states, request.dtype, total, limits.hidden_size)
+    rows = decode_rows(request.hidden_states, request.dtype, request.outliers, total, limits.hidden_size)
     return Packed(rows, lengths, torch.tensor(request.positions) if request.positions else None)
 
 
-def encode_reply(rows: Tensor, dtype: pb.DType) -> pb.ForwardReply:
+def encode_reply(rows: Tensor, dtype: pb.DType, trunk_id: bytes = b"") -> pb.ForwardReply:
     """Output rows ``[sum(lengths), hidden]`` in the dtype that the request came in."""
-    return pb.ForwardReply(dtype=dtype, hidden_states=to_bytes(rows, dtype))
+    data, outliers = encode_rows(rows, dtype)
+    return pb.ForwardReply(dtype=dtype, hidden_states=data, outliers=outliers, trunk_id=trunk_id)
 
 
 def decode_reply(reply: pb.ForwardReply, request: pb.ForwardRequest, hidden_size: int) -> Tensor:
@@ -138,23 +259,4 @@ def decode_reply(reply: pb.ForwardReply, request: pb.ForwardRequest, hidden_size
     """
     if reply.dtype != request.dtype:
         raise WireError(f"dtype={reply.dtype} in a reply to a request with dtype={request.dtype}")
-    return from_bytes(reply.hidden_states, reply.dtype, sum(request.lengths), hidden_size)
-
-
-def pad(packed: Packed) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Lay packed sequences out as a batch for a model: padded on the right, ``[batch, seq, hidden]``.
-
-    Returns:
-        Hidden states, attention mask ``[batch, seq]`` (None if nothing is padded), position ids (None if implied).
-    """
-    batch, seq = len(packed.lengths), max(packed.lengths)
-    mask = None if min(packed.lengths) == seq else mask_of(packed.lengths)
-    positions = None
-    if packed.positions is not None:
-        positions = unpack(packed.positions[:, None], mask, batch)[..., 0]
-    return unpack(packed.rows, mask, batch), mask, positions
-
-
-def mask_of(lengths: Sequence[int]) -> Tensor:
-    """Padding mask ``[batch, seq]`` of sequences padded on the right."""
-    return (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
+    return decode_rows(reply.hidden_states, reply.dtype, reply.outliers, sum(request.lengths), hidden_size)

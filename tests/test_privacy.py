@@ -82,7 +82,7 @@ def test_only_hidden_states_reach_the_trunk(demo_model: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(RemoteTrunk, "start", spy)
     with tapped_trunk(demo_model, sent) as address:
-        run_app(tmp_path, **{"trunk.address": address})
+        run_app(tmp_path, **{"trunk.address": address, "trunk.in-flight": 1})
 
     tokens = private_tokens(demo_model)
     requests = [message for method, message in sent if method.endswith("/Forward")]
@@ -92,11 +92,16 @@ def test_only_hidden_states_reach_the_trunk(demo_model: Path, tmp_path: Path, mo
         rest = len(message) - len(request.hidden_states)
         assert rest <= 16 + 2 * len(request.lengths)  # a few bytes of lengths: room for nothing else
         assert not request.positions
-        rows = wire.from_bytes(request.hidden_states, request.dtype, sum(request.lengths), output.shape[-1])
+        rows = wire.decode_rows(request.hidden_states, request.dtype, [], sum(request.lengths), output.shape[-1])
         assert torch.equal(rows, output.detach().to(torch.bfloat16))
         assert not any(ids in message for ids in tokens)
     others = {method for method, _ in sent if not method.endswith("/Forward")}
-    assert others <= {"/fl_split.Trunk/Describe", "metadata user-agent", "metadata grpc-accept-encoding"}
+    assert others <= {
+        "/fl_split.Trunk/Describe",
+        "metadata user-agent",
+        "metadata grpc-accept-encoding",
+        "metadata x-request-id",
+    }
     assert all(message == b"" for method, message in sent if method.endswith("/Describe"))
 
 
@@ -150,5 +155,5 @@ def test_tap_sees_what_it_should(demo_model: Path) -> None:
     with tapped_trunk(demo_model, sent) as address, grpc.insecure_channel(address) as channel:
         request = pb.ForwardRequest(dtype=pb.FLOAT32, lengths=[1], positions=[7], hidden_states=b"")
         with pytest.raises(grpc.RpcError):
-            channel.unary_unary(f"/{server.SERVICE}/Forward")(request.SerializeToString())
+            channel.unary_unary(f"/{wire.SERVICE}/Forward")(request.SerializeToString())
     assert pb.ForwardRequest.FromString(sent[0][1]).positions == [7]

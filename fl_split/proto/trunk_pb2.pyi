@@ -12,16 +12,18 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_UNSPECIFIED: _ClassVar[DType]
     FLOAT32: _ClassVar[DType]
     BFLOAT16: _ClassVar[DType]
+    INT8: _ClassVar[DType]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
+INT8: DType
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("config_digest", "weights_digest", "model_type", "first_layer", "end_layer", "hidden_size", "dtypes", "max_tokens", "max_sequence_length")
+    __slots__ = ("config_digest", "weights_digest", "model_type", "first_layer", "end_layer", "hidden_size", "dtypes", "max_tokens", "max_sequence_length", "trunk_id", "max_message_bytes", "version")
     CONFIG_DIGEST_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +33,9 @@ class DescribeReply(_message.Message):
     DTYPES_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_SEQUENCE_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    TRUNK_ID_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     config_digest: str
     weights_digest: str
     model_type: str
@@ -40,24 +45,33 @@ class DescribeReply(_message.Message):
     dtypes: _containers.RepeatedScalarFieldContainer[DType]
     max_tokens: int
     max_sequence_length: int
-    def __init__(self, config_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., model_type: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., max_tokens: _Optional[int] = ..., max_sequence_length: _Optional[int] = ...) -> None: ...
+    trunk_id: bytes
+    max_message_bytes: int
+    version: str
+    def __init__(self, config_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., model_type: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., max_tokens: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., trunk_id: _Optional[bytes] = ..., max_message_bytes: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("dtype", "hidden_states", "lengths", "positions")
+    __slots__ = ("dtype", "hidden_states", "lengths", "positions", "outliers")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    OUTLIERS_FIELD_NUMBER: _ClassVar[int]
     dtype: DType
     hidden_states: bytes
     lengths: _containers.RepeatedScalarFieldContainer[int]
     positions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., hidden_states: _Optional[bytes] = ..., lengths: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
+    outliers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., hidden_states: _Optional[bytes] = ..., lengths: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., outliers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
-    __slots__ = ("dtype", "hidden_states")
+    __slots__ = ("dtype", "hidden_states", "outliers", "trunk_id")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
+    OUTLIERS_FIELD_NUMBER: _ClassVar[int]
+    TRUNK_ID_FIELD_NUMBER: _ClassVar[int]
     dtype: DType
     hidden_states: bytes
-    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., hidden_states: _Optional[bytes] = ...) -> None: ...
+    outliers: _containers.RepeatedScalarFieldContainer[int]
+    trunk_id: bytes
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., hidden_states: _Optional[bytes] = ..., outliers: _Optional[_Iterable[int]] = ..., trunk_id: _Optional[bytes] = ...) -> None: ...

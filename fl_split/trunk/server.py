@@ -1,161 +1,278 @@
 """The trunk service: the middle layers of one model behind gRPC, forward only and stateless.
 
-Data path: Trunk.Forward -> **decode, pad, run the layers, encode** -> reply. Nothing of a call outlives it: no
+Data path: Trunk.Forward -> **who, read, decode** -> batcher -> **encode** -> reply. Nothing of a call outlives it: no
 log line, metric or error holds a value of a tensor.
 """
 
 import asyncio
 import logging
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import grpc
 import torch
-from transformers import PreTrainedModel
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from torch import Tensor
 
 from fl_split import wire
-from fl_split.checkpoint import config_digest, weights_digest
 from fl_split.errors import WireError
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.split import boundaries_of, load_trunk, run_trunk
+from fl_split.trunk.access import (
+    Gate,
+    TokenBook,
+    TooManyCalls,
+    Unauthenticated,
+    identify,
+    server_credentials,
+)
+from fl_split.trunk.batching import Batcher, DeadlinePassed, Job, QueueFull, run_packed
+from fl_split.trunk.calls import Call, Refusal
+from fl_split.trunk.config import TrunkConfig
+from fl_split.trunk.held import HeldLayers, hold_layers
+from fl_split.trunk.metrics import TrunkMetrics
+
+__all__ = ["HeldLayers", "TrunkServer", "embedded", "hold_layers"]
 
 logger = logging.getLogger(__name__)
 
-SERVICE = "fl_split.Trunk"
-MAX_TOKENS = 65_536  # of one call; bounds the memory that one caller can ask for
+_INLINE_BYTES = 65_536  # decoding less than this takes less time than handing it to a thread
+_MAX_WAIT_S = 600.0  # of calls that come without a deadline
+_Code = grpc.StatusCode
 
 
-@dataclass(frozen=True)
-class HeldLayers:
-    """A loaded trunk and what it says of itself."""
+class TrunkServer:
+    """One bound server: `start`, `warm_up`, and in the end `drain`. Lives in one event loop."""
 
-    model: PreTrainedModel
-    description: pb.DescribeReply
+    def __init__(self, held: HeldLayers, config: TrunkConfig) -> None:
+        """Prepare; nothing is bound yet.
 
-    @property
-    def limits(self) -> wire.Limits:
-        """What one call may hold."""
-        about = self.description
-        return wire.Limits(about.hidden_size, about.max_tokens, about.max_sequence_length)
+        Raises:
+            ConfigError: Certificates or the tokens file cannot be used.
+        """
+        self._held, self._config = held, config
+        self.metrics = TrunkMetrics()
+        self.port = 0
+        self._description = held.describe(config.limits)
+        self._limits = wire.Limits(
+            held.hidden_size, self._description.max_tokens, self._description.max_sequence_length
+        )
+        self._book = TokenBook(Path(config.security.tokens)) if config.security.tokens else None
+        self._gate = Gate(config.limits)
+        self._batcher = Batcher(self._compute, held.allowed(config.batching), config.limits.queue_tokens)
+        self._batcher.on_batch = self._count_batch
+        self._health = health.aio.HealthServicer()
+        self._server = self._build()
+        self._serving: asyncio.Task[None] | None = None
+        self._padded_tokens = 0
 
+    def _build(self) -> grpc.aio.Server:
+        limits = self._config.limits
+        max_bytes = self._description.max_message_bytes
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", max_bytes),
+                ("grpc.max_send_message_length", max_bytes),
+                ("grpc.max_metadata_size", 16_384),
+                ("grpc.max_concurrent_streams", limits.calls_per_caller + 8),
+                ("grpc.max_allowed_incoming_connections", limits.connections),
+                ("grpc.server_handshake_timeout_ms", 10_000),
+                ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message must not become a large one
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.keepalive_time_ms", 60_000),  # finds callers who are gone without a word
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        server.add_generic_rpc_handlers((self._handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (wire.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        return server
 
-def hold_layers(folder: Path, bottom_layers: int, top_layers: int, dtype: torch.dtype = torch.float32) -> HeldLayers:
-    """Load the layers between the ends of the model in `folder`, ready to be served.
+    def _handlers(self) -> grpc.GenericRpcHandler:
+        """The methods under their names in `trunk.proto`.
 
-    Raises:
-        SplitError: See `split.load_trunk`.
-    """
-    model = load_trunk(folder, bottom_layers, top_layers, dtype=dtype)
-    config, cut = model.config, boundaries_of(model)
-    description = pb.DescribeReply(
-        config_digest=config_digest(config),
-        weights_digest=weights_digest(folder, cut.layers_name, cut.trunk),
-        model_type=config.model_type,
-        first_layer=cut.first,
-        end_layer=cut.end,
-        hidden_size=config.hidden_size,
-        dtypes=list(wire.DTYPES),
-        max_tokens=MAX_TOKENS,
-        max_sequence_length=config.max_position_embeddings,
-    )
-    return HeldLayers(model, description)
-
-
-class TrunkService:
-    """The RPC methods. One worker thread computes; the event loop only moves bytes."""
-
-    def __init__(self, held: HeldLayers) -> None:
-        self._held = held
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="trunk")
-
-    async def describe(self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext) -> pb.DescribeReply:
-        """Say what this trunk holds and accepts."""
-        return self._held.description
-
-    async def forward(self, request: pb.ForwardRequest, context: grpc.aio.ServicerContext) -> pb.ForwardReply:
-        """Run the layers over one request."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._worker, self._forward, request)
-        except WireError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except Exception as error:  # the outermost frame: callers learn nothing of the inside
-            logger.error("forward failed: %s", type(error).__name__)
-            await context.abort(grpc.StatusCode.INTERNAL, "the trunk failed on this call; its operator's log says more")
-
-    def _forward(self, request: pb.ForwardRequest) -> pb.ForwardReply:
-        packed = wire.decode_request(request, self._held.limits)
-        hidden_states, mask, positions = wire.pad(packed)
-        out = run_trunk(self._held.model, hidden_states.float(), mask, positions)
-        rows, _ = wire.pack(out, mask)
-        return wire.encode_reply(rows, request.dtype)
-
-    def handlers(self) -> grpc.GenericRpcHandler:
-        """The methods under their names in `trunk.proto`."""
+        Towards grpc they take a stream, so that a call is seen before its message is received: whoever is refused is
+        refused unread, and messages are parsed here. On the wire the two kinds of call are the same.
+        """
         methods = {
-            "Describe": grpc.unary_unary_rpc_method_handler(
-                self.describe, pb.DescribeRequest.FromString, pb.DescribeReply.SerializeToString
-            ),
-            "Forward": grpc.unary_unary_rpc_method_handler(
-                self.forward, pb.ForwardRequest.FromString, pb.ForwardReply.SerializeToString
-            ),
+            "Describe": grpc.stream_unary_rpc_method_handler(self._wrap("Describe", self._describe)),
+            "Forward": grpc.stream_unary_rpc_method_handler(self._wrap("Forward", self._forward)),
         }
-        return grpc.method_handlers_generic_handler(SERVICE, methods)
+        return grpc.method_handlers_generic_handler(wire.SERVICE, methods)
+
+    async def start(self) -> None:
+        """Bind and listen; not ready yet.
+
+        Raises:
+            OSError: The address cannot be bound.
+        """
+        await self._set_ready(False)
+        host, port = self._config.server.host, self._config.server.port
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        credentials = server_credentials(self._config.security)
+        try:
+            if credentials is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: is the port taken, the host this machine's?") from error
+        await self._server.start()
+        self._serving = asyncio.create_task(self._batcher.run())
+
+    async def warm_up(self) -> None:
+        """Compute once, with and without padding, then be ready: first callers do not pay for what happens once."""
+        length = min(32, self._limits.max_sequence_length)
+        for lengths in ([length], [length, max(1, length // 2)]):
+            rows = torch.zeros(sum(lengths), self._limits.hidden_size)
+            await self._batcher.warm_up(wire.Packed(rows, lengths, None))
+        await self._set_ready(True)
+
+    async def drain(self) -> None:
+        """Take no more calls, finish those that are open within `server.drain-s`, stop."""
+        await self._set_ready(False)
+        await self._server.stop(self._config.server.drain_s)
+        if self._serving is not None:
+            self._serving.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._serving
+        self._batcher.close()
+
+    async def _set_ready(self, ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in (health.OVERALL_HEALTH, wire.SERVICE):
+            await self._health.set(name, status)
+        self.metrics.ready.set(ready)
+
+    # ---------------------------------------------------------------------------------------------------- calls
+
+    def _wrap(self, method: str, answer: Callable[["Call"], Coroutine[Any, Any, bytes]]) -> Any:
+        """What every call goes through: who it is, how it ends, its line in the log and in the metrics."""
+
+        async def handle(messages: Any, context: grpc.aio.ServicerContext) -> bytes:
+            call = Call(method, messages, context)
+            with self.metrics.open_calls.track_inprogress():
+                try:
+                    call.institution, call.caller = identify(context, self._book)
+                    async with self._gate.call(call.caller):
+                        reply = await answer(call)
+                    call.finish(_Code.OK, self.metrics, len(reply))
+                    return reply
+                except asyncio.CancelledError:
+                    call.finish(_Code.CANCELLED, self.metrics)
+                    raise
+                except Exception as error:  # the outermost frame: callers learn nothing of the inside
+                    refusal = _refusal(error, call.id)
+                    call.finish(refusal.code, self.metrics)
+                    await context.abort(refusal.code, refusal.text, refusal.trailers)
+                    raise  # not reached: abort raises
+
+        return handle
+
+    async def _describe(self, call: "Call") -> bytes:
+        return self._description.SerializeToString()
+
+    async def _forward(self, call: "Call") -> bytes:
+        async with self._gate.reading(call.caller):
+            data = await call.read(self._config.limits.receive_timeout_s)
+            dtype, packed = await _in_thread_if(len(data) > _INLINE_BYTES, _decode, data, self._limits)
+            call.num_tokens, call.num_sequences = len(packed.rows), len(packed.lengths)
+        timeout_s = min(call.context.time_remaining() or _MAX_WAIT_S, _MAX_WAIT_S)
+        del data
+        self.metrics.queued_tokens.set(self._batcher.queued_tokens)
+        done = await self._batcher.submit(call.caller, packed, timeout_s)
+        call.queue_s, call.compute_s, call.batch_tokens = done.queue_s, done.compute_s, done.batch_tokens
+        self.metrics.queue_s.observe(done.queue_s)
+        large = done.rows.nbytes > _INLINE_BYTES
+        reply: bytes = await _in_thread_if(large, _encode, done.rows, dtype, self._description.trunk_id)
+        return reply
+
+    def _compute(self, requests: Sequence[wire.Packed]) -> list[Tensor]:
+        outputs, self._padded_tokens = run_packed(self._held.run, requests, causal=self._held.causal)
+        return outputs
+
+    def _count_batch(self, jobs: list[Job], seconds: float) -> None:
+        num_tokens = sum(job.num_tokens for job in jobs)
+        self.metrics.compute_s.observe(seconds)
+        self.metrics.batch_tokens.observe(num_tokens)
+        self.metrics.batch_calls.observe(len(jobs))
+        self.metrics.batch_fill.observe(num_tokens / self._padded_tokens)
+        self.metrics.queued_tokens.set(self._batcher.queued_tokens)
 
 
-async def start(held: HeldLayers, address: str) -> tuple[grpc.aio.Server, int]:
-    """Start serving; returns the server and its port.
+def _refusal(error: Exception, call_id: str) -> Refusal:
+    """The one place where what went wrong becomes a status."""
+    match error:
+        case Unauthenticated():
+            return Refusal(_Code.UNAUTHENTICATED, "this trunk needs a valid bearer token: ask its operator for one")
+        case QueueFull():
+            return Refusal.later(str(error), error.retry_after_s)
+        case TooManyCalls():
+            return Refusal.later("too many calls at once: make fewer, or wait for some to end", 0.5)
+        case WireError() | DecodeError():
+            text = str(error) if isinstance(error, WireError) else "the message is not a ForwardRequest"
+            return Refusal(_Code.INVALID_ARGUMENT, text)
+        case DeadlinePassed():
+            return Refusal(_Code.DEADLINE_EXCEEDED, "the deadline passed while the call was waiting")
+        case TimeoutError():
+            return Refusal(_Code.DEADLINE_EXCEEDED, "the request was not sent within limits.receive-timeout-s")
+    logger.error("call %s failed: %s", call_id, type(error).__name__)
+    return Refusal(_Code.INTERNAL, f"the trunk failed on this call; its operator's log says more ({call_id})")
 
-    Args:
-        held: What to serve.
-        address: ``host:port``; port 0 takes a free one.
 
-    Raises:
-        OSError: The address cannot be bound.
-    """
-    # One token is at most 4 bytes a dimension; the rest of a message is small beside it.
-    max_bytes = held.description.max_tokens * (held.description.hidden_size * 4 + 16)
-    server = grpc.aio.server(
-        options=[
-            ("grpc.max_receive_message_length", max_bytes),
-            ("grpc.max_send_message_length", max_bytes),
-            ("grpc.so_reuseport", 0),
-        ]
-    )
-    server.add_generic_rpc_handlers((TrunkService(held).handlers(),))
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise OSError(f"cannot listen on {address}: is the port taken?") from error
-    await server.start()
-    return server, port
+def _decode(data: bytes, limits: wire.Limits) -> tuple[pb.DType, wire.Packed]:
+    request = pb.ForwardRequest.FromString(data)
+    return request.dtype, wire.decode_request(request, limits)
+
+
+def _encode(rows: Tensor, dtype: pb.DType, trunk_id: bytes) -> bytes:
+    return wire.encode_reply(rows, dtype, trunk_id).SerializeToString()
+
+
+async def _in_thread_if(large: bool, function: Callable[..., Any], *args: Any) -> Any:
+    return await asyncio.to_thread(function, *args) if large else function(*args)
 
 
 @contextmanager
-def embedded(held: HeldLayers, port: int = 0) -> Iterator[str]:
-    """Serve on loopback from a thread of this process while the context lasts; yields the address."""
-    address: Future[str] = Future()
+def embedded(held: HeldLayers, port: int = 0, config: TrunkConfig | None = None) -> Iterator[str]:
+    """Serve from a thread of this process while the context lasts; yields the address.
+
+    Args:
+        held: What to serve.
+        port: 0 takes a free one.
+        config: By default plaintext on loopback, without metrics.
+    """
+    config = config or TrunkConfig()
+    config = config.model_copy(update={"server": config.server.model_copy(update={"port": port})})
+    bound: Future[int] = Future()
     stop = threading.Event()
 
     async def serve() -> None:
-        server, bound = await start(held, f"127.0.0.1:{port}")
-        address.set_result(f"127.0.0.1:{bound}")
+        server = TrunkServer(held, config)
+        await server.start()
+        await server.warm_up()
+        bound.set_result(server.port)
         await asyncio.to_thread(stop.wait)
-        await server.stop(grace=5)
+        await server.drain()
 
     def run() -> None:
         try:
             asyncio.run(serve())
-        except OSError as error:
-            address.set_exception(error)
+        except Exception as error:
+            if bound.done():
+                raise
+            bound.set_exception(error)
 
     thread = threading.Thread(target=run, name="trunk-server", daemon=True)
     thread.start()
     try:
-        yield address.result()
+        yield f"{config.server.host}:{bound.result()}"
     finally:
         stop.set()
         thread.join()

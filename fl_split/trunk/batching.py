@@ -1,0 +1,359 @@
+"""Many callers' requests -> one forward pass -> each caller's rows. Bounded, fair, and blind to who shares a batch.
+
+Data path: decoded request -> **fair queue -> batch -> padded layout -> layers -> rows per request** -> encoded reply.
+
+The queue holds a fixed number of tokens. When it is full, the caller with the most tokens in it gives way to callers
+with fewer, and is told when to come again. Batches are filled by turns, counted in tokens, so that a caller with
+a thousand calls gets the same share of the trunk as a caller with one.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fl_split.trunk.config import Batching
+from fl_split.wire import Packed
+
+_ACTIVE_S = 1.0  # a caller that called within this time is worth a short wait
+_PADDING = 0.1  # of a forward pass, at most, before sequences of another length get a pass of their own
+_PASS_TOKENS = 64  # what one more forward pass costs, about, in tokens
+
+
+class QueueFull(Exception):
+    """No room for this request now; `retry_after_s` says when to ask again."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(f"the queue is full: ask again in {retry_after_s:.2f} s")
+        self.retry_after_s = retry_after_s
+
+
+class DeadlinePassed(Exception):
+    """The caller has stopped waiting."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One request on its way through the batcher; times are of `time.monotonic`."""
+
+    caller: str
+    packed: Packed
+    deadline: float
+    done: "asyncio.Future[Done]"
+    arrived: float = field(default_factory=time.monotonic)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the request."""
+        return len(self.packed.rows)
+
+
+@dataclass(frozen=True)
+class Done:
+    """Output rows ``[sum(lengths), hidden]``, and how they came about."""
+
+    rows: Tensor
+    queue_s: float
+    compute_s: float
+    batch_tokens: int
+
+
+class FairQueue:
+    """A queue bounded in tokens, from which callers are served in turns. Not for several threads."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._jobs: dict[str, deque[Job]] = {}
+        self._waiting: dict[str, int] = {}  # tokens in the queue, per caller
+        self._served: dict[str, int] = {}  # tokens taken, per caller, from a common start
+        self._turn = 0  # `_served` of the caller whose turn was last: newcomers start there, not at zero
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens waiting."""
+        return sum(self._waiting.values())
+
+    @property
+    def callers(self) -> set[str]:
+        """Who is waiting."""
+        return set(self._jobs)
+
+    @property
+    def oldest(self) -> float:
+        """When the longest waiting job came; the queue must not be empty."""
+        return min(jobs[0].arrived for jobs in self._jobs.values())
+
+    def put(self, job: Job) -> list[Job]:
+        """Add a job at the end of its caller's line.
+
+        Returns:
+            Jobs that gave way, newest first, of callers that had more tokens waiting than this one now has.
+
+        Raises:
+            QueueFull: There is no room, and this caller already holds as much as any other. Its `retry_after_s` is 0.
+        """
+        evicted: list[Job] = []
+        mine = self._waiting.get(job.caller, 0) + job.num_tokens
+        while self.num_tokens + job.num_tokens > self._max_tokens:
+            heaviest = max(self._waiting, key=self._waiting.__getitem__, default=job.caller)
+            if heaviest == job.caller or self._waiting[heaviest] <= mine:
+                for old in reversed(evicted):
+                    self._append(old)
+                raise QueueFull(0.0)
+            evicted.append(self._jobs[heaviest][-1])
+            self.remove(evicted[-1])
+        if job.caller not in self._jobs:
+            self._served[job.caller] = max(self._turn, self._served.get(job.caller, 0))
+        self._append(job)
+        return evicted
+
+    def _append(self, job: Job) -> None:
+        self._jobs.setdefault(job.caller, deque()).append(job)
+        self._waiting[job.caller] = self._waiting.get(job.caller, 0) + job.num_tokens
+
+    def remove(self, job: Job) -> None:
+        """Take a job out that is in the queue; nothing happens if it is not."""
+        jobs = self._jobs.get(job.caller, deque())
+        if job in jobs:
+            jobs.remove(job)
+            self._waiting[job.caller] -= job.num_tokens
+            if not jobs:
+                del self._jobs[job.caller], self._waiting[job.caller]
+
+    def take(self, max_tokens: int) -> list[Job]:
+        """Take jobs by turns, until the next one would exceed `max_tokens`; the first is taken whatever its size."""
+        batch: list[Job] = []
+        total = 0
+        while self._jobs:
+            caller = min(self._jobs, key=lambda name: self._served.get(name, 0))
+            job = self._jobs[caller][0]
+            if batch and total + job.num_tokens > max_tokens:
+                break
+            self.remove(job)
+            self._turn = self._served.get(caller, 0)
+            self._served[caller] = self._turn + job.num_tokens
+            batch.append(job)
+            total += job.num_tokens
+        self._served = {c: n for c, n in self._served.items() if c in self._jobs or n > self._turn}
+        return batch
+
+
+class Batcher:
+    """Runs `compute` over batches of requests in one worker thread. Lives in one event loop."""
+
+    def __init__(
+        self, compute: Callable[[Sequence[Packed]], list[Tensor]], settings: Batching, queue_tokens: int
+    ) -> None:
+        """Prepare; `run` serves from then on.
+
+        Args:
+            compute: Requests in, each one's output rows out, in the same order. Called in the worker thread.
+            settings: Size and patience of a batch.
+            queue_tokens: Tokens waiting, at most.
+        """
+        self._compute, self._settings = compute, settings
+        self._queue = FairQueue(queue_tokens)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="trunk")
+        self._changed = asyncio.Event()
+        self._seen: dict[str, float] = {}  # when each caller last called
+        self._tokens_per_s = 0.0
+        self.on_batch: Callable[[list[Job], float], None] = lambda jobs, seconds: None
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens waiting now."""
+        return self._queue.num_tokens
+
+    async def submit(self, caller: str, packed: Packed, timeout_s: float) -> Done:
+        """Wait in line, run, return. Cancelling it takes the request out of the queue.
+
+        Raises:
+            QueueFull: No room.
+            DeadlinePassed: `timeout_s` was over before the turn came.
+        """
+        now = time.monotonic()
+        job = Job(caller, packed, now + timeout_s, asyncio.get_running_loop().create_future())
+        try:
+            evicted = self._queue.put(job)
+        except QueueFull:
+            raise QueueFull(self._retry_after_s()) from None
+        for other in evicted:
+            other.done.set_exception(QueueFull(self._retry_after_s()))
+        self._seen[caller] = now
+        self._changed.set()
+        try:
+            return await job.done
+        except asyncio.CancelledError:
+            self._queue.remove(job)
+            raise
+
+    def _retry_after_s(self) -> float:
+        """When half of what is waiting now should be done."""
+        rate = self._tokens_per_s
+        return min(max(0.5 * self._queue.num_tokens / rate, 0.05), 10.0) if rate else 0.2
+
+    async def run(self) -> None:
+        """Serve the queue until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = await self._next_batch()
+            started = time.monotonic()
+            try:
+                outputs = await loop.run_in_executor(self._worker, self._compute, [job.packed for job in batch])
+            except Exception as error:  # a forward pass may fail in any way; the next one may not
+                for job in batch:
+                    if not job.done.done():
+                        job.done.set_exception(error)
+                continue
+            seconds = time.monotonic() - started
+            total = sum(job.num_tokens for job in batch)
+            self._tokens_per_s = 0.8 * (self._tokens_per_s or total / seconds) + 0.2 * total / seconds
+            for job, rows in zip(batch, outputs, strict=True):
+                if not job.done.done():
+                    job.done.set_result(Done(rows, started - job.arrived, seconds, total))
+            self.on_batch(batch, seconds)
+
+    async def warm_up(self, packed: Packed) -> None:
+        """Run one request in the worker, past the queue."""
+        await asyncio.get_running_loop().run_in_executor(self._worker, self._compute, [packed])
+
+    async def _next_batch(self) -> list[Job]:
+        while True:
+            while not self._queue.callers:
+                self._changed.clear()
+                await self._changed.wait()
+            await self._gather()
+            jobs = self._queue.take(self._settings.max_batch_tokens if self._settings.enabled else 0)
+            late = [job for job in jobs if job.deadline < time.monotonic()]
+            for job in late:
+                job.done.set_exception(DeadlinePassed())
+            if batch := [job for job in jobs if not job.done.done()]:
+                return batch
+
+    async def _gather(self) -> None:
+        """Wait a moment for callers who were here just now; a lone caller has nobody to wait for."""
+        if not self._settings.enabled:
+            return
+        patience_s = self._settings.max_wait_ms / 1000
+        while self._queue.callers and self._queue.num_tokens < self._settings.max_batch_tokens:
+            now = time.monotonic()
+            self._seen = {caller: at for caller, at in self._seen.items() if now - at < _ACTIVE_S}
+            left_s = self._queue.oldest + patience_s - now
+            if left_s <= 0 or not self._seen.keys() - self._queue.callers:
+                return
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), left_s)
+            except TimeoutError:
+                return
+
+    def close(self) -> None:
+        """Give the worker thread back."""
+        self._worker.shutdown(wait=False, cancel_futures=True)
+
+
+# -------------------------------------------------------------------------------------------------------- layout
+
+
+@dataclass(frozen=True)
+class Span:
+    """One sequence: which request it is of, and its rows there."""
+
+    request: int
+    rows: slice
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return int(self.rows.stop - self.rows.start)
+
+
+def passes(requests: Sequence[Packed]) -> Iterator[list[Span]]:
+    """Arrange all sequences into forward passes: longest first, those of about the same length together.
+
+    A pass ends where padding would exceed a tenth of it, if what it saves is more than what another pass costs.
+    """
+    sequences = []
+    for i, packed in enumerate(requests):
+        start = 0
+        for length in packed.lengths:
+            sequences.append(Span(i, slice(start, start + length)))
+            start += length
+    sequences.sort(key=lambda sequence: -sequence.length)
+    current: list[Span] = []
+    real = 0
+    for i, sequence in enumerate(sequences):
+        if current:
+            longest = current[0].length
+            padded = (len(current) + 1) * longest
+            saved = (longest - sequence.length) * (len(sequences) - i)
+            if padded - real - sequence.length > _PADDING * padded and saved > _PASS_TOKENS:
+                yield current
+                current, real = [], 0
+        current.append(sequence)
+        real += sequence.length
+    yield current
+
+
+def run_packed(
+    run: Callable[[Tensor, Tensor | None, Tensor | None], Tensor], requests: Sequence[Packed], *, causal: bool
+) -> tuple[list[Tensor], int]:
+    """Run all sequences of all requests, padded as little as possible.
+
+    Args:
+        run: A trunk: hidden states ``[batch, seq, hidden]``, mask, position ids -> the same shape.
+        requests: What to run.
+        causal: No position looks at later ones: then padding on the right needs no mask.
+
+    Returns:
+        Output rows of each request, ``[sum(lengths), hidden]``, and the tokens computed, padding included.
+    """
+    same = len({packed.rows.dtype for packed in requests}) == 1
+    dtype = requests[0].rows.dtype if same else torch.float32
+    outputs = [torch.empty(packed.rows.shape, dtype=dtype) for packed in requests]
+    num_computed = 0
+    for sequences in passes(requests):
+        longest = sequences[0].length
+        hidden_states = torch.zeros(len(sequences), longest, outputs[0].shape[1], dtype=dtype)
+        for i, sequence in enumerate(sequences):
+            hidden_states[i, : sequence.length] = requests[sequence.request].rows[sequence.rows]
+        positions = _positions(requests, sequences)
+        ragged = sequences[-1].length < longest
+        # Without a mask, transformers would take positions that do not count up for documents packed into one row.
+        mask = _mask(sequences) if positions is not None or (ragged and not causal) else None
+        out = run(hidden_states, mask, positions)
+        for i, sequence in enumerate(sequences):
+            outputs[sequence.request][sequence.rows] = out[i, : sequence.length]
+        num_computed += len(sequences) * longest
+    return outputs, num_computed
+
+
+def _mask(sequences: Sequence[Span]) -> Tensor:
+    lengths = torch.tensor([sequence.length for sequence in sequences])
+    return (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long()
+
+
+def _positions(requests: Sequence[Packed], sequences: Sequence[Span]) -> Tensor | None:
+    """Position ids ``[batch, seq]``, or None if every sequence counts from 0."""
+    given = [requests[sequence.request].positions for sequence in sequences]
+    if all(positions is None for positions in given):
+        return None
+    filled = torch.arange(sequences[0].length).repeat(len(sequences), 1)
+    for row, sequence, positions in zip(filled, sequences, given, strict=True):
+        if positions is not None:
+            row[: sequence.length] = positions[sequence.rows]
+            row[sequence.length :] = 0
+    return filled
+
+
+def is_causal(run: Callable[[Tensor, Tensor | None, Tensor | None], Tensor], hidden_size: int) -> bool:
+    """Whether outputs stay the same, bit for bit, when a later token changes; False also where rounding hides it."""
+    hidden_states = torch.randn(1, 8, hidden_size, generator=torch.Generator().manual_seed(0))
+    changed = hidden_states.clone()
+    changed[:, -1] *= -3
+    return torch.equal(run(hidden_states, None, None)[:, :-1], run(changed, None, None)[:, :-1])

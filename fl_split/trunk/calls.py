@@ -1,0 +1,102 @@
+"""One call to a trunk: its name, its message, how it ended. The log line it leaves holds counts and times only."""
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from fl_split.errors import WireError
+from fl_split.trunk.metrics import TrunkMetrics
+from fl_split.wire import PUSHBACK, REQUEST_ID
+
+logger = logging.getLogger(__name__)
+
+_ID = re.compile(r"[A-Za-z0-9-]{8,64}")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A status that is not OK, and what a caller is told."""
+
+    code: grpc.StatusCode
+    text: str
+    trailers: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def later(cls, text: str, retry_after_s: float) -> "Refusal":
+        """No room now: RESOURCE_EXHAUSTED, with the time after which to ask again."""
+        return cls(grpc.StatusCode.RESOURCE_EXHAUSTED, text, ((PUSHBACK, str(int(retry_after_s * 1000))),))
+
+
+@dataclass
+class Call:
+    """One call while it is served."""
+
+    method: str
+    messages: Any  # async iterator over what the caller sends
+    context: grpc.aio.ServicerContext
+    institution: str = "unknown"
+    caller: str = ""  # what its share is counted by
+    num_tokens: int = 0
+    num_sequences: int = 0
+    size_bytes: int = 0
+    batch_tokens: int = 0
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    id: str = ""
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        """Take the caller's request id if it is one, else make one up."""
+        given = dict(self.context.invocation_metadata() or ()).get(REQUEST_ID, "")
+        self.id = given if isinstance(given, str) and _ID.fullmatch(given) else uuid.uuid4().hex
+
+    async def read(self, timeout_s: float) -> bytes:
+        """Receive the message.
+
+        Raises:
+            TimeoutError: It was not there in time.
+            WireError: The call ended without one.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                data: bytes = await anext(self.messages)
+        except StopAsyncIteration:
+            raise WireError("the call holds no message: expected one") from None
+        self.size_bytes = len(data)
+        return data
+
+    def finish(self, code: grpc.StatusCode, metrics: TrunkMetrics, sent_bytes: int = 0) -> None:
+        """Count the call and write its line."""
+        seconds = time.monotonic() - self.started
+        metrics.calls.labels(self.method, code.name, self.institution).inc()
+        metrics.call_s.observe(seconds)
+        if self.method == "Forward":
+            metrics.bytes_in.labels(self.institution).inc(self.size_bytes)
+            metrics.bytes_out.labels(self.institution).inc(sent_bytes)
+        if code is grpc.StatusCode.OK and self.num_tokens:
+            metrics.tokens.labels(self.institution).inc(self.num_tokens)
+        logger.info(
+            "call",
+            extra={
+                "event": {
+                    "request-id": self.id,
+                    "method": self.method,
+                    "code": code.name,
+                    "institution": self.institution,
+                    "tokens": self.num_tokens,
+                    "sequences": self.num_sequences,
+                    "received-bytes": self.size_bytes,
+                    "sent-bytes": sent_bytes,
+                    "batch-tokens": self.batch_tokens,
+                    "queue-s": round(self.queue_s, 6),
+                    "compute-s": round(self.compute_s, 6),
+                    "call-s": round(seconds, 6),
+                }
+            },
+        )

@@ -1,0 +1,190 @@
+"""A trunk server's configuration: a TOML file, flags over it, checked once at the edge.
+
+Defaults live here; a test holds `configs/trunk.toml` and docs/trunk.md equal to them.
+"""
+
+import ipaddress
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fl_split.errors import ConfigError
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+Quantization = Literal["", "bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=lambda name: name.replace("_", "-"), populate_by_name=True
+    )
+
+
+class Model(_Section):
+    """What is served, and on which hardware."""
+
+    name: str = Field("demo", description="`demo`, a path of a model folder, or a Hugging Face id")
+    revision: str = Field("", description="branch, tag or commit of a Hugging Face id; empty: the default branch")
+    bottom_layers: Positive = Field(2, description="layers that nodes hold before the trunk")
+    top_layers: Positive = Field(2, description="layers that nodes hold after the trunk")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights and the computation")
+    device_map: str = Field(
+        "", description="`auto`, `cpu`, `cuda:1`, ...: transformers' device map; empty: a GPU if any"
+    )
+    quantization: Quantization = Field("", description="of the weights, by transformers; needs the named package")
+    compile: bool = Field(False, description="`torch.compile` the layers: slow to start, faster after")
+    threads: Annotated[int, Field(ge=0)] = Field(
+        0, description="CPU threads to compute with; 0: all this process may use"
+    )
+
+
+class Server(_Section):
+    """Where callers reach it."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; `0.0.0.0` for every network of the machine")
+    port: Port = Field(9470, description="0 takes a free one")
+    drain_s: Seconds = Field(30.0, description="seconds that calls get to finish after SIGTERM")
+
+
+class Batching(_Section):
+    """How calls of different callers share a forward pass."""
+
+    enabled: bool = Field(True, description="false: one forward pass per call")
+    max_batch_tokens: Positive = Field(4096, description="tokens in one forward pass; one larger call runs alone")
+    max_wait_ms: Annotated[float, Field(ge=0)] = Field(
+        2.0, description="longest wait for other active callers; a lone caller never waits"
+    )
+
+
+class Limits(_Section):
+    """What callers may ask for; together they bound the server's memory."""
+
+    max_tokens: Positive = Field(8192, description="tokens in one call")
+    max_sequence_length: Annotated[int, Field(ge=0)] = Field(0, description="tokens in one sequence; 0: the model's")
+    queue_tokens: Positive = Field(65_536, description="tokens waiting, of all callers; beyond it calls are refused")
+    calls: Positive = Field(512, description="calls at the same time, of all callers")
+    calls_per_caller: Positive = Field(64, description="calls at the same time, of one caller")
+    reading: Positive = Field(16, description="requests being received at the same time; the rest wait unread")
+    reading_per_caller: Positive = Field(8, description="the same, of one caller")
+    receive_timeout_s: Seconds = Field(30.0, description="seconds that sending one request may take")
+    connections: Positive = Field(1024, description="open connections")
+
+
+class Security(_Section):
+    """Who may call, and who may listen in."""
+
+    cert: str = Field("", description="PEM file of the server's certificate chain; read anew when it changes")
+    key: str = Field("", description="PEM file of its private key")
+    client_ca: str = Field("", description="PEM file of the CA that callers' certificates must come from (mTLS)")
+    tokens: str = Field("", description="file of bearer tokens' hashes, made by `fl-split trunk token add`")
+    allow_plaintext: bool = Field(False, description="serve without TLS beyond loopback: hidden states can be read")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if bool(self.cert) != bool(self.key):
+            raise ValueError("cert and key belong together: set both, or neither")
+        if self.client_ca and not self.cert:
+            raise ValueError("client-ca needs TLS: set cert and key as well")
+        return self
+
+
+class Metrics(_Section):
+    """Prometheus."""
+
+    enabled: bool = Field(True, description="serve metrics over HTTP")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: Port = Field(9471, description="0 takes a free one")
+
+
+class Log(_Section):
+    """One line per call and per event on standard error; never a value of a tensor."""
+
+    format: Literal["json", "text"] = Field("json", description="`json`: an object a line; `text`: for people")
+    level: Literal["debug", "info", "warning"] = Field(
+        "info", description="`info` logs each call, `warning` only trouble"
+    )
+
+
+class TrunkConfig(_Section):
+    """Everything that a trunk server can be told."""
+
+    model: Model = Model()
+    server: Server = Server()
+    batching: Batching = Batching()
+    limits: Limits = Limits()
+    security: Security = Security()
+    metrics: Metrics = Metrics()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.limits.queue_tokens < self.limits.max_tokens:
+            raise ValueError(
+                f"limits.queue-tokens={self.limits.queue_tokens} is less than limits.max-tokens="
+                f"{self.limits.max_tokens}: such a call could never be queued; raise the one or lower the other"
+            )
+        if not (self.security.cert or self.security.allow_plaintext or is_loopback(self.server.host)):
+            raise ValueError(
+                f"server.host={self.server.host!r} is beyond loopback, and without TLS anybody on the way can read "
+                "hidden states and tokens: set security.cert and security.key, or security.allow-plaintext=true"
+            )
+        return self
+
+    @classmethod
+    def load(cls, file: Path | None, overrides: Iterable[str] = ()) -> Self:
+        """Read a configuration.
+
+        Args:
+            file: TOML; None for the defaults.
+            overrides: ``section.key=value`` each, the value in TOML; a bare word counts as a string.
+
+        Raises:
+            ConfigError: The file cannot be read, or a key or value is wrong; names it as the user wrote it.
+        """
+        values: dict[str, Any] = {}
+        if file is not None:
+            try:
+                values = tomllib.loads(file.read_text())
+            except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+                raise ConfigError(f"--config {file} cannot be read as TOML: {error}") from error
+        for override in overrides:
+            _override(values, override)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError("wrong trunk configuration:\n" + "\n".join(_explain(e) for e in error.errors())) from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address stays on this machine."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not separator or not dot:
+        raise ConfigError(f"--set {override!r}: expected section.key=value, such as batching.max-wait-ms=5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    values.setdefault(section, {})[name] = value
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"  {key}: no such key; see docs/trunk.md"
+    text = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":  # a combination: its input is a whole section
+        return f"  {key}: {text}" if key else f"  {text}"
+    return f"  {key}={error['input']!r}: {text[0].lower()}{text[1:]}"

@@ -1,0 +1,151 @@
+"""The layers that a trunk serves, loaded and described."""
+
+import hashlib
+import logging
+import os
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+
+from fl_split import __version__, wire
+from fl_split.checkpoint import config_digest, resolve_model, weights_digest
+from fl_split.errors import ConfigError
+from fl_split.proto import trunk_pb2 as pb
+from fl_split.split import boundaries_of, load_trunk, run_trunk
+from fl_split.trunk.batching import is_causal
+from fl_split.trunk.config import Batching, Limits, Model
+
+logger = logging.getLogger(__name__)
+
+_LENGTH_BOUND_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class HeldLayers:
+    """A loaded trunk and what it says of itself."""
+
+    model: PreTrainedModel
+    identity: pb.DescribeReply  # without limits, which are the server's
+    causal: bool  # no position looks at later ones
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a token's hidden state."""
+        return self.identity.hidden_size
+
+    def run(self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """Run the layers over ``[batch, seq, hidden]``; see `split.run_trunk`."""
+        return run_trunk(self.model, hidden_states, attention_mask, position_ids)
+
+    def describe(self, limits: Limits) -> pb.DescribeReply:
+        """The reply to Describe."""
+        reply = pb.DescribeReply()
+        reply.CopyFrom(self.identity)
+        own = getattr(self.model.config, "max_position_embeddings", None) or limits.max_tokens
+        reply.max_sequence_length = min(limits.max_sequence_length or own, own, limits.max_tokens)
+        reply.max_tokens = limits.max_tokens
+        # A token: 4 bytes a channel, its position, and if it is a sequence of its own, a length.
+        reply.max_message_bytes = limits.max_tokens * (4 * self.hidden_size + 16) + 4096
+        return reply
+
+    def allowed(self, batching: Batching) -> Batching:
+        """`batching`, but without sharing for models whose result depends on the longest sequence of a batch."""
+        rope = getattr(self.model.config, "rope_parameters", None) or {}
+        kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+        if not kinds & set(_LENGTH_BOUND_ROPE):
+            return batching
+        logger.warning("batching is off: this model's %s rotary tables depend on the longest sequence", kinds)
+        return batching.model_copy(update={"enabled": False})
+
+
+def hold_layers(
+    folder: Path, bottom_layers: int, top_layers: int, dtype: torch.dtype = torch.float32, **options: Any
+) -> HeldLayers:
+    """Load the layers between the ends of the model in `folder`, ready to be served.
+
+    Args:
+        folder: The full model's checkpoint.
+        bottom_layers: Layers that nodes hold before the trunk.
+        top_layers: Layers that nodes hold after it.
+        dtype: Of weights and computation.
+        options: For transformers' `from_pretrained`, such as ``device_map`` or ``quantization_config``.
+
+    Raises:
+        SplitError: See `split.load_trunk`.
+    """
+    model = load_trunk(folder, bottom_layers, top_layers, dtype=dtype, **options)
+    config = AutoConfig.from_pretrained(folder)  # the model's own may have gained a quantization
+    cut = boundaries_of(model)
+    reply = pb.DescribeReply(
+        config_digest=config_digest(config),
+        weights_digest=weights_digest(folder, cut.layers_name, cut.trunk),
+        model_type=config.model_type,
+        first_layer=cut.first,
+        end_layer=cut.end,
+        hidden_size=config.hidden_size,
+        dtypes=list(wire.NAMES.values()),
+        version=__version__,
+    )
+    reply.trunk_id = trunk_id(reply)
+    causal = is_causal(lambda *args: run_trunk(model, *args), config.hidden_size)
+    return HeldLayers(model, reply, causal)
+
+
+def trunk_id(reply: pb.DescribeReply) -> bytes:
+    """16 bytes that are the same for replicas of one trunk, and for nothing else."""
+    fields = (reply.config_digest, reply.weights_digest, reply.first_layer, reply.end_layer)
+    return hashlib.sha256("|".join(map(str, fields)).encode()).digest()[:16]
+
+
+def hold_configured(config: Model) -> HeldLayers:
+    """Load what a configuration names, on the devices that it names.
+
+    Raises:
+        ConfigError: There is no such model, or a package for `model.quantization` is missing.
+        SplitError: See `split.load_trunk`.
+    """
+    torch.set_num_threads(config.threads or num_cpus())
+    options: dict[str, Any] = {}
+    device_map = config.device_map or ("cuda:0" if torch.cuda.is_available() else "")
+    if device_map:
+        options["device_map"] = device_map
+    if config.quantization:
+        options["quantization_config"] = _quantization(config.quantization)
+    folder = resolve_model(config.name, config.revision)
+    try:
+        held = hold_layers(folder, config.bottom_layers, config.top_layers, getattr(torch, config.dtype), **options)
+    except ImportError as error:
+        raise ConfigError(
+            f"model.device-map={device_map!r} or model.quantization={config.quantization!r} needs a package that is "
+            f"not installed: {str(error).splitlines()[0]}"
+        ) from error
+    if config.compile:
+        held.model.compile(dynamic=True)
+    return held
+
+
+def _quantization(name: str) -> Any:
+    """The `quantization_config` for transformers; the packages behind it are optional."""
+    module, needed = ("torchao.quantization", "torchao") if name == "torchao-int8" else ("bitsandbytes", "bitsandbytes")
+    try:
+        package: Any = import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"model.quantization={name!r} needs the package {needed}: install it, or leave the key out"
+        ) from error
+    if name == "torchao-int8":
+        return TorchAoConfig(package.Int8WeightOnlyConfig())
+    bits: dict[str, Any] = {"load_in_8bit": True}
+    if name == "bitsandbytes-4bit":
+        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    return BitsAndBytesConfig(**bits)  # type: ignore[no-untyped-call]
+
+
+def num_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,166 @@
+"""The replicas of a trunk, as a node sees them: one channel each, taken in turns, left alone for a while after trouble.
+
+`trunk.address` is one or several ``host:port`` with commas between; one DNS name may stand for many addresses.
+"""
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from fl_split.errors import ConfigError
+from fl_split.proto import trunk_pb2 as pb
+from fl_split.trunk.config import is_loopback
+from fl_split.wire import SERVICE
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),  # replies are checked against their requests
+    ("grpc.max_send_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 2000),  # a restarted trunk is found within seconds, not minutes
+    ("grpc.dns_min_time_between_resolutions_ms", 5000),
+    ("grpc.keepalive_time_ms", 20_000),  # a trunk that is gone without a word is noticed
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.enable_retries", 0),  # `TrunkClient` retries, and knows of other replicas
+    ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """How a node proves who it is, and whom it trusts.
+
+    Beyond loopback the connection is TLS unless `allow_plaintext` says otherwise; paths are of PEM files.
+    """
+
+    ca: str = ""  # of the CA that the trunk's certificate must come from; empty: those the system trusts
+    cert: str = ""  # the node's certificate, for mTLS
+    key: str = ""  # and its private key
+    token_file: str = ""  # a file that holds the bearer token
+    allow_plaintext: bool = False
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What every call carries.
+
+        Raises:
+            ConfigError: The token file cannot be read.
+        """
+        token = _read("trunk-token-file", self.token_file).decode(errors="replace").strip() if self.token_file else ""
+        if token and not (token.isascii() and token.isprintable() and " " not in token):
+            raise ConfigError(
+                "trunk-token-file does not hold a token: expected one line as 'trunk token add' printed it"
+            )
+        return (("authorization", f"Bearer {token}"),) if token else ()
+
+    def channel(self, address: str) -> grpc.Channel:
+        """A channel to one address; connects when it is used.
+
+        Raises:
+            ConfigError: A file cannot be read, or only one of certificate and key is given.
+        """
+        if bool(self.cert) != bool(self.key):
+            raise ConfigError("trunk-cert and trunk-key belong together: set both, or neither")
+        host = address.rpartition(":")[0].rpartition("/")[2]
+        local = is_loopback(host) or address.startswith("unix:")
+        if not (self.ca or self.cert) and (local or self.allow_plaintext):
+            return grpc.insecure_channel(address, options=_OPTIONS)
+        credentials = grpc.ssl_channel_credentials(
+            root_certificates=_read("trunk-ca", self.ca) if self.ca else None,
+            private_key=_read("trunk-key", self.key) if self.key else None,
+            certificate_chain=_read("trunk-cert", self.cert) if self.cert else None,
+        )
+        return grpc.secure_channel(address, credentials, options=_OPTIONS)
+
+
+def _read(key: str, path: str) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{key}={path!r} cannot be read ({type(error).__name__}): expected a file") from None
+
+
+@dataclass
+class Replica:
+    """One address of the trunk."""
+
+    address: str
+    channel: grpc.Channel
+    description: pb.DescribeReply | None = None  # None: to be checked before the next call
+    rests_until: float = 0.0  # of `time.monotonic`
+    failures: int = 0  # in a row
+    describe: Any = field(init=False)
+    forward: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Look up the methods."""
+        unary = self.channel.unary_unary
+        self.describe = unary(f"/{SERVICE}/Describe", pb.DescribeRequest.SerializeToString, pb.DescribeReply.FromString)
+        self.forward = unary(f"/{SERVICE}/Forward", pb.ForwardRequest.SerializeToString, pb.ForwardReply.FromString)
+
+
+class Replicas:
+    """All addresses of a trunk. For several threads."""
+
+    def __init__(self, address: str, credentials: Credentials) -> None:
+        """Prepare channels; nothing is sent.
+
+        Raises:
+            ConfigError: An address that is none, or credentials that cannot be used.
+        """
+        self._lock = threading.Lock()
+        self._turn = itertools.count()
+        self._all = [Replica(part, credentials.channel(part)) for part in split_address(address)]
+
+    def pick(self) -> Replica:
+        """The next one in turn that does not rest; if all do, the one whose rest ends first."""
+        with self._lock:
+            turn, now = next(self._turn) % len(self._all), time.monotonic()
+            in_turn = self._all[turn:] + self._all[:turn]
+            awake = (replica for replica in in_turn if replica.rests_until <= now)
+            return next(awake, None) or min(in_turn, key=lambda replica: replica.rests_until)
+
+    def rest(self, replica: Replica, seconds: float) -> None:
+        """Leave one alone for a while; others are asked meanwhile."""
+        with self._lock:
+            replica.rests_until = max(replica.rests_until, time.monotonic() + seconds)
+
+    def shortest_rest_s(self) -> float:
+        """Seconds until one of them may be asked."""
+        with self._lock:
+            return max(0.0, min(replica.rests_until for replica in self._all) - time.monotonic())
+
+    @property
+    def descriptions(self) -> Sequence[pb.DescribeReply]:
+        """Of those that were checked."""
+        return [replica.description for replica in self._all if replica.description is not None]
+
+    def close(self) -> None:
+        """Close all channels."""
+        for replica in self._all:
+            replica.channel.close()
+
+
+def split_address(address: str) -> list[str]:
+    """``a:1, b:2`` -> its parts.
+
+    Raises:
+        ConfigError: A part without a port, or none at all.
+    """
+    parts = [part.strip() for part in address.split(",") if part.strip()]
+    for part in parts:
+        port = part.rpartition(":")[2]
+        if not part.startswith("unix:") and not (
+            port.isdecimal() and 0 < int(port) < 65536 and len(part) > len(port) + 1
+        ):
+            raise ConfigError(f"trunk.address={address!r}: {part!r} is not host:port; separate several with commas")
+    if not parts:
+        raise ConfigError("trunk.address is empty: expected 'embedded', or host:port, several with commas between")
+    return parts
