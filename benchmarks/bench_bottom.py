@@ -230,7 +230,7 @@ def main() -> None:
     files = options.text or [python_documentation(options.work / "python-documentation.txt")]
     text = matching.read_text(files, model, MAX_LENGTH)
     if options.text is None:  # as much again in the model's own words, and both in one order
-        text = torch.cat([text, matching.sample_text(model, min(len(text), 3000), MAX_LENGTH)])
+        text = torch.cat([text, matching.sample_text(model, min(len(text), 2048), MAX_LENGTH)])
         text = text[torch.randperm(len(text), generator=torch.Generator().manual_seed(0))]
 
     matched = [Candidate("matched", k, fit_surrogate(setting, text, k, options.fit_steps)) for k in options.layers]

@@ -86,7 +86,7 @@ def sample_text(folder: Path, num_sequences: int, length: int, seed: int = 0) ->
 
     Sampled at temperature 1 from the start token, so that it is spread like the text that the model was trained on.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     start = model.config.bos_token_id if model.config.bos_token_id is not None else model.config.eos_token_id
     if start is None:
         raise ConfigError(f"{folder} names no start or end token to sample text from: give --text")
