@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import grpc
 import pytest
 import torch
 
