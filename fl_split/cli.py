@@ -28,6 +28,7 @@ Cert = Annotated[str, typer.Option(help="PEM file of one's own certificate (mTLS
 Key = Annotated[str, typer.Option(help="PEM file of its private key")]
 TokenFile = Annotated[str, typer.Option(help="file that holds one's bearer token")]
 Plaintext = Annotated[bool, typer.Option(help="no TLS even beyond loopback")]
+Timeout = Annotated[float, typer.Option(help="seconds to wait for an answer")]
 Tokens = Annotated[Path, typer.Option(help="the tokens file: `security.tokens` of the trunk")]
 
 
@@ -67,6 +68,7 @@ def trunk_describe(
     key: Key = "",
     token_file: TokenFile = "",
     allow_plaintext: Plaintext = False,
+    timeout_s: Timeout = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
     """Show what a trunk holds and accepts."""
@@ -74,7 +76,7 @@ def trunk_describe(
     from fl_split.trunk.watch import describe
 
     with _errors():
-        about = describe(address, Credentials(ca, cert, key, token_file, allow_plaintext))
+        about = describe(address, Credentials(ca, cert, key, token_file, allow_plaintext), timeout_s)
     if as_json:
         print(json.dumps(about))
         return
@@ -84,14 +86,19 @@ def trunk_describe(
 
 @trunk.command("ping")
 def trunk_ping(
-    address: Address, ca: Ca = "", cert: Cert = "", key: Key = "", allow_plaintext: Plaintext = False
+    address: Address,
+    ca: Ca = "",
+    cert: Cert = "",
+    key: Key = "",
+    allow_plaintext: Plaintext = False,
+    timeout_s: Timeout = 5.0,
 ) -> None:
     """Ask for a trunk's health; exit code 1 unless it serves."""
     from fl_split.trunk.replicas import Credentials
     from fl_split.trunk.watch import ping
 
     with _errors():
-        status, seconds = ping(address, Credentials(ca, cert, key, "", allow_plaintext))
+        status, seconds = ping(address, Credentials(ca, cert, key, "", allow_plaintext), timeout_s)
     print(f"{status} in {seconds * 1e3:.1f} ms")
     if status != "SERVING":
         raise typer.Exit(1)
@@ -158,3 +165,7 @@ def token_list(tokens: Tokens) -> None:
 
 def _date(seconds: float | None) -> str:
     return "never" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
+
+
+if __name__ == "__main__":
+    app()
