@@ -21,7 +21,7 @@ from fl_split.config import Lora, Share
 from fl_split.errors import ConfigError, NodeStateError
 from fl_split.split import boundaries_of
 
-Part = Literal["bottom", "top"]
+Part = Literal["bottom", "trunk", "top"]
 
 
 def attach(client: PreTrainedModel, lora: Lora, *, train_bottom: bool, seed: int) -> PeftModel:
@@ -103,12 +103,13 @@ def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
 
 
 def part_of(model: PeftModel, name: str) -> Part:
-    """Which end of the model a weight belongs to."""
+    """Which part of the model a weight belongs to; on a client, the trunk's are those of its surrogate."""
     cut = boundaries_of(model.get_base_model())
     match = re.search(rf"\.{cut.layers_name}\.(\d+)\.", name)
     if match is None:
         return "top"  # outside the layers: the head
-    return "bottom" if int(match[1]) in cut.bottom else "top"
+    layer = int(match[1])
+    return "bottom" if layer in cut.bottom else "trunk" if layer in cut.trunk else "top"
 
 
 def shared_state(model: PeftModel, share: Share) -> dict[str, Tensor]:
@@ -124,7 +125,7 @@ def shared_state(model: PeftModel, share: Share) -> dict[str, Tensor]:
 
 def parameter_groups(model: PeftModel, bottom_lr: float, top_lr: float) -> list[dict[str, object]]:
     """What an optimizer trains, one group for each end that has an adapter."""
-    rates: dict[Part, float] = {"bottom": bottom_lr, "top": top_lr}
+    rates = {"bottom": bottom_lr, "top": top_lr}
     groups = []
     for part, lr in rates.items():
         params = [p for name, p in model.named_parameters() if p.requires_grad and part_of(model, name) == part]

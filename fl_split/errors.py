@@ -4,6 +4,7 @@
     ├── ConfigError          a key, a value or a combination that cannot work; named as the user wrote it
     ├── SplitError           a model that cannot be split, or not where it was asked to be
     ├── DataError            private data that cannot be read; never quotes a row
+    ├── SurrogateError       a fitted surrogate that is damaged, or of another trunk
     ├── WireError            a message whose bytes, shapes or dtypes do not fit
     ├── TrunkError           the trunk service
     │   ├── TrunkUnavailable     nobody answers, in spite of retries
@@ -30,6 +31,10 @@ class SplitError(FLSplitError):
 
 class DataError(FLSplitError):
     """Private data that cannot be read or used."""
+
+
+class SurrogateError(FLSplitError):
+    """A fitted surrogate that cannot be used with this model."""
 
 
 class WireError(FLSplitError):

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Pretrained
 
 from fl_split.errors import SplitError
 from fl_split.pipeline import in_turn
-from fl_split.surrogate import Kind, join, kept_layers
+from fl_split.surrogate import Distiller, Kind, join, join_exact, kept_layers, read_thin_layers, thin_layer
 
 
 class Trunk(Protocol):
@@ -42,6 +42,16 @@ class Trunk(Protocol):
         Returns:
             Output of the last trunk layer, ``[batch, seq, hidden]``, without a graph. Rows of padding are undefined.
         """
+        ...
+
+
+class ExactTrunk(Trunk, Protocol):
+    """A trunk that also gives gradients, for ``surrogate.kind = "exact"``."""
+
+    def vjp(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, gradient: Tensor
+    ) -> Tensor:
+        """Pull dL/dh2 back to dL/dh1; shapes as in `start`. Both leave the node, **so the promise is broken**."""
         ...
 
 
@@ -117,9 +127,9 @@ class RemoteTrunk:
     Plain Python, not a module: the model owns it through its slots. What is in flight is kept per thread.
     """
 
-    def __init__(self, trunk: Trunk, differentiable: bool) -> None:
-        self.trunk = trunk
-        self.differentiable = differentiable
+    def __init__(self, trunk: Trunk, kind: Kind) -> None:
+        self.trunk, self.kind = trunk, kind
+        self.distiller: Distiller | None = None  # trains the kept layers, if set
         self._thread = threading.local()
 
     def remember(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
@@ -128,14 +138,21 @@ class RemoteTrunk:
 
     def start(self, hidden_states: Tensor) -> None:
         """Send ``[batch, seq, hidden]`` to the trunk; it computes while the surrogate does."""
+        self._thread.start = hidden_states
         self._thread.pending = in_turn(self.trunk.start(hidden_states.detach(), *self._thread.context))
 
     def join(self, surrogate: Tensor) -> Tensor:
         """Wait for the trunk's output and give it the surrogate's Jacobian, ``[batch, seq, hidden]``."""
         hidden_states: Tensor = self._thread.pending.result()
-        self._thread.pending = None
-        if not self.differentiable or not surrogate.requires_grad:
+        start, (mask, positions) = self._thread.start, self._thread.context
+        self._thread.pending = self._thread.start = None
+        if self.kind == "none" or not start.requires_grad:
             return hidden_states
+        if self.kind == "exact":
+            trunk, h1 = cast(ExactTrunk, self.trunk), start.detach()
+            return join_exact(start, hidden_states, lambda gradient: trunk.vjp(h1, mask, positions, gradient))
+        if self.distiller is not None:
+            self.distiller.observe(start.detach(), surrogate, hidden_states, mask)
         return join(surrogate, hidden_states)
 
 
@@ -298,6 +315,7 @@ def load_client(
     *,
     surrogate: Kind = "blocks",
     surrogate_layers: int = 2,
+    matched: Path | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """Load the two ends of a model; its middle is `trunk`.
@@ -310,40 +328,55 @@ def load_client(
         top_layers: Layers on the node after the trunk.
         trunk: What runs the middle; gets the hidden states of every forward pass.
         surrogate: Which stand-in gives the bottom its gradient.
-        surrogate_layers: How many trunk layers the stand-in keeps, for ``blocks``.
+        surrogate_layers: How many trunk layers the stand-in keeps, for ``blocks`` and ``distilled``.
+        matched: The fitted surrogate, for ``matched``.
         dtype: Of the base weights.
 
     Returns:
-        A causal language model in eval mode, of the full model's class, with `boundaries` as an attribute.
+        A causal language model in eval mode, of the full model's class, with `boundaries` and its `remote_trunk` as
+        attributes. Dropout of the base model is off for good, as it is on the trunk.
 
     Raises:
         SplitError: The model cannot be split, or not here, or the checkpoint lacks weights.
         ConfigError: The surrogate does not fit the trunk.
+        SurrogateError: The fitted surrogate does not fit the model.
     """
     config = AutoConfig.from_pretrained(folder)
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and "drop" in name:
+            setattr(config, name, 0.0)
     anatomy = examine(config)
     cut = Boundaries.of(anatomy, bottom_layers, top_layers)
     kept = kept_layers(surrogate, surrogate_layers, cut.first, cut.end)
     holes = [i for i in cut.trunk if i not in kept]
+    thin = read_thin_layers(matched) if matched is not None else {}
+    shells: dict[int, nn.Module] = {}  # of the layers to be thin: built on meta, never loaded
 
     def dig(model: PreTrainedModel) -> None:
         layers = _layers(model.base_model, anatomy)
         for i in holes:
+            shells[i] = layers[i]
             layers[i] = Hole(layers[i], anatomy.as_tuple)
         _ignore_in_checkpoint(model, rf"(^|\.){cut.layers_name}\.({'|'.join(map(str, holes))})\.")
 
     model, missing = _load(anatomy.model_class, folder, config, dig, dtype)
     if missing:
         raise SplitError(f"the checkpoint in {folder} lacks weights that a node needs, such as {sorted(missing)[0]}")
-    remote = RemoteTrunk(trunk, differentiable=surrogate != "none")
+    remote = RemoteTrunk(trunk, surrogate)
     layers = _layers(model.base_model, anatomy)
     for i in cut.trunk:
-        layers[i] = TrunkSlot(layers[i], anatomy.as_tuple, remote, i == cut.first, i == cut.end - 1)
+        layer = thin_layer(shells[i].to(dtype), thin[i]).to(dtype) if i in thin else layers[i]
+        layers[i] = TrunkSlot(layer, anatomy.as_tuple, remote, i == cut.first, i == cut.end - 1)
     _listen(model.base_model, anatomy, remote)
     model.config.use_cache = False
-    model.boundaries = cut
+    model.boundaries, model.remote_trunk = cut, remote
     model.eval().requires_grad_(False)
     return cast(PreTrainedModel, model)
+
+
+def remote_trunk_of(model: nn.Module) -> RemoteTrunk:
+    """A client's connection to its trunk."""
+    return cast(RemoteTrunk, model.remote_trunk)
 
 
 def boundaries_of(model: nn.Module) -> Boundaries:
@@ -482,6 +515,12 @@ class LocalTrunk:
         done.set_result(run_trunk(self.model, hidden_states, attention_mask, position_ids))
         return done
 
+    def vjp(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, gradient: Tensor
+    ) -> Tensor:
+        """Recompute and pull a gradient back; see `ExactTrunk.vjp`."""
+        return pull_back(self.model, hidden_states, attention_mask, position_ids, gradient)
+
 
 def run_trunk(
     model: PreTrainedModel, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
@@ -492,3 +531,19 @@ def run_trunk(
         embeds = hidden_states.to(device=model.device, dtype=model.dtype)
         out: Tensor = model(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)[0]
     return out.to(device=hidden_states.device, dtype=hidden_states.dtype, copy=True)
+
+
+def pull_back(
+    model: PreTrainedModel,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    gradient: Tensor,
+) -> Tensor:
+    """A trunk's exact vector-Jacobian product: run it again with a graph, keep nothing; shapes as in `Trunk.start`."""
+    kwargs: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+    with torch.enable_grad():
+        embeds = hidden_states.detach().to(device=model.device, dtype=model.dtype).requires_grad_()
+        out: Tensor = model(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)[0]
+        (pulled,) = torch.autograd.grad(out, embeds, gradient.to(device=out.device, dtype=out.dtype))
+    return pulled.to(device=hidden_states.device, dtype=hidden_states.dtype)

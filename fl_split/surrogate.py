@@ -10,14 +10,19 @@ has the trunk's value and the surrogate's Jacobian, and ordinary autograd trains
 the loss itself: a wrong surrogate makes the bottom learn slowly, not the model compute wrongly.
 """
 
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from fl_split.errors import ConfigError
+from fl_split.errors import ConfigError, SurrogateError
 
-Kind = Literal["none", "identity", "blocks"]
+Kind = Literal["none", "identity", "blocks", "distilled", "matched", "exact"]
 
 
 class _Join(torch.autograd.Function):
@@ -46,11 +51,36 @@ def join(surrogate: Tensor, trunk: Tensor) -> Tensor:
     return joined
 
 
-def kept_layers(kind: Kind, count: int, first: int, end: int) -> tuple[int, ...]:
-    """Indices of the trunk layers that a node keeps as its surrogate.
+class _JoinExact(torch.autograd.Function):
+    """Forward is T(h1); backward asks whoever holds T for its vector-Jacobian product."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, trunk: Tensor, vjp: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.vjp = vjp
+        return trunk.view_as(trunk)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.vjp(grad_outputs[0]), None, None
+
+
+def join_exact(hidden_states: Tensor, trunk: Tensor, vjp: Callable[[Tensor], Tensor]) -> Tensor:
+    """Give the trunk's value its own Jacobian. **dL/dh2 leaves the node**: `vjp` gets it.
 
     Args:
-        kind: ``blocks`` keeps layers; ``none`` and ``identity`` keep nothing.
+        hidden_states: h1, ``[batch, seq, hidden]``, with its graph.
+        trunk: T(h1), same shape, without a graph.
+        vjp: Maps dL/dh2 to dL/dh1, both of the same shape.
+    """
+    joined: Tensor = _JoinExact.apply(hidden_states, trunk, vjp)  # type: ignore[no-untyped-call]
+    return joined
+
+
+def kept_layers(kind: Kind, count: int, first: int, end: int) -> tuple[int, ...]:
+    """Indices of the trunk layers that a node keeps as its surrogate, as they are.
+
+    Args:
+        kind: ``blocks`` and ``distilled`` keep layers; the others keep none.
         count: How many to keep, evenly spaced.
         first: First layer of the trunk.
         end: The layer after its last.
@@ -58,7 +88,7 @@ def kept_layers(kind: Kind, count: int, first: int, end: int) -> tuple[int, ...]
     Raises:
         ConfigError: The trunk has fewer than ``count`` layers, or ``count`` is not positive.
     """
-    if kind != "blocks":
+    if kind not in ("blocks", "distilled"):
         return ()
     depth = end - first
     if not 1 <= count <= depth:
@@ -67,3 +97,156 @@ def kept_layers(kind: Kind, count: int, first: int, end: int) -> tuple[int, ...]
             f"use 1 to {depth}, or surrogate.kind='identity', which keeps none"
         )
     return tuple(first + (2 * i + 1) * depth // (2 * count) for i in range(count))
+
+
+# ------------------------------------------------------------------------------------------------- thin layers
+
+
+class LowRank(nn.Module):
+    """``x -> B A x + bias``, in place of a linear: ``[..., in]`` -> ``[..., out]``."""
+
+    def __init__(self, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.A = nn.Parameter(a)
+        self.B = nn.Parameter(b)
+        self.bias = nn.Parameter(bias) if bias is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` -> ``[..., out]``."""
+        return nn.functional.linear(nn.functional.linear(x, self.A), self.B, self.bias)
+
+
+def linears(layer: nn.Module) -> dict[str, nn.Module]:
+    """The linear modules of a layer by their names in it."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def replace(layer: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of a layer's submodule."""
+    owner, _, last = name.rpartition(".")
+    setattr(layer.get_submodule(owner), last, module)
+
+
+def thin_layer(layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Make a layer of the trunk's class thin: every linear a product of two matrices, all weights from `tensors`.
+
+    Args:
+        layer: A layer of the full model, on the meta device; mutated.
+        tensors: A thin layer's `state_dict`.
+
+    Raises:
+        SurrogateError: The tensors are not those of such a layer.
+    """
+    for name in linears(layer):
+        try:
+            a, b = tensors[f"{name}.A"], tensors[f"{name}.B"]
+        except KeyError as error:
+            raise SurrogateError(
+                f"the fitted surrogate lacks weights for {name}: fit it again for this model"
+            ) from error
+        replace(layer, name, LowRank(a, b, tensors.get(f"{name}.bias")))
+    try:
+        layer.load_state_dict(dict(tensors), assign=True)
+    except RuntimeError as error:
+        raise SurrogateError("the fitted surrogate's weights do not fit the model's layers: fit it again") from error
+    if any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers())):
+        raise SurrogateError(
+            "layers of this model hold buffers that a fitted surrogate lacks: use surrogate.kind='blocks'"
+        )
+    return layer
+
+
+def read_card(file: Path) -> dict[str, Any]:
+    """What a fitted surrogate says of itself: model digests, layers, budget, cosine reached.
+
+    Raises:
+        SurrogateError: It is not a file that ``fl-split surrogate fit`` wrote.
+    """
+    try:
+        with safe_open(file, "pt") as tensors:
+            card: dict[str, Any] = json.loads((tensors.metadata() or {})["card"])
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise SurrogateError(
+            f"{file} is not a fitted surrogate ({type(error).__name__}): make one with 'fl-split surrogate fit'"
+        ) from error
+    return card
+
+
+def read_thin_layers(file: Path) -> dict[int, dict[str, Tensor]]:
+    """The weights of a fitted surrogate, by layer of the full model."""
+    layers: dict[int, dict[str, Tensor]] = {}
+    with safe_open(file, "pt") as tensors:
+        for key in tensors.keys():
+            layer, _, name = key.partition(".")
+            layers.setdefault(int(layer), {})[name] = tensors.get_tensor(key)
+    return layers
+
+
+def check_card(
+    card: Mapping[str, Any], *, config_digest: str, weights_digest: str | None, first: int, end: int
+) -> None:
+    """Refuse a surrogate that was fitted to another trunk.
+
+    Raises:
+        SurrogateError: Another model, other weights or other layers; names both.
+    """
+    if (card["first-layer"], card["end-layer"]) != (first, end):
+        raise SurrogateError(
+            f"the surrogate was fitted to layers {card['first-layer']} to {card['end-layer'] - 1}, this run's trunk "
+            f"holds {first} to {end - 1}: fit one for this split"
+        )
+    if card["config-digest"] != config_digest or weights_digest not in (None, card["weights-digest"]):
+        raise SurrogateError(
+            f"the surrogate was fitted to another model (config {card['config-digest'][:12]}, weights "
+            f"{card['weights-digest'][:12]}) than this run's (config {config_digest[:12]}, weights "
+            f"{(weights_digest or 'unknown')[:12]}): fit one for this model"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ distillation
+
+
+class Distiller:
+    """Trains kept layers on the (h1, h2) pairs that the trunk's calls return anyway; costs nothing on the wire.
+
+    It minimises ``||S(h1) - h2||^2 / ||h2 - h1||^2`` with an optimizer of its own. The task loss never moves S: it
+    would bend the stand-in towards the labels and away from the trunk. Its state stays on the node's disk.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], lr: float) -> None:
+        self.parameters = dict(parameters)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, weight_decay=0.0)
+        self._gradients: list[Tensor] = []
+        self.value_error = float("nan")  # of the newest batch
+
+    def observe(self, start: Tensor, surrogate: Tensor, trunk: Tensor, attention_mask: Tensor | None) -> None:
+        """Add the gradient of one batch; ``[batch, seq, hidden]`` each, the mask ``[batch, seq]``.
+
+        Args:
+            start: h1.
+            surrogate: S(h1), with its graph, which is kept for the task's backward.
+            trunk: h2.
+            attention_mask: 1 for real tokens, or None.
+        """
+        real = slice(None) if attention_mask is None else attention_mask.bool()
+        error = (surrogate - trunk)[real].float().pow(2).sum() / (trunk - start)[real].float().pow(2).sum().clamp_min(
+            1e-12
+        )
+        gradients = torch.autograd.grad(error, list(self.parameters.values()), retain_graph=True)
+        if self._gradients:
+            gradients = tuple(a + b for a, b in zip(self._gradients, gradients, strict=True))
+        self._gradients = list(gradients)
+        self.value_error = error.item()
+
+    def step(self) -> None:
+        """Step S with what was observed since the last step."""
+        if not self._gradients:
+            return
+        for parameter, gradient in zip(self.parameters.values(), self._gradients, strict=True):
+            parameter.grad = gradient  # in place of what the task's backward left there
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._gradients = []

@@ -16,10 +16,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from fl_split.adapters import parameter_groups
+from fl_split.adapters import parameter_groups, part_of
 from fl_split.config import Train
 from fl_split.data import IGNORED, Batch
 from fl_split.pipeline import run_in_turns
+from fl_split.split import remote_trunk_of
+from fl_split.surrogate import Distiller
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,14 @@ def make_optimizer(model: PeftModel, config: Train) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameter_groups(model, config.bottom_lr, config.top_lr), weight_decay=0.0)
 
 
+def make_distiller(model: PeftModel, lr: float) -> Distiller:
+    """Begin to train a client's surrogate, from now on, on what its trunk returns; mutates the client."""
+    names = {name: p for name, p in model.named_parameters() if part_of(model, name) == "trunk"}
+    distiller = Distiller(names, lr)
+    remote_trunk_of(model.get_base_model()).distiller = distiller
+    return distiller
+
+
 def train_round(
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
@@ -44,6 +54,7 @@ def train_round(
     *,
     first_step: int = 0,
     total_steps: int | None = None,
+    distiller: Distiller | None = None,
     in_flight: int = 1,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Trained:
@@ -56,6 +67,7 @@ def train_round(
         config: Steps, accumulation, scheduler and clipping.
         first_step: Steps done in earlier rounds, for the scheduler.
         total_steps: Steps of the whole run, for the scheduler; by default those of this round.
+        distiller: From `make_distiller`, for a surrogate that is trained on the way.
         in_flight: Calls to the trunk at the same time, at most.
         on_step: Called with the number of each step done.
     """
@@ -72,6 +84,8 @@ def train_round(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
+            if distiller is not None:
+                distiller.step()
             loss_sum += loss
             num_tokens += sum(int(batch["attention_mask"].sum()) for batch in step_batches)
             bar.set_postfix_str(f"loss {loss:.3f}, {num_tokens / (time.monotonic() - started):.0f} tokens/s")

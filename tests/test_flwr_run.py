@@ -89,6 +89,8 @@ def run_to_the_end(environment: dict[str, str], app: Path, **config: Any) -> dic
     submitted = flwr(
         environment, "run", str(app), "test", "-c", pairs, "--federation-config", federation, "--format", "json"
     )
+    if not submitted["success"]:
+        raise RuntimeError(f"flwr run said: {submitted}")
     for _ in range(400):
         runs = flwr(environment, "ls", "test", "--run-id", str(submitted["run-id"]), "--format", "json")["runs"]
         status: dict[str, Any] = runs[0]

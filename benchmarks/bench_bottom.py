@@ -1,0 +1,300 @@
+"""Does the bottom learn, and how much of the exact gradient's gain does each surrogate keep?
+
+    python benchmarks/bench_bottom.py --bench DIR [--quick] [--json FILE] [--plot FILE] [--work DIR] [--jobs N]
+
+DIR holds a model folder (the only one with a config.json) and ``medquad/<institution>.jsonl``. The trunk runs in this
+process. Each kind has its learning rate swept on the first institution and seed, then runs at its own best rate on all
+institutions and seeds. Gap closed = (top only - kind) / (top only - exact), of held-out losses.
+
+The matched surrogates are fitted here, to public text only: by default the documentation that comes with Python, or
+``--text FILES``. Nothing of the institutions' text goes into a fit.
+
+Runs are kept in ``--work`` and not repeated, so that an interrupted benchmark goes on.
+"""
+
+import argparse
+import ast
+import json
+import os
+import platform
+import statistics
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from fl_split import data, matching, train
+from fl_split.config import Data, Lora, NodeConfig, Train
+from fl_split.gradcheck import Candidate, build, gradcheck, surrogate_params
+from fl_split.matching import observe
+from fl_split.split import Boundaries, LocalTrunk, examine, load_trunk, run_trunk
+
+BOTTOM, TOP = 2, 2
+MAX_LENGTH, BATCH = 96, 8
+RATES = (4e-3, 8e-3, 1.6e-2)
+DISTILL_LR = 3e-4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs have in common."""
+
+    model: Path
+    texts: Path
+    steps: int
+    work: Path
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training run."""
+
+    candidate: Candidate
+    institution: str
+    seed: int
+    rate: float
+
+    @property
+    def key(self) -> str:
+        return f"{self.candidate.name} {self.institution} {self.seed} {self.rate:g}"
+
+
+def python_documentation(out: Path) -> Path:
+    """Write the text that comes with every Python: the language reference and the library's docstrings."""
+    paragraphs = list(topics.values())
+    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("**/*.py")):
+        if not {"site-packages", "test", "tests", "idle_test", "lib2to3"} & set(file.parts):
+            tree = ast.parse(file.read_bytes())
+            nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
+            paragraphs += [text for n in nodes if (text := ast.get_docstring(n)) and len(text) > 200]
+    out.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    return out
+
+
+def examples(setting: Setting, institution: str, seed: int) -> tuple[data.Examples, object]:
+    tokenizer = data.prepare_tokenizer(AutoTokenizer.from_pretrained(setting.model))
+    config = Data.model_validate({"path": str(setting.texts / f"{institution}.jsonl"), "max-length": MAX_LENGTH})
+    return data.load_examples(config, NodeConfig(), tokenizer, seed), tokenizer
+
+
+def run(setting: Setting, task: Task) -> float:
+    """Train one client; returns its held-out loss."""
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    private, tokenizer = examples(setting, task.institution, task.seed)
+    trunk = LocalTrunk(load_trunk(setting.model, BOTTOM, TOP))
+    model = build(setting.model, BOTTOM, TOP, trunk, task.candidate, Lora())
+    config = Train.model_validate(
+        {
+            "steps": setting.steps,
+            "batch-size": BATCH,
+            "bottom-lr": task.rate,
+            "top-lr": task.rate,
+            "scheduler": "linear",
+        }
+    )
+    optimizer = train.make_optimizer(model, config)
+    distiller = train.make_distiller(model, DISTILL_LR) if task.candidate.kind == "distilled" else None
+    batches = data.training_batches(private.train, tokenizer, BATCH, task.seed, 0)
+    train.train_round(model, optimizer, batches, config, distiller=distiller)
+    return train.evaluate(model, data.heldout_batches(private.heldout, tokenizer, 16))
+
+
+class Runs:
+    """Runs done so far, by key, in a file of one JSON object a line."""
+
+    def __init__(self, setting: Setting, jobs: int) -> None:
+        self._file = setting.work / f"runs-{setting.steps}.jsonl"
+        self._setting, self._jobs = setting, jobs
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        self.losses: dict[str, float] = {entry["key"]: entry["loss"] for entry in map(json.loads, lines)}
+
+    def do(self, tasks: Iterable[Task]) -> None:
+        todo = [task for task in dict.fromkeys(tasks) if task.key not in self.losses]
+        with ProcessPoolExecutor(self._jobs, mp_context=get_context("spawn")) as pool:
+            waiting = [(task, pool.submit(run, self._setting, task)) for task in todo]
+            for task, future in waiting:
+                self.losses[task.key] = future.result()
+                print(f"  {task.key}: {self.losses[task.key]:.4f}", flush=True)
+                with self._file.open("a") as file:
+                    file.write(json.dumps({"key": task.key, "loss": self.losses[task.key]}) + "\n")
+
+    def loss(self, task: Task) -> float:
+        return self.losses[task.key]
+
+
+def fit_surrogate(setting: Setting, text: torch.Tensor, layers: int, steps: int) -> Path:
+    out = setting.work / f"matched-{layers}-{steps}.safetensors"
+    if not out.exists():
+        print(f"fitting a surrogate worth {layers} layers, {steps} steps ...", flush=True)
+        started = time.monotonic()
+        fit = matching.Fit(layers=layers, steps=steps, length=MAX_LENGTH)
+        card = matching.fit(setting.model, BOTTOM, TOP, text, fit, out)
+        print(
+            f"  {time.monotonic() - started:.0f} s; gradient cosine {card['gradient-cosine']:.3f} on other public text"
+        )
+    return out
+
+
+def spsa_cosine(setting: Setting, batch: data.Batch, queries: int) -> float:
+    """Cosine of dL/dh1 as estimated from random perturbations of h1 with the exact one, for one batch."""
+    full = AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32).requires_grad_(False).eval()
+    full.config.use_cache = False
+    cut = Boundaries.of(examine(full.config), BOTTOM, TOP)
+    lesson = observe(full, cut, batch["input_ids"], batch["labels"])
+    trunk, generator = load_trunk(setting.model, BOTTOM, TOP), torch.Generator().manual_seed(0)
+    estimate = torch.zeros_like(lesson.h1)
+    for _ in range(queries):
+        direction = torch.randn(lesson.h1.shape, generator=generator)
+        epsilon = 1e-3 * lesson.h1.norm() / direction.norm()
+        moved = run_trunk(trunk, lesson.h1 + epsilon * direction, None, None)
+        slope = ((moved - lesson.h2) / epsilon * lesson.g2).sum(dim=(1, 2), keepdim=True)  # one per sequence
+        estimate += slope * direction
+    return torch.cosine_similarity(estimate.flatten(), lesson.g1.flatten(), dim=0).item()
+
+
+def step_times(setting: Setting, candidates: list[Candidate], batches: list[data.Batch]) -> dict[str, float]:
+    """Median seconds per step of each kind, interleaved, over that of `none`."""
+    trunk = LocalTrunk(load_trunk(setting.model, BOTTOM, TOP))
+    models = {c.name: build(setting.model, BOTTOM, TOP, trunk, c, Lora()) for c in candidates}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for batch in batches:
+        for name, model in models.items():
+            started = time.perf_counter()
+            train.accumulate(model, [batch])
+            model.zero_grad(set_to_none=True)
+            times[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    return {name: value / medians["none"] for name, value in medians.items()}
+
+
+def plot(figures: dict[str, float], names: list[str], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    axes = plt.figure(figsize=(6, 4)).add_subplot()
+    for name in names:
+        x, y = figures[f"surrogate-layers/{name}"], 100 * figures[f"gap-closed/{name}"]
+        axes.scatter(x, y)
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4))
+    axes.set_xlabel("surrogate on the node, in trunk layers")
+    axes.set_ylabel("gap closed between top only and exact gradient, %")
+    axes.grid(alpha=0.3)
+    axes.figure.tight_layout()
+    axes.figure.savefig(out, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bench", type=Path, required=True)
+    parser.add_argument("--institutions", nargs="+", default=["niddk", "ninds"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--fit-steps", type=int, default=1000)
+    parser.add_argument("--layers", type=int, nargs="*", default=[2], help="budgets of the matched surrogates")
+    parser.add_argument("--text", type=Path, nargs="+", help="public text to fit on")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fl-split-bench-bottom")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--quick", action="store_true", help="few steps, one seed: the shape of the table, not its numbers"
+    )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    if not options.bench.is_dir():
+        parser.error(f"--bench {options.bench} is not a folder")
+    if options.quick:
+        options.steps, options.seeds, options.fit_steps, options.institutions = 10, 1, 20, options.institutions[:1]
+    rates = RATES[1:2] if options.quick else RATES
+
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    options.bench = options.bench.resolve()
+    model = next(options.bench.glob("*/config.json")).parent
+    options.work.mkdir(parents=True, exist_ok=True)
+    setting = Setting(model, options.bench / "medquad", options.steps, options.work)
+    files = options.text or [python_documentation(options.work / "python-documentation.txt")]
+    text = matching.read_text(files, model, MAX_LENGTH)
+
+    matched = [Candidate("matched", k, fit_surrogate(setting, text, k, options.fit_steps)) for k in options.layers]
+    none, exact = Candidate("none"), Candidate("exact")
+    others = [
+        Candidate("identity"),
+        Candidate("blocks", 1),
+        Candidate("blocks", 2),
+        Candidate("distilled", 2),
+        *matched,
+    ]
+    kinds = [none, *others, exact]
+
+    runs, first = Runs(setting, options.jobs), options.institutions[0]
+    runs.do(Task(c, first, 0, rate) for rate in rates for c in kinds)
+    best = {c: min(rates, key=lambda rate: runs.loss(Task(c, first, 0, rate))) for c in kinds}  # noqa: B023
+    pairs = [(institution, seed) for institution in options.institutions for seed in range(options.seeds)]
+    runs.do(Task(c, i, s, best[c]) for i, s in pairs for c in kinds)
+
+    losses = {c: [runs.loss(Task(c, i, s, best[c])) for i, s in pairs] for c in kinds}
+    private, tokenizer = examples(setting, first, 0)
+    batches = list(islice(data.training_batches(private.train, tokenizer, BATCH, 0, 0), 6))
+    agreement = {row.candidate: row for row in gradcheck(model, BOTTOM, TOP, batches, [*others, exact])}
+    slower = step_times(setting, kinds, batches)
+    trunk_model = load_trunk(model, BOTTOM, TOP)
+    trunk = LocalTrunk(trunk_model)
+    layer = sum(p.numel() for p in trunk_model.parameters()) / len(trunk_model.boundaries.trunk)
+    figures: dict[str, float] = {}
+    print(
+        f"\n{options.steps} steps of {BATCH} x {MAX_LENGTH} tokens, {len(pairs)} runs per kind, LoRA r=8 on all linears"
+    )
+    print("kind          rate    held-out (spread)   gap closed (spread)  cosine  norm   layers  memory  bytes   step")
+    for c in kinds:
+        client = build(model, BOTTOM, TOP, trunk, c, Lora())
+        extra, whole = surrogate_params(client), sum(p.numel() for p in client.parameters())
+        gaps = [(a - b) / (a - e) for a, b, e in zip(losses[none], losses[c], losses[exact], strict=True)]
+        mean = {k: statistics.mean(v) for k, v in losses.items()}
+        gap = (mean[none] - mean[c]) / (mean[none] - mean[exact])
+        row = agreement.get(c)
+        figures |= {
+            f"heldout-loss/{c.name}": mean[c],
+            f"heldout-loss-sd/{c.name}": statistics.pstdev(losses[c]),
+            f"gap-closed/{c.name}": gap,
+            f"gap-closed-sd/{c.name}": statistics.pstdev(gaps),
+            f"rate/{c.name}": best[c],
+            f"surrogate-layers/{c.name}": extra / layer,
+            f"memory-ratio/{c.name}": whole / (whole - extra),
+            f"step-time-ratio/{c.name}": slower[c.name],
+            **({f"cosine/{c.name}": row.cosine, f"norm-ratio/{c.name}": row.norm_ratio} if row else {}),
+        }
+        print(
+            f"{c.name:12}  {best[c]:.3f}   {mean[c]:.4f} ({statistics.pstdev(losses[c]):.3f})     "
+            f"{100 * gap:6.1f} % ({100 * statistics.pstdev(gaps):4.1f})    "
+            + (f"{row.cosine:6.3f}  {row.norm_ratio:5.2f}" if row else "     -      -")
+            + f"  {extra / layer:6.2f}  {whole / (whole - extra):6.2f}"
+            + f"  x{2.5 if c is exact else 1:<4}  x{slower[c.name]:.2f}"
+        )
+    for queries in (1, 16):
+        figures[f"cosine/spsa-{queries}"] = spsa_cosine(setting, batches[0], queries)
+        print(f"SPSA on h1, {queries} queries: gradient cosine {figures[f'cosine/spsa-{queries}']:.3f}")
+    packages = ("torch", "transformers", "peft")
+    about = {p: version(p) for p in packages} | {"python": platform.python_version(), "machine": platform.machine()}
+    print(f"{about}, seeds 0 to {options.seeds - 1}, institutions {', '.join(options.institutions)}")
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
+    if options.plot:
+        plot(figures, [c.name for c in kinds], options.plot)
+
+
+if __name__ == "__main__":
+    main()
