@@ -1,6 +1,7 @@
 """`fl-split trunk ...`: a real process that serves, is looked at, drains and exits 0; and the token verbs."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -25,6 +26,15 @@ from fl_split.trunk.client import Credentials, Expected, TrunkClient
 from fl_split.trunk.config import TrunkConfig
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    logger = logging.getLogger("fl_split")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
 
 
 def run(*args: str | Path) -> tuple[int, str, str]:

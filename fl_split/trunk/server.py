@@ -31,10 +31,11 @@ from fl_split.trunk.access import (
     identify,
     server_credentials,
 )
-from fl_split.trunk.batching import Batcher, DeadlinePassed, Job, QueueFull, run_packed
+from fl_split.trunk.batching import Batcher, DeadlinePassed, Job, QueueFull
 from fl_split.trunk.calls import Call, Refusal
 from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.held import HeldLayers, hold_layers, num_cpus
+from fl_split.trunk.layout import run_packed
 from fl_split.trunk.metrics import TrunkMetrics
 
 __all__ = ["HeldLayers", "TrunkServer", "embedded", "hold_layers"]
