@@ -1,31 +1,399 @@
-"""The service over loopback: equal to the trunk in this process, whoever shares a batch, and health."""
+"""The service over loopback: equal to a trunk in this process, a clear status for what it cannot take, draining."""
 
-from collections.abc import Callable
+import asyncio
+import json
+import logging
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from torch import Tensor
 
+from fl_split import wire
+from fl_split.errors import ConfigError
+from fl_split.proto import trunk_pb2 as pb
 from fl_split.split import LocalTrunk
 from fl_split.trunk import server
 from fl_split.trunk.client import Expected, TrunkClient
+from fl_split.trunk.config import TrunkConfig
+from fl_split.trunk.metrics import serve_metrics
+
+HIDDEN = 32
+_Code = grpc.StatusCode
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def held(checkpoint: Callable[[str], Path]) -> server.HeldLayers:
     return server.hold_layers(checkpoint("llama"), 2, 2)
 
 
+def slow(held: server.HeldLayers, seconds: float) -> server.HeldLayers:
+    """The same layers, but each forward pass takes a while."""
+
+    class Slow(server.HeldLayers):
+        def run(self, *args: Any) -> Tensor:
+            time.sleep(seconds)
+            return super().run(*args)
+
+    return Slow(held.model, held.identity, held.causal)
+
+
+@contextmanager
+def serving(held: server.HeldLayers, **sections: dict[str, Any]) -> Iterator[grpc.Channel]:
+    config = TrunkConfig.model_validate(sections)
+    with server.embedded(held, config=config) as address, grpc.insecure_channel(address) as channel:
+        yield channel
+
+
+def forward(channel: grpc.Channel) -> Any:
+    return channel.unary_unary(f"/{wire.SERVICE}/Forward", None, pb.ForwardReply.FromString)
+
+
+def request(num_tokens: int = 5, **changes: Any) -> bytes:
+    data, _ = wire.encode_rows(torch.ones(num_tokens, HIDDEN), pb.FLOAT32)
+    fields = {"dtype": pb.FLOAT32, "lengths": [num_tokens], "hidden_states": data, **changes}
+    return pb.ForwardRequest(**fields).SerializeToString()
+
+
+def refused(channel: grpc.Channel, message: bytes, **options: Any) -> grpc.RpcError:
+    with pytest.raises(grpc.RpcError) as error:
+        forward(channel)(message, timeout=5, **options)
+    return error.value
+
+
+# ----------------------------------------------------------------------------------------------------- equality
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gpt2"])
-def test_remote_equals_local(checkpoint: Callable[[str], Path], family: str) -> None:
+@pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16", "int8"])
+def test_remote_equals_local(checkpoint: Callable[[str], Path], family: str, wire_dtype: str) -> None:
     torch.manual_seed(0)
     held = server.hold_layers(checkpoint(family), 2, 2)
-    hidden_states = torch.randn(3, 10, 32)
+    hidden_states = torch.randn(3, 10, HIDDEN)
     mask = (torch.arange(10)[None] < torch.tensor([10, 4, 7])[:, None]).long()
+    left = mask.flip(1)
     expected = Expected.from_checkpoint(checkpoint(family), 2, 2)
-    with server.embedded(held) as address, TrunkClient(address, expected, wire_dtype="float32") as client:
-        for attention_mask in (None, mask):
+    tolerance = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.05}[wire_dtype]
+    with server.embedded(held) as address, TrunkClient(address, expected, wire_dtype=wire_dtype) as client:
+        for attention_mask in (None, mask, left):
             remote = client.start(hidden_states, attention_mask, None).result()
             local = LocalTrunk(held.model).start(hidden_states, attention_mask, None).result()
-            real = mask.bool() if attention_mask is not None else torch.ones(3, 10, dtype=torch.bool)
-            torch.testing.assert_close(remote[real], local[real], rtol=1e-5, atol=1e-5)
+            real = attention_mask.bool() if attention_mask is not None else torch.ones(3, 10, dtype=torch.bool)
+            assert (remote[real] - local[real]).norm() < tolerance * local[real].norm()
+
+
+def test_many_callers_at_once_get_what_each_would_get_alone(held: server.HeldLayers) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1 + i % 3, 3 + i % 7, HIDDEN, generator=generator) for i in range(40)]
+    with serving(held) as channel, ThreadPoolExecutor(8) as threads:
+        call = forward(channel)
+
+        def ask(hidden_states: Tensor) -> Tensor:
+            message = wire.encode_request(wire.pack_batch(hidden_states, None, None), pb.FLOAT32)
+            reply = call(message.SerializeToString(), timeout=30)
+            return wire.decode_reply(reply, message, HIDDEN).view(hidden_states.shape)
+
+        for hidden_states, out in zip(inputs, threads.map(ask, inputs), strict=True):
+            alone = LocalTrunk(held.model).start(hidden_states, None, None).result()
+            torch.testing.assert_close(out, alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
+
+
+# ----------------------------------------------------------------------------------------------- hostile callers
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (b"\xff\xff\xff", "the message is not a ForwardRequest"),
+        (request()[:-2], "the message is not a ForwardRequest"),
+        (b"", "lengths has 0 entries"),
+        (request(lengths=[2**32 - 1]), "lengths holds 4294967295"),
+        (request(lengths=[65]), "a sequence has at most 64 tokens"),
+        (request(lengths=[4]), "hidden_states has 640 bytes"),
+        (request(dtype=7), "dtype=7 is unknown"),
+        (request(hidden_states=b"\xff" * 640), "NaN or infinite"),
+        (request(positions=[1]), "positions has 1 entries"),
+    ],
+)
+def test_malformed_requests_are_refused_by_field(held: server.HeldLayers, message: bytes, text: str) -> None:
+    with serving(held) as channel:
+        error = refused(channel, message)
+        assert error.code() is _Code.INVALID_ARGUMENT
+        assert text in error.details()
+        assert len(forward(channel)(request(), timeout=5).hidden_states) == 5 * HIDDEN * 4
+
+
+def test_messages_beyond_the_limit_and_compressed_ones_are_refused(held: server.HeldLayers) -> None:
+    with serving(held, limits={"max-tokens": 64}) as channel:
+        error = refused(channel, bytes(100_000))
+        assert error.code() is _Code.RESOURCE_EXHAUSTED
+        error = refused(channel, request(), compression=grpc.Compression.Gzip)
+        assert error.code() is _Code.UNIMPLEMENTED
+        assert forward(channel)(request(), timeout=5)
+
+
+def test_errors_reveal_no_internals(held: server.HeldLayers, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(server.HeldLayers):
+        def run(self, *args: Any) -> Tensor:
+            if len(args[0]) == 1 and args[0].shape[1] == 5:
+                raise RuntimeError("tensor([0.123, /secret/path")
+            return super().run(*args)
+
+    with serving(Broken(held.model, held.identity, held.causal)) as channel:
+        error = refused(channel, request(), metadata=((wire.REQUEST_ID, "request-12345678"),))
+    assert error.code() is _Code.INTERNAL
+    assert "secret" not in error.details() and "request-12345678" in error.details()
+    assert "secret" not in caplog.text
+    assert "request-12345678" in caplog.text
+
+
+def test_a_call_without_a_message_and_one_that_is_too_slow_are_refused(held: server.HeldLayers) -> None:
+    with serving(held, limits={"receive-timeout-s": 0.2}) as channel:
+        call = channel.stream_unary(f"/{wire.SERVICE}/Forward")
+        with pytest.raises(grpc.RpcError, match="the call holds no message"):
+            call(iter(()), timeout=5)
+        hang = threading.Event()
+        started = time.monotonic()
+
+        def slowly() -> Iterator[bytes]:
+            hang.wait(3)
+            yield b""
+
+        with pytest.raises(grpc.RpcError, match="receive-timeout-s"):
+            call(slowly(), timeout=5)
+        hang.set()
+        assert time.monotonic() - started < 2
+        assert forward(channel)(request(), timeout=5)
+
+
+def test_raw_bytes_and_a_flood_of_connections_do_no_harm(held: server.HeldLayers) -> None:
+    with server.embedded(held, config=TrunkConfig.model_validate({"limits": {"connections": 20}})) as address:
+        host, _, port = address.partition(":")
+        sockets = []
+        for i in range(60):
+            connection = socket.create_connection((host, int(port)), timeout=5)
+            connection.sendall([b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 100, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"][i % 3])
+            sockets.append(connection)
+        for connection in sockets:
+            connection.close()
+        with grpc.insecure_channel(address) as channel:
+            assert forward(channel)(request(), timeout=10, wait_for_ready=True)
+
+
+def test_unknown_methods_are_unimplemented(held: server.HeldLayers) -> None:
+    with serving(held) as channel, pytest.raises(grpc.RpcError) as error:
+        channel.unary_unary(f"/{wire.SERVICE}/Train")(b"", timeout=5)
+    assert error.value.code() is _Code.UNIMPLEMENTED
+
+
+# ------------------------------------------------------------------------------------------------------- bounded
+
+
+def test_a_full_queue_refuses_with_a_time_to_come_back(held: server.HeldLayers) -> None:
+    limits = {"max-tokens": 64, "queue-tokens": 64}
+    with serving(slow(held, 0.1), limits=limits, batching={"max-batch-tokens": 40}) as channel:
+        calls = [forward(channel).future(request(40), timeout=10) for _ in range(12)]
+        codes = [call.code() for call in calls]
+        assert codes.count(_Code.RESOURCE_EXHAUSTED) >= 5
+        assert codes.count(_Code.OK) >= 2
+        assert set(codes) == {_Code.OK, _Code.RESOURCE_EXHAUSTED}
+        for call in calls:
+            if call.code() is _Code.RESOURCE_EXHAUSTED:
+                assert 0 < int(dict(call.trailing_metadata())[wire.PUSHBACK]) <= 10_000
+
+
+def test_too_many_calls_of_one_caller_are_refused(held: server.HeldLayers) -> None:
+    with serving(slow(held, 0.2), limits={"calls-per-caller": 2}) as channel:
+        calls = [forward(channel).future(request(), timeout=10) for _ in range(6)]
+        codes = [call.code() for call in calls]
+        assert codes.count(_Code.OK) == 2
+        assert "too many calls at once" in next(c for c in calls if c.code() is not _Code.OK).details()
+
+
+def test_cancelled_and_late_calls_are_not_computed(held: server.HeldLayers) -> None:
+    computed: list[int] = []
+
+    class Watched(server.HeldLayers):
+        def run(self, hidden_states: Tensor, *args: Any) -> Tensor:
+            computed.append(hidden_states.shape[1])
+            time.sleep(0.3 if hidden_states.shape[1] == 5 else 0)
+            return super().run(hidden_states, *args)
+
+    with serving(Watched(held.model, held.identity, held.causal)) as channel:
+        busy = forward(channel).future(request(5), timeout=10)
+        time.sleep(0.1)
+        late = forward(channel).future(request(6), timeout=0.05)
+        gone = forward(channel).future(request(7), timeout=10)
+        time.sleep(0.05)
+        gone.cancel()
+        assert late.code() is _Code.DEADLINE_EXCEEDED
+        busy.result()
+        forward(channel)(request(8), timeout=10)
+    assert 5 in computed and 8 in computed
+    assert 6 not in computed and 7 not in computed
+
+
+# --------------------------------------------------------------------------------------------------- observability
+
+
+def test_health_and_reflection(held: server.HeldLayers) -> None:
+    with serving(held) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for name in ("", wire.SERVICE):
+            reply = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        ask = reflection_pb2.ServerReflectionRequest(list_services="")
+        [answer] = list(stub.ServerReflectionInfo(iter([ask]), timeout=5))
+        assert wire.SERVICE in {service.name for service in answer.list_services_response.service}
+
+
+def test_a_server_is_ready_only_when_warm_and_not_while_it_drains(held: server.HeldLayers) -> None:
+    async def main() -> list[int]:
+        running = server.TrunkServer(slow(held, 0.3), TrunkConfig.model_validate({"server": {"port": 0}}))
+        seen = []
+        await running.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{running.port}") as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            call = channel.unary_unary(f"/{wire.SERVICE}/Forward", None, None)
+
+            async def status() -> int:
+                return (await health.Check(health_pb2.HealthCheckRequest(), timeout=5)).status
+
+            seen.append(await status())
+            await running.warm_up()
+            seen.append(await status())
+            open_call = call(request(), timeout=5)
+            await asyncio.sleep(0.1)
+            draining = asyncio.create_task(running.drain())
+            assert len(await open_call) > 0
+            await draining
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await call(request(), timeout=1)
+            assert error.value.code() is _Code.UNAVAILABLE
+        return seen
+
+    not_serving, is_serving = (
+        health_pb2.HealthCheckResponse.NOT_SERVING,
+        health_pb2.HealthCheckResponse.SERVING,
+    )
+    assert asyncio.run(main()) == [not_serving, is_serving]
+
+
+def test_calls_leave_a_line_and_counts_but_no_values(
+    held: server.HeldLayers, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    running: Future[server.TrunkServer] = Future()
+    build = server.TrunkServer._build
+
+    def spy(self: server.TrunkServer) -> Any:
+        running.set_result(self)
+        return build(self)
+
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(server.TrunkServer, "_build", spy)
+        with serving(held) as channel:
+            forward(channel)(request(), timeout=5, metadata=((wire.REQUEST_ID, "abc-12345678"),))
+            refused(channel, b"\xff\xff")
+            port, stop = serve_metrics(running.result().metrics, "127.0.0.1", 0)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as reply:
+                text = reply.read().decode()
+            stop()
+    events = [record.event for record in caplog.records if hasattr(record, "event")]
+    assert [(event["code"], event["tokens"]) for event in events] == [("OK", 5), ("INVALID_ARGUMENT", 0)]
+    assert events[0]["request-id"] == "abc-12345678"
+    assert all(isinstance(value, int | float | str) for event in events for value in event.values())
+    assert "[" not in json.dumps(events[0])
+    for line in (
+        'fl_split_trunk_calls_total{code="OK",institution="anonymous",method="Forward"} 1.0',
+        'fl_split_trunk_calls_total{code="INVALID_ARGUMENT",institution="anonymous",method="Forward"} 1.0',
+        'fl_split_trunk_tokens_total{institution="anonymous"} 5.0',
+        "fl_split_trunk_batch_fill_sum 1.0",
+        "fl_split_trunk_ready 1.0",
+        "fl_split_trunk_queued_tokens 0.0",
+    ):
+        assert line in text
+    assert "127.0.0.1" not in text
+
+
+# -------------------------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batching.max-wait-ms=-1", r"batching\.max-wait-ms=-1: input should be greater"),
+        ("batching.size=1", r"batching\.size: no such key; see docs/trunk\.md"),
+        ("server.port=70000", r"server\.port=70000: input should be less"),
+        ("model.quantization=int3", r"model\.quantization='int3': input should be"),
+        ("limits.queue-tokens=100", r"limits\.queue-tokens=100 is less than limits\.max-tokens=8192"),
+        ("nonsense", r"--set 'nonsense': expected section\.key=value"),
+    ],
+)
+def test_wrong_configuration_is_named_as_written(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrunkConfig.load(None, [override])
+
+
+def test_flags_come_before_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "trunk.toml"
+    file.write_text('[server]\nport = 1\n[model]\nname = "/m"\n')
+    config = TrunkConfig.load(file, ["server.port=2", "model.threads=3", "log.format=text"])
+    assert (config.server.port, config.model.name, config.model.threads) == (2, "/m", 3)
+    for damage in ("port = ", "\x00"):
+        file.write_text(damage)
+        with pytest.raises(ConfigError, match="cannot be read as TOML"):
+            TrunkConfig.load(file)
+
+
+def test_a_taken_port_is_an_error(held: server.HeldLayers) -> None:
+    with server.embedded(held) as address, pytest.raises(OSError, match="cannot listen on 127.0.0.1"):
+        with server.embedded(held, port=int(address.partition(":")[2])):
+            pass
+
+
+def test_missing_quantization_package_is_named(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fl_split.trunk import held as module
+    from fl_split.trunk.config import Model
+
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(module, "import_module", missing)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    with pytest.raises(ConfigError, match="model.quantization='torchao-int8' needs the package torchao"):
+        module.hold_configured(Model(name=str(checkpoint("llama")), quantization="torchao-int8"))
+
+
+def test_device_map_goes_to_transformers(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from fl_split.trunk import held as module
+    from fl_split.trunk.config import Model
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    folder = str(checkpoint("llama"))
+    plain = module.hold_configured(Model(name=folder))
+    mapped = module.hold_configured(Model(name=folder, device_map="cpu"))
+    probe = torch.randn(1, 4, HIDDEN)
+    assert torch.equal(plain.run(probe, None, None), mapped.run(probe, None, None))
+    assert plain.identity == mapped.identity
+
+
+def test_models_with_length_bound_rotary_tables_are_not_batched(held: server.HeldLayers) -> None:
+    config = TrunkConfig().batching
+    assert held.allowed(config).enabled
+    model = type("M", (), {"config": type("C", (), {"rope_parameters": {"rope_type": "dynamic"}})})
+    assert not replace(held, model=model).allowed(config).enabled  # type: ignore[arg-type]

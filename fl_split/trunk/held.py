@@ -17,8 +17,8 @@ from fl_split.checkpoint import config_digest, resolve_model, weights_digest
 from fl_split.errors import ConfigError
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.split import boundaries_of, load_trunk, run_trunk
-from fl_split.trunk.batching import is_causal
 from fl_split.trunk.config import Batching, Limits, Model
+from fl_split.trunk.layout import is_causal
 
 logger = logging.getLogger(__name__)
 

@@ -33,10 +33,11 @@ from fl_split.trunk.access import (
     identify,
     server_credentials,
 )
-from fl_split.trunk.batching import Batcher, DeadlinePassed, Job, QueueFull, run_packed
+from fl_split.trunk.batching import Batcher, DeadlinePassed, Job, QueueFull
 from fl_split.trunk.calls import Call, Refusal
 from fl_split.trunk.config import TrunkConfig
-from fl_split.trunk.held import HeldLayers, hold_layers
+from fl_split.trunk.held import HeldLayers, hold_layers, num_cpus
+from fl_split.trunk.layout import run_packed
 from fl_split.trunk.metrics import TrunkMetrics
 from fl_split.trunk.published import NothingPublished, Published
 
@@ -290,8 +291,11 @@ def embedded(held: HeldLayers, port: int = 0, config: TrunkConfig | None = None)
     Args:
         held: What to serve.
         port: 0 takes a free one.
-        config: By default plaintext on loopback, without metrics.
+        config: By default plaintext on loopback. Metrics are counted, but not served.
+
+    Takes at most half of the CPUs, for the whole process: the nodes of a simulation need the others.
     """
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, num_cpus() // 2)))
     config = config or TrunkConfig()
     config = config.model_copy(update={"server": config.server.model_copy(update={"port": port})})
     bound: Future[int] = Future()

@@ -1,0 +1,115 @@
+"""A trunk as a process of its own: load, warm up, serve until SIGTERM, drain, exit 0."""
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from transformers.utils import logging as transformers_logging
+
+from fl_split.errors import ConfigError
+from fl_split.trunk.config import Log, TrunkConfig
+from fl_split.trunk.held import HeldLayers, hold_configured
+from fl_split.trunk.metrics import serve_metrics
+from fl_split.trunk.server import TrunkServer
+
+logger = logging.getLogger(__name__)
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, message, and what the record's `event` holds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "time": f"{when}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "event", {}),
+        }
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+class _Text(logging.Formatter):
+    """For people: the same, in words."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        event = " ".join(f"{key}={value}" for key, value in getattr(record, "event", {}).items())
+        when = time.strftime("%H:%M:%S", time.localtime(record.created))
+        return f"{when} {record.levelname.lower():7} {record.getMessage()} {event}".rstrip()
+
+
+def show_log(config: Log) -> None:
+    """Send fl-split's log to standard error as configured."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines() if config.format == "json" else _Text())
+    root = logging.getLogger("fl_split")
+    root.handlers[:] = [handler]
+    root.propagate = False
+    root.setLevel(config.level.upper())
+
+
+def serve(config: TrunkConfig) -> None:
+    """Serve until SIGTERM or SIGINT; a second signal ends it at once.
+
+    Raises:
+        ConfigError: The configuration names something that is not there, or an address that is taken.
+        SplitError: The model cannot be split as asked.
+    """
+    show_log(config.log)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    started = time.monotonic()
+    held = hold_configured(config.model)
+    about = held.identity
+    logger.info(
+        "loaded layers %d to %d of %s in %.1f s",
+        about.first_layer,
+        about.end_layer - 1,
+        about.model_type,
+        time.monotonic() - started,
+    )
+    try:
+        asyncio.run(_serve(held, config))
+    except OSError as error:
+        raise ConfigError(f"server.host, server.port, metrics.host or metrics.port: {error}") from error
+
+
+async def _serve(held: HeldLayers, config: TrunkConfig) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, stop, number)
+    server = TrunkServer(held, config)
+    server.metrics.info.info(
+        {
+            "model_type": held.identity.model_type,
+            "layers": f"{held.identity.first_layer}-{held.identity.end_layer - 1}",
+            "trunk_id": held.identity.trunk_id.hex(),
+            "version": held.identity.version,
+        }
+    )
+    stop_metrics: Callable[[], None] = lambda: None  # noqa: E731
+    if config.metrics.enabled:
+        port, stop_metrics = serve_metrics(server.metrics, config.metrics.host, config.metrics.port)
+        logger.info("metrics at http://%s:%d/metrics", config.metrics.host, port)
+    try:
+        await server.start()
+        await server.warm_up()
+        logger.info("ready at %s:%d", config.server.host, server.port)
+        await stop.wait()
+        logger.info("draining for up to %g s", config.server.drain_s)
+        await server.drain()
+        logger.info("stopped")
+    finally:
+        stop_metrics()
+
+
+def _on_signal(stop: asyncio.Event, number: signal.Signals) -> None:
+    stop.set()
+    signal.signal(number, signal.SIG_DFL)  # asking twice ends it at once

@@ -1,0 +1,259 @@
+"""Batching: bounded, fair, and blind to who shares a batch."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fl_split.trunk.batching import Batcher, DeadlinePassed, Done, FairQueue, Job, QueueFull
+from fl_split.trunk.config import Batching
+from fl_split.trunk.held import hold_layers
+from fl_split.trunk.layout import is_causal, passes, run_packed
+from fl_split.wire import Packed
+
+
+def packed(*lengths: int, hidden_size: int = 4, seed: int = 0) -> Packed:
+    rows = torch.randn(sum(lengths), hidden_size, generator=torch.Generator().manual_seed(seed))
+    return Packed(rows, list(lengths), None)
+
+
+def job(caller: str, num_tokens: int) -> Job:
+    return Job(caller, packed(num_tokens), 0.0, None)  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------------------- queue
+
+
+def test_a_heavy_caller_gets_no_more_than_its_turn() -> None:
+    queue = FairQueue(10_000)
+    for _ in range(50):
+        queue.put(job("heavy", 100))
+    for _ in range(2):
+        queue.put(job("light", 100))
+    order = [taken.caller for _ in range(4) for taken in queue.take(100)]
+    assert sorted(order) == ["heavy", "heavy", "light", "light"]
+
+
+def test_turns_are_counted_in_tokens() -> None:
+    queue = FairQueue(10_000)
+    for _ in range(8):
+        queue.put(job("long", 400))
+        queue.put(job("short", 100))
+    taken = [taken.caller for _ in range(10) for taken in queue.take(1)]
+    assert taken.count("short") == 8
+
+
+def test_a_newcomer_does_not_make_up_for_the_time_before() -> None:
+    queue = FairQueue(100_000)
+    for _ in range(40):
+        queue.put(job("old", 100))
+    for _ in range(20):
+        queue.take(1)
+    for _ in range(20):
+        queue.put(job("new", 100))
+    order = [queue.take(1)[0].caller for _ in range(10)]
+    assert 4 <= order.count("new") <= 6
+
+
+def test_full_queue_refuses_whoever_holds_most() -> None:
+    queue = FairQueue(1000)
+    for _ in range(10):
+        queue.put(job("heavy", 100))
+    with pytest.raises(QueueFull):
+        queue.put(job("heavy", 100))
+    evicted = queue.put(job("light", 200))
+    assert [(old.caller, old.num_tokens) for old in evicted] == [("heavy", 100)] * 2
+    assert queue.num_tokens == 1000
+
+
+def test_a_caller_with_as_much_as_any_other_makes_nobody_give_way() -> None:
+    queue = FairQueue(1000)
+    queue.put(job("a", 500))
+    queue.put(job("b", 400))
+    with pytest.raises(QueueFull):
+        queue.put(job("b", 200))
+    assert queue.num_tokens == 900
+
+
+def test_take_fills_a_batch_and_takes_one_that_is_too_large_alone() -> None:
+    queue = FairQueue(10_000)
+    for num_tokens in (60, 30, 30, 500):
+        queue.put(job("a", num_tokens))
+    assert [[taken.num_tokens for taken in queue.take(100)] for _ in range(3)] == [[60, 30], [30], [500]]
+    assert queue.take(100) == []
+    assert queue.num_tokens == 0
+
+
+# ------------------------------------------------------------------------------------------------------- batcher
+
+
+async def submit_all(batcher: Batcher, requests: Sequence[tuple[str, Packed, float]]) -> list[Done | BaseException]:
+    serving = asyncio.create_task(batcher.run())
+    calls = (batcher.submit(caller, request, timeout_s) for caller, request, timeout_s in requests)
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    serving.cancel()
+    batcher.close()
+    return results
+
+
+def double(requests: Sequence[Packed]) -> list[Tensor]:
+    time.sleep(0.01)
+    return [2 * request.rows for request in requests]
+
+
+def test_requests_of_several_callers_share_batches_and_get_their_own_rows_back() -> None:
+    sizes: list[int] = []
+
+    def compute(requests: Sequence[Packed]) -> list[Tensor]:
+        sizes.append(len(requests))
+        return double(requests)
+
+    requests = [(f"caller {i % 3}", packed(3, 2, seed=i), 10.0) for i in range(12)]
+    results = asyncio.run(submit_all(Batcher(compute, Batching(), 10_000), requests))
+    for (_, request, _), done in zip(requests, results, strict=True):
+        assert isinstance(done, Done)
+        assert torch.equal(done.rows, 2 * request.rows)
+    assert sum(sizes) == 12 and max(sizes) > 3
+
+
+def test_without_batching_each_request_runs_alone() -> None:
+    sizes: list[int] = []
+
+    def compute(requests: Sequence[Packed]) -> list[Tensor]:
+        sizes.append(len(requests))
+        return [request.rows for request in requests]
+
+    batcher = Batcher(compute, Batching(enabled=False), 10_000)
+    asyncio.run(submit_all(batcher, [("a", packed(3), 10.0), ("b", packed(3), 10.0)]))
+    assert sizes == [1, 1]
+
+
+def test_a_lone_caller_never_waits() -> None:
+    async def main() -> float:
+        batcher = Batcher(lambda requests: [r.rows for r in requests], Batching(max_wait_ms=2000), 10_000)
+        serving = asyncio.create_task(batcher.run())
+        started = time.monotonic()
+        for _ in range(5):
+            await batcher.submit("alone", packed(3), 10.0)
+        serving.cancel()
+        return time.monotonic() - started
+
+    assert asyncio.run(main()) < 1.0
+
+
+def test_beyond_the_queue_calls_are_refused_with_a_time_to_come_back() -> None:
+    results = asyncio.run(submit_all(Batcher(double, Batching(), 100), [("a", packed(40), 10.0)] * 6))
+    refused = [result for result in results if isinstance(result, QueueFull)]
+    assert len(refused) >= 3
+    assert all(0 < error.retry_after_s <= 10 for error in refused)
+
+
+def test_a_light_caller_is_served_while_a_heavy_one_floods() -> None:
+    flood = [("heavy", packed(40), 10.0)] * 50
+    results = asyncio.run(submit_all(Batcher(double, Batching(), 400), [*flood, *[("light", packed(40), 10.0)] * 3]))
+    assert all(isinstance(result, Done) for result in results[-3:])
+    assert sum(isinstance(result, QueueFull) for result in results[:-3]) > 30
+
+
+def test_work_whose_caller_is_gone_is_dropped() -> None:
+    computed: list[int] = []
+
+    def compute(requests: Sequence[Packed]) -> list[Tensor]:
+        computed.extend(len(r.rows) for r in requests)
+        time.sleep(0.05)
+        return [r.rows for r in requests]
+
+    async def main() -> None:
+        batcher = Batcher(compute, Batching(max_wait_ms=0), 10_000)
+        serving = asyncio.create_task(batcher.run())
+        first = asyncio.create_task(batcher.submit("a", packed(1), 10.0))
+        await asyncio.sleep(0.02)  # the worker is busy with it
+        gone = asyncio.create_task(batcher.submit("b", packed(2), 10.0))
+        late = asyncio.create_task(batcher.submit("c", packed(3), 0.001))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        await asyncio.sleep(0)
+        assert batcher.queued_tokens == 3
+        with pytest.raises(DeadlinePassed):
+            await late
+        await first
+        serving.cancel()
+
+    asyncio.run(main())
+    assert computed == [1]
+
+
+def test_a_failed_batch_fails_its_calls_and_no_others() -> None:
+    fail = [True]
+
+    def compute(requests: Sequence[Packed]) -> list[Tensor]:
+        if fail.pop() if fail else False:
+            raise RuntimeError("out of memory")
+        return [r.rows for r in requests]
+
+    async def main() -> None:
+        batcher = Batcher(compute, Batching(), 10_000)
+        serving = asyncio.create_task(batcher.run())
+        with pytest.raises(RuntimeError):
+            await batcher.submit("a", packed(3), 10.0)
+        await batcher.submit("a", packed(3), 10.0)
+        serving.cancel()
+
+    asyncio.run(main())
+
+
+# -------------------------------------------------------------------------------------------------------- layout
+
+
+def test_sequences_of_a_length_go_together() -> None:
+    layout = list(passes([packed(*[200] * 4, *[10] * 20), packed(*[195] * 4, 190)]))
+    lengths = [[span.length for span in group] for group in layout]
+    assert [length for group in lengths for length in group] == sorted([200] * 4 + [195] * 4 + [190] + [10] * 20)[::-1]
+    for group in lengths:
+        assert sum(group) >= 0.85 * len(group) * max(group)
+
+
+def test_a_few_short_sequences_do_not_get_a_pass_of_their_own() -> None:
+    assert len(list(passes([packed(10, 8, 5)]))) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gpt2"])
+@pytest.mark.parametrize("with_positions", [False, True])
+def test_result_does_not_depend_on_who_shared_the_batch(
+    checkpoint: Callable[[str], Path], family: str, with_positions: bool
+) -> None:
+    """Tolerance: 1e-5 of the largest value, float32 on the CPU; matrix kernels round differently by batch size."""
+    held = hold_layers(checkpoint(family), 2, 2)
+    assert held.causal
+    requests = [
+        packed(*lengths, hidden_size=32, seed=i) for i, lengths in enumerate([(9, 4), (30,), (4, 4, 1), (17, 2)])
+    ]
+    if with_positions:
+        rows, lengths = requests[0].rows, requests[0].lengths
+        requests[0] = Packed(rows, lengths, torch.cat([torch.arange(3, 3 + n) for n in lengths]))
+    together, _ = run_packed(held.run, requests, causal=held.causal)
+    masked, _ = run_packed(held.run, requests, causal=False)
+    for request, shared, with_mask in zip(requests, together, masked, strict=True):
+        alone = run_packed(held.run, [request], causal=held.causal)[0][0]
+        tolerance = 1e-5 * float(alone.abs().max())
+        torch.testing.assert_close(shared, alone, rtol=0, atol=tolerance)
+        torch.testing.assert_close(with_mask, alone, rtol=0, atol=tolerance)
+        again = run_packed(held.run, [request], causal=held.causal)[0][0]
+        assert torch.equal(alone, again)
+
+
+def test_positions_matter(checkpoint: Callable[[str], Path]) -> None:
+    held = hold_layers(checkpoint("gpt2"), 2, 2)
+    request = packed(6, hidden_size=32)
+    moved = Packed(request.rows, [6], torch.tensor([0, 3, 4, 9, 10, 11]))
+    assert run_packed(held.run, [moved], causal=True)[0][0].shape == (6, 32)
+
+
+def test_causality_is_found_out_by_trying() -> None:
+    assert is_causal(lambda h, mask, positions: h.cumsum(1), 8)
+    assert not is_causal(lambda h, mask, positions: h + h.mean(1, keepdim=True), 8)
+    assert not is_causal(lambda h, mask, positions: h + 1e-4 * h[:, -1:], 8)

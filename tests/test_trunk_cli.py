@@ -1,0 +1,210 @@
+"""`fl-split trunk ...`: a real process that serves, is looked at, drains and exits 0; and the token verbs."""
+
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fl_split import wire
+from fl_split.cli import app
+from fl_split.proto import trunk_pb2 as pb
+from fl_split.trunk.client import Credentials, Expected, TrunkClient
+from fl_split.trunk.config import TrunkConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    logger = logging.getLogger("fl_split")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
+
+
+def run(*args: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Process:
+    """`fl-split trunk serve` with its log."""
+
+    def __init__(self, *args: str) -> None:
+        self.port, self.metrics_port = free_port(), free_port()
+        flags = [f"server.port={self.port}", f"metrics.port={self.metrics_port}", "model.threads=1", *args]
+        command = [sys.executable, "-m", "fl_split.cli", "trunk", "serve", *(f"--set={flag}" for flag in flags)]
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.lines.extend(iter(self.process.stderr.readline, ""))
+
+    def wait_ready(self) -> None:
+        for _ in range(600):
+            if any("ready at" in line for line in self.lines):
+                return
+            assert self.process.poll() is None, self.lines
+            time.sleep(0.05)
+        raise TimeoutError(self.lines)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@pytest.fixture
+def serve(checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Process]]:
+    started: list[Process] = []
+
+    def start(*args: str) -> Process:
+        started.append(Process(f"model.name={checkpoint('llama')}", *args))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.end()
+
+
+def test_a_served_trunk_is_seen_used_and_drained(
+    checkpoint: Callable[[str], Path], serve: Callable[..., Process], tmp_path: Path
+) -> None:
+    tokens, mine = tmp_path / "tokens", tmp_path / "mine"
+    code, token, _ = run("trunk", "token", "add", "clinic-a", "--tokens", tokens)
+    assert code == 0
+    mine.write_text(token)
+    trunk = serve(f"security.tokens={tokens}")
+    trunk.wait_ready()
+    address = f"127.0.0.1:{trunk.port}"
+
+    assert re.match(r"SERVING in [\d.]+ ms", run("trunk", "ping", address)[1])
+    code, _, error = run("trunk", "describe", address)
+    assert code == 1 and "UNAUTHENTICATED" in error
+    code, text, _ = run("trunk", "describe", address, "--token-file", mine, "--json")
+    assert code == 0 and json.loads(text)["layers"] == "2-3"
+
+    expected = Expected.from_checkpoint(checkpoint("llama"), 2, 2)
+    with TrunkClient(address, expected, timeout_s=10, credentials=Credentials(token_file=str(mine))) as client:
+        client.start(torch.ones(1, 4, 32), None, None).result()
+        url = f"http://127.0.0.1:{trunk.metrics_port}/metrics"
+        code, text, _ = run("trunk", "top", url, "--once", "--interval-s", "0.1")
+        assert code == 0 and "clinic-a" in text and "ready" in text
+    with grpc.insecure_channel(address) as channel:
+        terminated = threading.Event()
+
+        def message() -> Iterator[bytes]:
+            terminated.wait(5)
+            packed = wire.pack_batch(torch.ones(1, 4, 32), None, None)
+            yield wire.encode_request(packed, pb.BFLOAT16).SerializeToString()
+
+        bearer = (("authorization", f"Bearer {token.strip()}"),)
+        call = channel.stream_unary(f"/{wire.SERVICE}/Forward").future(message(), timeout=10, metadata=bearer)
+        time.sleep(0.3)  # the call is open, its message is still to come
+        trunk.process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        terminated.set()
+        assert len(call.result()) > 4 * 32 * 2
+        assert trunk.process.wait(10) == 0
+    trunk.end()
+    events = [json.loads(line) for line in trunk.lines if line.startswith("{")]
+    messages = [event["message"] for event in events]
+    assert messages.index("draining for up to 30 s") < messages.index("stopped")
+    assert messages[-2:] == ["call", "stopped"]  # the open call was finished first
+    assert {"clinic-a", "unknown"} == {event["institution"] for event in events if event["message"] == "call"}
+    assert token.strip() not in "".join(trunk.lines)
+
+
+def test_serve_says_what_is_wrong_with_its_configuration(tmp_path: Path) -> None:
+    code, _, error = run("trunk", "serve", "--host", "0.0.0.0")
+    assert code == 1 and "beyond loopback" in error
+    code, _, error = run("trunk", "serve", "--model", tmp_path, "--set", "log.level=warning")
+    assert code == 1 and "no config.json" in error
+    code, _, error = run("trunk", "serve", "--config", tmp_path / "missing.toml")
+    assert code == 1 and "cannot be read as TOML" in error
+
+
+def test_describe_ping_and_top_say_when_nobody_answers() -> None:
+    for verb in ("describe", "ping"):
+        code, _, error = run("trunk", verb, "127.0.0.1:9", "--timeout-s", "0.5")
+        assert code == 1 and "the trunk at 127.0.0.1:9 does not answer" in error
+    for url in ("http://127.0.0.1:9/metrics", "file:///etc/hostname"):
+        code, _, error = run("trunk", "top", url, "--once")
+        assert code == 1 and "no metrics at" in error
+
+
+def test_token_verbs(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    code, token, _ = run("trunk", "token", "add", "clinic-a", "--tokens", file, "--days", "30")
+    assert code == 0 and token.startswith("fls_")
+    code, text, _ = run("trunk", "token", "list", "--tokens", file)
+    assert code == 0 and "clinic-a" in text and token.strip() not in text
+    assert run("trunk", "token", "revoke", "clinic-a", "--tokens", file)[:2] == (0, "revoked 1\n")
+    code, _, error = run("trunk", "token", "revoke", "clinic-a", "--tokens", file)
+    assert code == 1 and "no institution 'clinic-a'" in error
+
+
+def test_example_configuration_holds_every_key_with_its_default() -> None:
+    file = ROOT / "configs" / "trunk.toml"
+    values = tomllib.loads(file.read_text())
+    assert {s: set(keys) for s, keys in values.items()} == {
+        s: set(keys) for s, keys in TrunkConfig().model_dump(by_alias=True).items()
+    }
+    assert TrunkConfig.load(file) == TrunkConfig()
+
+
+def test_docs_name_every_key_with_its_default_and_meaning() -> None:
+    docs = (ROOT / "docs" / "trunk.md").read_text()
+    for section, keys in TrunkConfig().model_dump(by_alias=True).items():
+        fields = type(getattr(TrunkConfig(), section)).model_fields
+        for field in fields.values():
+            value = keys[field.alias]
+            shown = f"`{str(value).lower() if isinstance(value, bool) else value}`" if value != "" else "(empty)"
+            row = f"| `{section}.{field.alias}` | {shown} | {field.description} |"
+            assert row in docs, f"docs/trunk.md lacks the row {row}"
+
+
+def test_dashboard_asks_for_metrics_that_there_are() -> None:
+    from prometheus_client import generate_latest
+
+    from fl_split.trunk.metrics import TrunkMetrics
+
+    known = set(re.findall(r"# TYPE (\w+)", generate_latest(TrunkMetrics().registry).decode()))
+    dashboard = json.loads((ROOT / "configs" / "grafana-trunk.json").read_text())
+    asked = {
+        name
+        for panel in dashboard["panels"]
+        for t in panel["targets"]
+        for name in re.findall(r"fl_split_\w+", t["expr"])
+    }
+    assert len(asked) >= 10
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked} <= known
