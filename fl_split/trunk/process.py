@@ -63,7 +63,7 @@ def serve(config: TrunkConfig) -> None:
         SplitError: The model cannot be split as asked.
     """
     show_log(config.log)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     started = time.monotonic()
     held = hold_configured(config.model)
     about = held.identity
