@@ -19,7 +19,7 @@ from flwr.clientapp import ClientApp  # noqa: E402
 
 from fl_split.config import NodeConfig, RunConfig  # noqa: E402
 from fl_split.errors import FLSplitError  # noqa: E402
-from fl_split.node import run_round  # noqa: E402
+from fl_split.node import Instructions, run_round  # noqa: E402
 
 app = ClientApp()
 logger = logging.getLogger("fl_split")
@@ -34,10 +34,12 @@ def train(msg: Message, context: Context) -> Message:
             RunConfig.from_flat(context.run_config),
             NodeConfig.from_flat(context.node_config),
             msg.content.array_records["arrays"].to_torch_state_dict(),
-            server_round=int(instructions["server-round"]),
-            run_name=str(instructions["run-name"]),
-            run_id=str(instructions["run-id"]),
-            trunk_address=str(instructions["trunk-address"]),
+            Instructions(
+                server_round=int(instructions["server-round"]),
+                run_name=str(instructions["run-name"]),
+                run_id=str(instructions["run-id"]),
+                trunk_address=str(instructions["trunk-address"]),
+            ),
         )
     except FLSplitError as error:
         raise type(error)(str(error)) from None  # the text goes to the server; what led to it stays here

@@ -17,6 +17,7 @@ from fl_split.report import final_table, record_round
 from fl_split.runs import RunFolder
 from fl_split.strategy import SplitFedAvg
 from fl_split.trunk import server as trunk_server
+from fl_split.trunk.config import TrunkConfig
 
 app = ServerApp()
 
@@ -41,7 +42,7 @@ def main(grid: Grid, context: Context) -> None:
                 config.split.top_layers,
                 getattr(torch, config.model.dtype),
             )
-            address = stack.enter_context(trunk_server.embedded(held))
+            address = stack.enter_context(trunk_server.embedded(held, config=_embedded_config(config)))
             logger.info("embedded trunk: %s", address)
         strategy = SplitFedAvg(
             min_nodes=config.aggregation.min_nodes,
@@ -58,6 +59,17 @@ def main(grid: Grid, context: Context) -> None:
                 train_config=ConfigRecord({"run-name": run.root.name, "run-id": run.run_id, "trunk-address": address}),
             )
     logger.info("%s", final_table(run))
+
+
+def _embedded_config(config: RunConfig) -> TrunkConfig:
+    """What of a run's configuration is its embedded trunk's."""
+    return TrunkConfig.model_validate(
+        {
+            "model": {"surrogate": config.surrogate.file},
+            "server": {"exact-gradient": config.trunk.exact_gradient},
+            "metrics": {"enabled": False},
+        }
+    )
 
 
 def _show_log() -> logging.Logger:

@@ -6,8 +6,8 @@ DIR holds a model folder (the only one with a config.json) and ``medquad/<instit
 process. Each kind has its learning rate swept on the first institution and seed, then runs at its own best rate on all
 institutions and seeds. Gap closed = (top only - kind) / (top only - exact), of held-out losses.
 
-The matched surrogates are fitted here, to public text only: by default the documentation that comes with Python, or
-``--text FILES``. Nothing of the institutions' text goes into a fit.
+The matched surrogates are fitted here, to public text only: by default the documentation that comes with Python and
+text sampled from the model itself, or ``--text FILES``. Nothing of the institutions' text goes into a fit.
 
 Runs are kept in ``--work`` and not repeated, so that an interrupted benchmark goes on.
 """
@@ -42,7 +42,7 @@ from fl_split.split import Boundaries, LocalTrunk, examine, load_trunk, run_trun
 
 BOTTOM, TOP = 2, 2
 MAX_LENGTH, BATCH = 96, 8
-RATES = (4e-3, 8e-3, 1.6e-2)
+RATES = (6e-3, 1.2e-2, 2.4e-2)
 DISTILL_LR = 3e-4
 
 
@@ -205,6 +205,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--fit-steps", type=int, default=1000)
     parser.add_argument("--layers", type=int, nargs="*", default=[2], help="budgets of the matched surrogates")
+    parser.add_argument("--blocks", type=int, nargs="*", default=[1, 2], help="numbers of trunk layers kept")
     parser.add_argument("--text", type=Path, nargs="+", help="public text to fit on")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fl-split-bench-bottom")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -228,16 +229,14 @@ def main() -> None:
     setting = Setting(model, options.bench / "medquad", options.steps, options.work)
     files = options.text or [python_documentation(options.work / "python-documentation.txt")]
     text = matching.read_text(files, model, MAX_LENGTH)
+    if options.text is None:  # as much again in the model's own words, and both in one order
+        text = torch.cat([text, matching.sample_text(model, min(len(text), 2048), MAX_LENGTH)])
+        text = text[torch.randperm(len(text), generator=torch.Generator().manual_seed(0))]
 
     matched = [Candidate("matched", k, fit_surrogate(setting, text, k, options.fit_steps)) for k in options.layers]
     none, exact = Candidate("none"), Candidate("exact")
-    others = [
-        Candidate("identity"),
-        Candidate("blocks", 1),
-        Candidate("blocks", 2),
-        Candidate("distilled", 2),
-        *matched,
-    ]
+    blocks = [Candidate("blocks", k) for k in options.blocks]
+    others = [Candidate("identity"), *blocks, Candidate("distilled", 2), *matched]
     kinds = [none, *others, exact]
 
     runs, first = Runs(setting, options.jobs), options.institutions[0]

@@ -45,8 +45,15 @@ class Split(_Section):
 class Surrogate(_Section):
     """What gives the bottom its gradient."""
 
-    kind: Kind = Field("blocks", description="`blocks`: kept trunk layers; `identity`; `none`: the bottom stays frozen")
-    layers: Positive = Field(2, description="trunk layers kept on the node, for `blocks`")
+    kind: Kind = Field(
+        "blocks",
+        description="`blocks`: kept trunk layers; `distilled`: those, trained on the way; `matched`: published by the "
+        "trunk; `identity`; `none`: the bottom stays frozen; `exact`: dL/dh2 leaves the node",
+    )
+    layers: Positive = Field(2, description="trunk layers kept on the node, for `blocks` and `distilled`")
+    file: str = Field("", description="made by `fl-split surrogate fit`, for the embedded trunk to publish")
+    distill: bool = Field(False, description="train a `matched` surrogate on the node as well")
+    distill_lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="AdamW's rate for the surrogate itself")
 
 
 class Lora(_Section):
@@ -104,6 +111,10 @@ class TrunkService(_Section):
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         120.0, description="seconds that one call may take, retries included"
     )
+    cache_mb: Annotated[int, Field(ge=0)] = Field(
+        1024, description="disk for trunk outputs on a node, MB, with `surrogate.kind = none`: one call per example"
+    )
+    exact_gradient: bool = Field(False, description="let the embedded trunk serve `surrogate.kind = exact`")
 
 
 class Aggregation(_Section):
@@ -154,7 +165,19 @@ class RunConfig(_Section):
                 f"aggregation.share={self.aggregation.share!r} shares a bottom adapter, but surrogate.kind='none' "
                 "makes none: use aggregation.share='top', or another surrogate"
             )
-        if self.trunk.address != "embedded" and not self.trunk.address.rpartition(":")[2].isdigit():
+        embedded = self.trunk.address == "embedded"
+        if self.surrogate.file:
+            absolute("surrogate.file", self.surrogate.file)
+        if self.surrogate.kind == "matched" and embedded and not self.surrogate.file:
+            raise ValueError(
+                "surrogate.kind='matched' with the embedded trunk needs surrogate.file: make one with "
+                "'fl-split surrogate fit'"
+            )
+        if self.surrogate.kind == "exact" and embedded and not self.trunk.exact_gradient:
+            raise ValueError(
+                "surrogate.kind='exact' makes gradients leave the nodes: for that, set trunk.exact-gradient=true too"
+            )
+        if not embedded and not self.trunk.address.rpartition(":")[2].isdigit():
             raise ValueError(f"trunk.address={self.trunk.address!r}: expected 'embedded' or host:port")
         return self
 
@@ -197,6 +220,7 @@ class NodeConfig(BaseModel):
     trunk_key: str = ""
     trunk_token_file: str = ""
     trunk_allow_plaintext: bool = False
+    allow_exact_gradient: bool = False
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Scalar]) -> "NodeConfig":

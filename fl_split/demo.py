@@ -10,7 +10,6 @@ code early (in the bottom) can leave the rest to what the trunk already knows.
 import json
 import logging
 import math
-import os
 import random
 import shutil
 import tempfile
@@ -22,6 +21,8 @@ import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fl_split.runs import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -155,9 +156,7 @@ def _remark(rng: random.Random) -> str:
 
 def _cached(name: str, build: Callable[[Path], None], cache: Path | None) -> Path:
     """Return the finished folder, built first if there is none: under a lock, beside it, then renamed to it."""
-    if cache is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fl-split"
-    root = cache / VERSION
+    root = (cache or cache_folder()) / VERSION
     folder = root / name
     if folder.is_dir():
         return folder
@@ -223,7 +222,7 @@ def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
     bpe.train_from_iterator(texts[:4000], trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=256
     )
 

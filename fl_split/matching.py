@@ -25,7 +25,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fl_split import adapters
@@ -79,6 +79,27 @@ def read_text(files: Sequence[Path], folder: Path, length: int) -> Tensor:
     if len(ids) < 64 * length:
         raise DataError(f"{len(ids)} tokens of public text are too few to fit a surrogate: give at least {64 * length}")
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
+def sample_text(folder: Path, num_sequences: int, length: int, seed: int = 0) -> Tensor:
+    """Text that the model itself writes, as token ids ``[num_sequences, length]``: public text when there is none.
+
+    Sampled at temperature 1 from the start token, so that it is spread like the text that the model was trained on.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    start = model.config.bos_token_id if model.config.bos_token_id is not None else model.config.eos_token_id
+    if start is None:
+        raise ConfigError(f"{folder} names no start or end token to sample text from: give --text")
+    unused = (start + 1) % model.config.vocab_size  # nothing is padded: without an end token all have full length
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, max_new_tokens=length - 1, pad_token_id=unused
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        parts = [
+            model.generate(torch.full((min(128, num_sequences - i), 1), start)) for i in range(0, num_sequences, 128)
+        ]
+    return torch.cat(parts)
 
 
 def fit(folder: Path, bottom_layers: int, top_layers: int, text: Tensor, config: Fit, out: Path) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def run_in_turns(tasks: Sequence[Callable[[], T]], in_flight: int) -> Iterator[T
 
 
 def _rng_state() -> Any:
-    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     cuda = torch.cuda.get_rng_state_all() if on_gpu else None
     return torch.get_rng_state(), cuda
 

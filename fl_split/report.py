@@ -16,6 +16,7 @@ _COLUMNS = (
     ("train loss", "train-loss", ".3f"),
     ("held-out before", "heldout-loss-before", ".3f"),
     ("held-out after", "heldout-loss-after", ".3f"),
+    ("descent ratio", "descent-ratio", ".2f"),
     ("tokens/s", "tokens-per-s", ".0f"),
     ("MB to trunk", "activation-bytes", "mb"),
 )

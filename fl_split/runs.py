@@ -6,7 +6,7 @@
         checkpoints/round-0003/           shared.safetensors: a finished round
         nodes/<partition-id>/             a node's, in simulation; on a deployed node <out-dir>/<run.name>/
             adapter/                      the PEFT export
-            state/<run id>/round-0003/    adapter.safetensors, optimizer.safetensors: private
+            state/<run id>/round-0003/    adapter, optimizer and surrogate as safetensors: private
 
 A round's folder is written under another name and renamed when complete.
 """
@@ -19,18 +19,25 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fl_split.config import RunConfig, Scalar
 from fl_split.errors import NodeStateError
 
+_TENSORS = ("adapter", "optimizer", "surrogate", "surrogate_optimizer")  # of SavedRound, a file each
 _KEPT_ROUNDS = 2  # the server may have lost the last one, and then asks for it again
 _MAY_CHANGE = ("num-server-rounds", "run.", "trunk.", "aggregation.min-nodes")
+
+
+def cache_folder() -> Path:
+    """Where things are kept that can be had again: ``$XDG_CACHE_HOME`` or ``~/.cache``, then ``fl-split``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fl-split"
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -81,6 +88,18 @@ class Rounds:
         return self._folder / f"round-{number:04d}"
 
 
+@dataclass(frozen=True)
+class SavedRound:
+    """What a node keeps of a finished round, for itself; round 0 is the start."""
+
+    number: int
+    adapter: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    surrogate: dict[str, Tensor] = field(default_factory=dict)  # empty unless it is distilled
+    surrogate_optimizer: dict[str, Tensor] = field(default_factory=dict)
+    falls: list[float] = field(default_factory=list)  # of the loss by the bottom's update, one a round
+
+
 class NodeFolder:
     """A node's private results. Nothing in here is read by anybody but the node."""
 
@@ -88,8 +107,8 @@ class NodeFolder:
         self.adapter = root / "adapter"
         self.rounds = Rounds(root / "state" / run_id)
 
-    def load_before(self, server_round: int) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
-        """The newest round before `server_round`: its number, adapter and optimizer state; None at the start.
+    def load_before(self, server_round: int) -> SavedRound | None:
+        """The newest round before `server_round`; None at the start.
 
         Raises:
             NodeStateError: Later rounds are at hand: a server loses one round at most.
@@ -103,11 +122,15 @@ class NodeFolder:
         before = [n for n in finished if n < server_round]
         if not before:
             return None
-        return before[-1], self.rounds.load(before[-1], "adapter"), self.rounds.load(before[-1], "optimizer")
+        number = before[-1]
+        files = {name: self.rounds.load(number, name.replace("_", "-")) for name in _TENSORS}
+        return SavedRound(number, **files, falls=self.rounds.load(number, "descent")["falls"].tolist())
 
-    def save(self, server_round: int, adapter: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+    def save(self, saved: SavedRound) -> None:
         """Keep what a round has trained."""
-        self.rounds.save(server_round, {"adapter": adapter, "optimizer": optimizer}, keep=_KEPT_ROUNDS)
+        files = {name.replace("_", "-"): getattr(saved, name) for name in _TENSORS}
+        files["descent"] = {"falls": torch.tensor(saved.falls, dtype=torch.float64)}
+        self.rounds.save(saved.number, files, keep=_KEPT_ROUNDS)
 
 
 @dataclass

@@ -240,6 +240,16 @@ class Distiller:
         self._gradients = list(gradients)
         self.value_error = error.item()
 
+    def state(self) -> dict[str, Tensor]:
+        """S's weights by name; private, like everything that is trained on a node's own text."""
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state`."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[name])
+
     def step(self) -> None:
         """Step S with what was observed since the last step."""
         if not self._gradients:

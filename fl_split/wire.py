@@ -18,6 +18,7 @@ from fl_split.proto import trunk_pb2 as pb
 
 FLOATS: dict[pb.DType, torch.dtype] = {pb.BFLOAT16: torch.bfloat16, pb.FLOAT32: torch.float32}
 SERVICE = "fl_split.Trunk"
+EXACT_SERVICE = "fl_split.ExactGradient"
 REQUEST_ID = "x-request-id"  # metadata: the same in the logs of both sides
 PUSHBACK = "grpc-retry-pushback-ms"  # trailer: gRPC's own name, so that any client with a retry policy obeys it
 NAMES: dict[str, pb.DType] = {"bfloat16": pb.BFLOAT16, "float32": pb.FLOAT32, "int8": pb.INT8}
@@ -260,3 +261,36 @@ def decode_reply(reply: pb.ForwardReply, request: pb.ForwardRequest, hidden_size
     if reply.dtype != request.dtype:
         raise WireError(f"dtype={reply.dtype} in a reply to a request with dtype={request.dtype}")
     return decode_rows(reply.hidden_states, reply.dtype, reply.outliers, sum(request.lengths), hidden_size)
+
+
+def encode_pull(packed: Packed, gradient: Tensor, dtype: pb.DType) -> pb.PullRequest:
+    """What an exact gradient sends: hidden states, and dL/dh2 ``[sum(lengths), hidden]``. Not INT8."""
+    return pb.PullRequest(forward=encode_request(packed, dtype), gradient=encode_rows(gradient, dtype)[0])
+
+
+def decode_pull(request: pb.PullRequest, limits: Limits) -> tuple[Packed, Tensor]:
+    """Inverse of `encode_pull`, for input that nobody vouches for.
+
+    Raises:
+        WireError: As `decode_request`.
+    """
+    if request.forward.dtype == pb.INT8:
+        raise WireError("forward.dtype is INT8: gradients travel as FLOAT32 or BFLOAT16")
+    packed = decode_request(request.forward, limits)
+    return packed, decode_rows(request.gradient, request.forward.dtype, (), len(packed.rows), limits.hidden_size)
+
+
+def encode_pull_reply(gradient: Tensor, dtype: pb.DType) -> pb.PullReply:
+    """dL/dh1, ``[sum(lengths), hidden]``, in the dtype of the request."""
+    return pb.PullReply(dtype=dtype, gradient=encode_rows(gradient, dtype)[0])
+
+
+def decode_pull_reply(reply: pb.PullReply, request: pb.PullRequest, hidden_size: int) -> Tensor:
+    """Inverse of `encode_pull_reply`: ``[sum(lengths), hidden]``.
+
+    Raises:
+        WireError: The reply does not fit the request.
+    """
+    if reply.dtype != request.forward.dtype:
+        raise WireError(f"dtype={reply.dtype} in a reply to a request with dtype={request.forward.dtype}")
+    return decode_rows(reply.gradient, reply.dtype, (), sum(request.forward.lengths), hidden_size)

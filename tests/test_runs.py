@@ -9,7 +9,7 @@ import torch
 
 from fl_split.config import RunConfig
 from fl_split.errors import NodeStateError
-from fl_split.runs import NodeFolder, Rounds, RunFolder, write_atomic
+from fl_split.runs import NodeFolder, Rounds, RunFolder, SavedRound, write_atomic
 
 VERSIONS = {"fl-split": "test"}
 
@@ -59,20 +59,20 @@ def test_a_half_written_round_is_not_taken_for_one(tmp_path: Path) -> None:
 def test_a_node_goes_on_from_the_newest_round_before_the_one_asked_for(tmp_path: Path) -> None:
     node = NodeFolder(tmp_path, "run-1")
     assert node.load_before(1) is None
-    node.save(1, tensors(1), tensors(10))
-    node.save(2, tensors(2), tensors(20))
+    node.save(SavedRound(1, tensors(1), tensors(10), falls=[0.5]))
+    node.save(SavedRound(2, tensors(2), tensors(20), tensors(30), falls=[0.5, 0.25]))
     for asked, expected in ((3, 2), (5, 2), (2, 1)):  # the next; after rounds missed; the last one again
         found = node.load_before(asked)
         assert found is not None
-        assert found[0] == expected
-        assert torch.equal(found[1]["a"], tensors(expected)["a"])
+        assert (found.number, len(found.falls)) == (expected, expected)
+        assert torch.equal(found.adapter["a"], tensors(expected)["a"])
     assert NodeFolder(tmp_path, "run-2").load_before(1) is None  # another run of the same name
 
 
 def test_a_node_ahead_of_its_server_says_so(tmp_path: Path) -> None:
     node = NodeFolder(tmp_path, "run-1")
     for number in (2, 3, 4, 5):
-        node.save(number, tensors(number), tensors(number))
+        node.save(SavedRound(number))
     with pytest.raises(NodeStateError, match=r"finished round 5 and is asked for round 2: .*another run\.name"):
         node.load_before(2)
 

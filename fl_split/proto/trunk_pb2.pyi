@@ -2,7 +2,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -23,7 +23,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("config_digest", "weights_digest", "model_type", "first_layer", "end_layer", "hidden_size", "dtypes", "max_tokens", "max_sequence_length", "trunk_id", "max_message_bytes", "version")
+    __slots__ = ("config_digest", "weights_digest", "model_type", "first_layer", "end_layer", "hidden_size", "dtypes", "max_tokens", "max_sequence_length", "trunk_id", "max_message_bytes", "version", "surrogate_digest", "surrogate_bytes", "exact_gradient")
     CONFIG_DIGEST_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,9 @@ class DescribeReply(_message.Message):
     TRUNK_ID_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    SURROGATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SURROGATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXACT_GRADIENT_FIELD_NUMBER: _ClassVar[int]
     config_digest: str
     weights_digest: str
     model_type: str
@@ -48,7 +51,10 @@ class DescribeReply(_message.Message):
     trunk_id: bytes
     max_message_bytes: int
     version: str
-    def __init__(self, config_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., model_type: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., max_tokens: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., trunk_id: _Optional[bytes] = ..., max_message_bytes: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    surrogate_digest: bytes
+    surrogate_bytes: int
+    exact_gradient: bool
+    def __init__(self, config_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., model_type: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., max_tokens: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., trunk_id: _Optional[bytes] = ..., max_message_bytes: _Optional[int] = ..., version: _Optional[str] = ..., surrogate_digest: _Optional[bytes] = ..., surrogate_bytes: _Optional[int] = ..., exact_gradient: bool = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
     __slots__ = ("dtype", "hidden_states", "lengths", "positions", "outliers")
@@ -75,3 +81,31 @@ class ForwardReply(_message.Message):
     outliers: _containers.RepeatedScalarFieldContainer[int]
     trunk_id: bytes
     def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., hidden_states: _Optional[bytes] = ..., outliers: _Optional[_Iterable[int]] = ..., trunk_id: _Optional[bytes] = ...) -> None: ...
+
+class SurrogateRequest(_message.Message):
+    __slots__ = ("offset",)
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    def __init__(self, offset: _Optional[int] = ...) -> None: ...
+
+class SurrogateReply(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class PullRequest(_message.Message):
+    __slots__ = ("forward", "gradient")
+    FORWARD_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    forward: ForwardRequest
+    gradient: bytes
+    def __init__(self, forward: _Optional[_Union[ForwardRequest, _Mapping]] = ..., gradient: _Optional[bytes] = ...) -> None: ...
+
+class PullReply(_message.Message):
+    __slots__ = ("dtype", "gradient")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    dtype: DType
+    gradient: bytes
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., gradient: _Optional[bytes] = ...) -> None: ...

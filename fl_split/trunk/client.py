@@ -13,8 +13,9 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import grpc
 import torch
@@ -23,7 +24,9 @@ from torch import Tensor
 from fl_split import wire
 from fl_split.errors import TrunkError, TrunkRefused, TrunkUnavailable, WireError
 from fl_split.proto import trunk_pb2 as pb
+from fl_split.surrogate import check_card, read_card
 from fl_split.trunk.identity import Expected
+from fl_split.trunk.published import fetch
 from fl_split.trunk.replicas import Credentials, Replica, Replicas
 
 __all__ = ["Credentials", "Expected", "TrunkClient"]
@@ -205,7 +208,60 @@ class TrunkClient:
                 f"the trunk at {address} had no room for trunk.timeout-s={self._timeout_s:g}: it is overloaded; raise "
                 "trunk.timeout-s, or add replicas"
             )
+        if code is _Code.UNIMPLEMENTED:
+            return TrunkRefused(
+                f"the trunk at {address} does not offer exact gradients: its operator has to start it with "
+                "server.exact-gradient=true; or use another surrogate.kind"
+            )
         return TrunkRefused(f"the trunk at {address} refused call {request_id} ({code.name}): {error.details()}")
+
+    def fetch_surrogate(self, cache: Path) -> Path:
+        """The fitted surrogate that the trunk publishes, for this node's model; fetched once into `cache`.
+
+        Raises:
+            SurrogateError: It publishes none, or one of another trunk.
+            TrunkUnavailable: As `connect`.
+        """
+
+        def fetched(replica: Replica, left_s: float, metadata: Any) -> Path:
+            def piece(offset: int) -> bytes:
+                reply = replica.surrogate(pb.SurrogateRequest(offset=offset), timeout=left_s, metadata=metadata)
+                data: bytes = reply.data
+                return data
+
+            return fetch(cast(pb.DescribeReply, replica.description), piece, cache)
+
+        file = self._retry(fetched)
+        expected = self._expected
+        check_card(
+            read_card(file),
+            config_digest=expected.config_digest,
+            weights_digest=expected.weights_digest,
+            first=expected.first_layer,
+            end=expected.end_layer,
+        )
+        return file
+
+    def vjp(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, gradient: Tensor
+    ) -> Tensor:
+        """The trunk's exact vector-Jacobian product, see `split.ExactTrunk.vjp`: **dL/dh2 leaves the node**.
+
+        Raises:
+            TrunkRefused: The trunk does not offer exact gradients.
+            TrunkUnavailable: As `connect`.
+        """
+        dtype = self._dtype if self._dtype != pb.INT8 else pb.BFLOAT16
+        packed = wire.pack_batch(hidden_states, attention_mask, position_ids)
+        rows, _ = wire.pack(gradient, attention_mask)
+        request = wire.encode_pull(packed, rows, dtype)
+        reply = self._retry(lambda replica, left_s, metadata: replica.pull(request, timeout=left_s, metadata=metadata))
+        pulled = wire.decode_pull_reply(reply, request, self._expected.hidden_size)
+        with self._lock:
+            self.bytes_sent += request.ByteSize()
+            self.bytes_received += reply.ByteSize()
+        pulled = pulled.to(device=gradient.device, dtype=gradient.dtype)
+        return wire.unpack(pulled, attention_mask, hidden_states.shape[0])
 
     def close(self) -> None:
         """Give the connections and the threads back."""

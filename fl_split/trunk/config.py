@@ -38,6 +38,7 @@ class Model(_Section):
     )
     quantization: Quantization = Field("", description="of the weights, by transformers; needs the named package")
     compile: bool = Field(False, description="`torch.compile` the layers: slow to start, faster after")
+    surrogate: str = Field("", description="file that `fl-split surrogate fit` wrote, published to nodes")
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="CPU threads to compute with; 0: all this process may use"
     )
@@ -48,6 +49,9 @@ class Server(_Section):
 
     host: str = Field("127.0.0.1", description="address to listen on; `0.0.0.0` for every network of the machine")
     port: Port = Field(9470, description="0 takes a free one")
+    exact_gradient: bool = Field(
+        False, description="also serve exact gradients: nodes that ask for them send dL/dh2, which breaks the promise"
+    )
     drain_s: Seconds = Field(30.0, description="seconds that calls get to finish after SIGTERM")
 
 

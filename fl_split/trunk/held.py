@@ -143,7 +143,7 @@ def _quantization(name: str) -> Any:
     bits: dict[str, Any] = {"load_in_8bit": True}
     if name == "bitsandbytes-4bit":
         bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    return BitsAndBytesConfig(**bits)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(**bits)
 
 
 def num_cpus() -> int:

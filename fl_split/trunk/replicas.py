@@ -17,7 +17,7 @@ import grpc
 from fl_split.errors import ConfigError
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk.config import is_loopback
-from fl_split.wire import SERVICE
+from fl_split.wire import EXACT_SERVICE, SERVICE
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),  # replies are checked against their requests
@@ -98,12 +98,18 @@ class Replica:
     failures: int = 0  # in a row
     describe: Any = field(init=False)
     forward: Any = field(init=False)
+    surrogate: Any = field(init=False)
+    pull: Any = field(init=False)
 
     def __post_init__(self) -> None:
         """Look up the methods."""
         unary = self.channel.unary_unary
         self.describe = unary(f"/{SERVICE}/Describe", pb.DescribeRequest.SerializeToString, pb.DescribeReply.FromString)
         self.forward = unary(f"/{SERVICE}/Forward", pb.ForwardRequest.SerializeToString, pb.ForwardReply.FromString)
+        self.surrogate = unary(
+            f"/{SERVICE}/Surrogate", pb.SurrogateRequest.SerializeToString, pb.SurrogateReply.FromString
+        )
+        self.pull = unary(f"/{EXACT_SERVICE}/Pull", pb.PullRequest.SerializeToString, pb.PullReply.FromString)
 
 
 class Replicas:

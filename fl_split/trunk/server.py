@@ -19,10 +19,12 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fl_split import wire
 from fl_split.errors import WireError
 from fl_split.proto import trunk_pb2 as pb
+from fl_split.split import pull_back
 from fl_split.trunk.access import (
     Gate,
     TokenBook,
@@ -37,6 +39,7 @@ from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.held import HeldLayers, hold_layers, num_cpus
 from fl_split.trunk.layout import run_packed
 from fl_split.trunk.metrics import TrunkMetrics
+from fl_split.trunk.published import NothingPublished, Published
 
 __all__ = ["HeldLayers", "TrunkServer", "embedded", "hold_layers"]
 
@@ -60,6 +63,9 @@ class TrunkServer:
         self.metrics = TrunkMetrics()
         self.port = 0
         self._description = held.describe(config.limits)
+        self._description.exact_gradient = config.server.exact_gradient
+        self._published = Published(config.model.surrogate, self._description)
+        self._pulling = asyncio.Semaphore(1)  # one backward pass at a time bounds their memory
         self._limits = wire.Limits(
             held.hidden_size, self._description.max_tokens, self._description.max_sequence_length
         )
@@ -90,6 +96,8 @@ class TrunkServer:
             ],
         )
         server.add_generic_rpc_handlers((self._handlers(),))
+        if self._config.server.exact_gradient:
+            server.add_generic_rpc_handlers((self._exact_gradient(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (wire.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
@@ -104,8 +112,18 @@ class TrunkServer:
         methods = {
             "Describe": grpc.stream_unary_rpc_method_handler(self._wrap("Describe", self._describe)),
             "Forward": grpc.stream_unary_rpc_method_handler(self._wrap("Forward", self._forward)),
+            "Surrogate": grpc.stream_unary_rpc_method_handler(self._wrap("Surrogate", self._surrogate)),
         }
         return grpc.method_handlers_generic_handler(wire.SERVICE, methods)
+
+    def _exact_gradient(self) -> grpc.GenericRpcHandler:
+        """The opt-in service of `trunk.proto`."""
+        logger.warning(
+            "exact gradients are on (server.exact-gradient): nodes that use them send dL/dh2, the gradient of their "
+            "private loss, to this trunk"
+        )
+        methods = {"Pull": grpc.stream_unary_rpc_method_handler(self._wrap("Pull", self._pull))}
+        return grpc.method_handlers_generic_handler(wire.EXACT_SERVICE, methods)
 
     async def start(self) -> None:
         """Bind and listen; not ready yet.
@@ -194,6 +212,17 @@ class TrunkServer:
         reply: bytes = await _in_thread_if(large, _encode, done.rows, dtype, self._description.trunk_id)
         return reply
 
+    async def _surrogate(self, call: "Call") -> bytes:
+        request = pb.SurrogateRequest.FromString(await call.read(self._config.limits.receive_timeout_s))
+        return pb.SurrogateReply(data=self._published.piece(request.offset)).SerializeToString()
+
+    async def _pull(self, call: "Call") -> bytes:
+        async with self._gate.reading(call.caller):
+            data = await call.read(self._config.limits.receive_timeout_s)
+        async with self._pulling:
+            reply: bytes = await asyncio.to_thread(_pull, data, self._limits, self._held)
+        return reply
+
     def _compute(self, requests: Sequence[wire.Packed]) -> list[Tensor]:
         outputs, self._padded_tokens = run_packed(self._held.run, requests, causal=self._held.causal)
         return outputs
@@ -219,6 +248,8 @@ def _refusal(error: Exception, call_id: str) -> Refusal:
         case WireError() | DecodeError():
             text = str(error) if isinstance(error, WireError) else "the message is not a ForwardRequest"
             return Refusal(_Code.INVALID_ARGUMENT, text)
+        case NothingPublished():
+            return Refusal(_Code.NOT_FOUND, "this trunk publishes no surrogate")
         case DeadlinePassed():
             return Refusal(_Code.DEADLINE_EXCEEDED, "the deadline passed while the call was waiting")
         case TimeoutError():
@@ -230,6 +261,19 @@ def _refusal(error: Exception, call_id: str) -> Refusal:
 def _decode(data: bytes, limits: wire.Limits) -> tuple[pb.DType, wire.Packed]:
     request = pb.ForwardRequest.FromString(data)
     return request.dtype, wire.decode_request(request, limits)
+
+
+def _pull(data: bytes, limits: wire.Limits, held: HeldLayers) -> bytes:
+    request = pb.PullRequest.FromString(data)
+    packed, gradient = wire.decode_pull(request, limits)
+
+    def padded(rows: Tensor) -> Tensor:
+        return pad_sequence(rows.split(packed.lengths), batch_first=True)
+
+    mask = padded(torch.ones(sum(packed.lengths), dtype=torch.long))
+    positions = None if packed.positions is None else padded(packed.positions)
+    pulled = pull_back(held.model, padded(packed.rows.float()), mask, positions, padded(gradient.float()))
+    return wire.encode_pull_reply(wire.pack(pulled, mask)[0], request.forward.dtype).SerializeToString()
 
 
 def _encode(rows: Tensor, dtype: pb.DType, trunk_id: bytes) -> bytes:
