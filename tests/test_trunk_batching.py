@@ -1,7 +1,9 @@
 """Batching: bounded, fair, and blind to who shares a batch."""
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -150,6 +152,40 @@ def test_beyond_the_queue_calls_are_refused_with_a_time_to_come_back() -> None:
     refused = [result for result in results if isinstance(result, QueueFull)]
     assert len(refused) >= 3
     assert all(0 < error.retry_after_s <= 10 for error in refused)
+
+
+def test_a_call_that_ended_in_any_way_leaves_no_memory_to_the_collector() -> None:
+    """Exceptions hold frames and frames hold tensors: a cycle would keep them until the next collection."""
+    kept: list[weakref.ref[Tensor]] = []
+
+    def request(num_tokens: int) -> Packed:
+        made = packed(num_tokens)
+        kept.append(weakref.ref(made.rows))
+        return made
+
+    async def call(batcher: Batcher, caller: str, num_tokens: int, timeout_s: float) -> str:
+        try:
+            await batcher.submit(caller, request(num_tokens), timeout_s)
+        except (QueueFull, DeadlinePassed) as error:
+            return type(error).__name__
+        return "Done"
+
+    async def main() -> list[str]:
+        batcher = Batcher(double, Batching(), 100)
+        serving = asyncio.create_task(batcher.run())
+        calls = [("a", 60, 9.0), ("a", 40, 9.0), ("a", 60, 9.0), ("b", 30, 9.0), ("c", 10, 0.0)]
+        ended = await asyncio.gather(*(call(batcher, *values) for values in calls))
+        serving.cancel()
+        batcher.close()
+        return ended
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert asyncio.run(main()) == ["Done", "QueueFull", "QueueFull", "Done", "DeadlinePassed"]
+        assert [ref() for ref in kept] == [None] * 5
+    finally:
+        gc.enable()
 
 
 def test_a_light_caller_is_served_while_a_heavy_one_floods() -> None:

@@ -178,9 +178,10 @@ class Batcher:
         try:
             evicted = self._queue.put(job)
         except QueueFull:
+            del job
             raise QueueFull(self._retry_after_s()) from None
-        for other in evicted:
-            other.done.set_exception(QueueFull(self._retry_after_s()))
+        while evicted:
+            evicted.pop().done.set_exception(QueueFull(self._retry_after_s()))
         self._seen[caller] = now
         self._changed.set()
         try:
@@ -188,6 +189,8 @@ class Batcher:
         except asyncio.CancelledError:
             self._queue.remove(job)
             raise
+        finally:
+            del job  # its future holds an exception, whose frames hold it: memory that only the collector would find
 
     def _retry_after_s(self) -> float:
         """When half of what is waiting now should be done."""

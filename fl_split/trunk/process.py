@@ -1,6 +1,7 @@
 """A trunk as a process of its own: load, warm up, serve until SIGTERM, drain, exit 0."""
 
 import asyncio
+import gc
 import json
 import logging
 import signal
@@ -101,6 +102,8 @@ async def _serve(held: HeldLayers, config: TrunkConfig) -> None:
     try:
         await server.start()
         await server.warm_up()
+        gc.collect()
+        gc.freeze()  # what torch and the model made stays: the collector need not walk over it again and again
         logger.info("ready at %s:%d", config.server.host, server.port)
         await stop.wait()
         logger.info("draining for up to %g s", config.server.drain_s)

@@ -189,8 +189,11 @@ class TrunkServer:
                 except Exception as error:  # the outermost frame: callers learn nothing of the inside
                     refusal = _refusal(error, call.id)
                     call.finish(refusal.code, self.metrics)
-                    await context.abort(refusal.code, refusal.text, refusal.trailers)
-                    raise  # not reached: abort raises
+                    # Not `abort`: its exception holds this frame, and with it the call's memory, until a collection.
+                    context.set_code(refusal.code)
+                    context.set_details(refusal.text)
+                    context.set_trailing_metadata(refusal.trailers)
+                    return b""
 
         return handle
 

@@ -1,0 +1,305 @@
+"""What does the trunk service cost over a trunk in the same process, and what does it bear?
+
+    python benchmarks/bench_trunk.py [--bench DIR] [--quick] [--only SECTION ...] [--json FILE]
+
+Sections: overhead, throughput, hiding, bytes, overload, fuzz, soak, gpu. DIR holds a model folder (the only one with a
+config.json) and ``medquad/<institution>.jsonl``, for held-out losses; without it they are of the demo. Every ratio is
+of times taken by turns in one run. Servers listen on 127.0.0.1 and compute with one thread.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+from trunk_load import bench_fuzz, bench_overload, bench_soak
+from trunk_parts import Server, interleaved, percentile, random_model, ratio, slow_line
+
+from fl_split import adapters, data, demo, train, wire
+from fl_split.config import Data, Lora, NodeConfig, Train
+from fl_split.split import load_client
+from fl_split.trunk import server
+from fl_split.trunk.client import Expected, TrunkClient
+from fl_split.trunk.layout import passes, run_packed
+from fl_split.wire import Packed
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all sections have in common."""
+
+    bench: Path | None
+    quick: bool
+    work: Path
+
+
+# ------------------------------------------------------------------------------------------------------ overhead
+
+
+def bench_overhead(setting: Setting) -> Figures:
+    """A forward pass over loopback gRPC against the same trunk called in this process."""
+    folder = random_model(setting.work / "overhead", 768, 12)
+    held, expected = server.hold_layers(folder, 1, 1), Expected.from_checkpoint(folder, 1, 1)
+    figures: Figures = {}
+    with server.embedded(held) as address:
+        for name, batch, seq, repeats in (("large", 8, 256, 3 if setting.quick else 7), ("small", 1, 32, 30)):
+            hidden_states = torch.randn(batch, seq, 768)
+            for dtype in ("bfloat16", "float32", "int8"):
+                with TrunkClient(address, expected, wire_dtype=dtype) as client:
+                    times = interleaved(
+                        {
+                            "remote": lambda h=hidden_states, c=client: c.start(h, None, None).result(),
+                            "local": lambda h=hidden_states: held.run(h, None, None),
+                        },
+                        repeats,
+                    )
+                key = f"overhead/{name}" if dtype == "bfloat16" else f"overhead/{name}-{dtype}"
+                figures[key], figures[f"{key}-spread"] = ratio(times, "remote", "local")
+                figures[f"{key}-local-s"] = statistics.median(times["local"])
+            figures |= {f"overhead-{name}/{part}-ms": ms for part, ms in _parts(hidden_states, held).items()}
+    return figures
+
+
+def _parts(hidden_states: Tensor, held: server.HeldLayers) -> Figures:
+    """Milliseconds of each step around the layers, in bfloat16; what is left of the difference is gRPC's."""
+    packed = wire.pack_batch(hidden_states, None, None)
+    request = wire.encode_request(packed, 2)
+    limits = wire.Limits(hidden_states.shape[-1], 1 << 20, 1 << 20)
+    reply = wire.encode_reply(packed.rows.bfloat16(), 2)
+    message = request.SerializeToString()
+    steps: dict[str, Callable[[], object]] = {
+        "pack-encode": lambda: wire.encode_request(wire.pack_batch(hidden_states, None, None), 2),
+        "serialize": request.SerializeToString,
+        "parse": lambda: type(request).FromString(message),
+        "decode": lambda: wire.decode_request(request, limits),
+        "layout": lambda: run_packed(lambda h, mask, positions: h, [packed], causal=True),
+        "encode-reply": lambda: wire.encode_reply(packed.rows.bfloat16(), 2),
+        "decode-reply": lambda: wire.decode_reply(reply, request, limits.hidden_size).float(),
+    }
+    return {name: 1e3 * statistics.median(seconds) for name, seconds in interleaved(steps, 10).items()}
+
+
+# ---------------------------------------------------------------------------------------------------- throughput
+
+
+def bench_throughput(setting: Setting) -> Figures:
+    """Tokens per second of closed-loop callers against one in-process loop over merged batches."""
+    folder = random_model(setting.work / "throughput", 512, 10)
+    held, expected = server.hold_layers(folder, 1, 1), Expected.from_checkpoint(folder, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    figures: Figures = {}
+    with ExitStack() as stack:
+        process = Server(folder, 1, 1)
+        stack.callback(process.stop)
+        clients = [stack.enter_context(TrunkClient(process.address, expected, in_flight=1)) for _ in range(16)]
+        for client in clients:
+            client.connect()
+        for callers in (1, 4, 16) if setting.quick else (1, 2, 4, 8, 16):
+            calls = [[_ragged(generator) for _ in range(max(2, 16 // callers))] for _ in range(callers)]
+            num_tokens = sum(len(packed.rows) for mine in calls for packed in mine)
+            merged = _merge([packed for mine in calls for packed in mine], 4096)
+            latencies: list[float] = []
+            times = interleaved(
+                {
+                    "service": lambda c=calls, seen=latencies: _call_all(clients, c, seen),
+                    "limit": lambda m=merged: [held.run(h, None, None) for h in m],
+                },
+                3 if setting.quick else 7,
+            )
+            key = f"throughput-ratio/{callers}"
+            figures[key], figures[f"{key}-spread"] = ratio(times, "limit", "service")
+            figures[f"throughput/{callers}-tokens-per-s"] = num_tokens / statistics.median(times["service"])
+            figures[f"throughput/{callers}-p50-s"] = percentile(latencies, 0.5)
+            figures[f"throughput/{callers}-p99-s"] = percentile(latencies, 0.99)
+    return figures
+
+
+def _ragged(generator: torch.Generator) -> Packed:
+    lengths = torch.randint(64, 192, (4,), generator=generator).tolist()
+    return Packed(torch.randn(sum(lengths), 512, generator=generator), lengths, None)
+
+
+def _merge(requests: list[Packed], max_tokens: int) -> list[Tensor]:
+    """The padded batches that the best order would give, ready to run."""
+    whole = Packed(torch.cat([r.rows for r in requests]), [n for r in requests for n in r.lengths], None)
+    batches: list[Tensor] = []
+    for spans in passes([whole]):
+        while spans:
+            count = max(1, max_tokens // spans[0].length)
+            part, spans = spans[:count], spans[count:]
+            batches.append(torch.zeros(len(part), part[0].length, whole.rows.shape[1]))
+            for i, span in enumerate(part):
+                batches[-1][i, : span.length] = whole.rows[span.rows]
+    return batches
+
+
+def _call_all(clients: list[TrunkClient], calls: list[list[Packed]], latencies: list[float]) -> None:
+    def caller(client: TrunkClient, mine: list[Packed]) -> None:
+        for packed in mine:
+            started = time.perf_counter()
+            client._call(packed)
+            latencies.append(time.perf_counter() - started)
+
+    with ThreadPoolExecutor(len(calls)) as threads:
+        list(threads.map(caller, clients, calls))
+
+
+# ------------------------------------------------------------------------------------------------ latency hiding
+
+
+def bench_hiding(setting: Setting) -> Figures:
+    """Training steps per second with 50 ms added to the round trip, and four calls in flight."""
+    folder = random_model(setting.work / "hiding", 512, 8)
+    expected = Expected.from_checkpoint(folder, 2, 2)
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, 512, (4, 96), generator=generator) for _ in range(8)]
+    batches = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids]
+    with ExitStack() as stack:
+        process = Server(folder, 2, 2)
+        stack.callback(process.stop)
+        near = stack.enter_context(TrunkClient(process.address, expected))
+        near.connect()
+        far_port = stack.enter_context(slow_line(process.port, 0.025))
+        far = stack.enter_context(TrunkClient(f"127.0.0.1:{far_port}", expected))
+        far.connect()
+
+        def step(trunk: TrunkClient, in_flight: int) -> Callable[[], object]:
+            model = adapters.attach(load_client(folder, 2, 2, trunk), Lora(), train_bottom=True, seed=0)
+            model.train()
+            return lambda: train.accumulate(model, batches, in_flight)
+
+        times = interleaved(
+            {"near": step(near, 4), "far": step(far, 4), "near-1": step(near, 1), "far-1": step(far, 1)},
+            4 if setting.quick else 15,
+        )
+    hidden, width = ratio(times, "near", "far")
+    return {
+        "latency-hiding": hidden,
+        "latency-hiding-spread": width,
+        "latency-hiding/one-in-flight": ratio(times, "near-1", "far-1")[0],
+        "latency-hiding/gain-without-delay": ratio(times, "near-1", "near")[0],
+        "latency-hiding/step-s": statistics.median(times["near"]),
+        "latency-hiding/step-far-s": statistics.median(times["far"]),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- bytes
+
+
+def bench_bytes(setting: Setting) -> Figures:
+    """Bytes per training token against activations and gradients both ways in float32; held-out loss beside it."""
+    if setting.bench is None:
+        folder, texts, bottom = demo.model_folder(), sorted(demo.data_folder().glob("*.jsonl"))[0], 2
+    else:
+        folder = next(path.parent for path in sorted(setting.bench.glob("*/config.json")))
+        texts, bottom = setting.bench / "medquad" / "niddk.jsonl", 2
+    tokenizer = data.prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
+    examples = data.load_examples(Data(path=str(texts), max_length=96), NodeConfig(), tokenizer, 0)
+    heldout = examples.heldout[:64]
+    held, expected = server.hold_layers(folder, bottom, 2), Expected.from_checkpoint(folder, bottom, 2)
+    steps = 20 if setting.quick else 150
+    figures: Figures = {}
+    for dtype in ("float32", "bfloat16", "int8"):
+        losses = []
+        for seed in range(1 if setting.quick else 3):
+            with server.embedded(held) as address, TrunkClient(address, expected, wire_dtype=dtype) as client:
+                model = adapters.attach(load_client(folder, bottom, 2, client), Lora(), train_bottom=True, seed=seed)
+                optimizer = train.make_optimizer(model, Train(steps=steps))
+                client.connect()
+                batches = data.training_batches(examples.train, tokenizer, 8, seed, 0)
+                trained = train.train_round(model, optimizer, batches, Train(steps=steps))
+                size = (client.bytes_sent + client.bytes_received) / trained.num_tokens
+                losses.append(train.evaluate(model, data.heldout_batches(heldout, tokenizer, 8)))
+        figures[f"bytes-ratio/{dtype}"] = size / (4 * expected.hidden_size * 4)
+        figures[f"heldout-loss/{dtype}"] = statistics.mean(losses)
+        figures[f"heldout-loss/{dtype}-spread"] = max(losses) - min(losses)
+    return figures
+
+
+# ----------------------------------------------------------------------------------------------------------- gpu
+
+
+def bench_gpu(setting: Setting) -> Figures:
+    """Tokens per second of a 1B-shaped random trunk in bfloat16: alone, batched, compiled."""
+    if not torch.cuda.is_available():
+        print("gpu: skipped, no GPU here")
+        return {}
+    folder = random_model(setting.work / "gpu", 2048, 18)
+    figures: Figures = {}
+    for compiled in (False, True):
+        held = server.hold_layers(folder, 1, 1, torch.bfloat16, device_map="cuda:0")
+        if compiled:
+            held.model.compile(dynamic=True)
+        num_params = sum(p.numel() for name, p in held.model.named_parameters() if "layers" in name)
+        for name, batch in (("alone", 1), ("batched", 16)):
+            hidden_states = torch.randn(batch, 512, 2048, dtype=torch.bfloat16, device="cuda:0")
+
+            def run(h: Tensor = hidden_states, held: server.HeldLayers = held) -> None:
+                held.run(h, None, None)
+                torch.cuda.synchronize()
+
+            seconds = statistics.median(interleaved({"run": run}, 20)["run"])
+            key = f"gpu/{name}{'-compiled' if compiled else ''}"
+            figures[f"{key}-tokens-per-s"] = batch * 512 / seconds
+            figures[f"{key}-tflops"] = 2 * num_params * batch * 512 / seconds / 1e12
+    return figures
+
+
+# ---------------------------------------------------------------------------------------------------------- main
+
+SECTIONS: dict[str, Callable[[Any], Figures]] = {
+    "overhead": bench_overhead,
+    "throughput": bench_throughput,
+    "hiding": bench_hiding,
+    "bytes": bench_bytes,
+    "overload": bench_overload,
+    "fuzz": bench_fuzz,
+    "soak": bench_soak,
+    "gpu": bench_gpu,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bench", type=Path, help="folder of a trained model and texts")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats; each section within about 20 seconds")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--json", type=Path, help="write the figures here, added to those in it")
+    args = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as work:
+        for name in args.only:
+            started = time.monotonic()
+            figures = SECTIONS[name](Setting(args.bench, args.quick, Path(work)))
+            print(f"\n{name} ({time.monotonic() - started:.0f} s)")
+            for key, value in figures.items():
+                print(f"  {key:44} {value:12.4g}")
+            if args.json:
+                _add(args.json, figures)
+
+
+def _add(file: Path, figures: Figures) -> None:
+    packages = ("torch", "transformers", "grpcio", "protobuf")
+    about = {f"version/{name}": version(name) for name in packages} | {"machine": platform.machine(), "seed": 0}
+    before = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**before, **about, **figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
