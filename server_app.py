@@ -76,6 +76,7 @@ def _show_log() -> logging.Logger:
     """Send fl-split's log to standard output, which ``flwr run --stream`` shows; Flower only shows its own."""
     logger = logging.getLogger("fl_split")
     logger.setLevel(logging.INFO)
+    logging.getLogger("fl_split.trunk").setLevel(logging.WARNING)  # a line per call is for a trunk of its own
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler(sys.stdout))
     return logger

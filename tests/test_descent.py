@@ -29,7 +29,7 @@ def batches(demo_model: Path) -> list[data.Batch]:
 def ratio_of(demo_model: Path, candidate: Candidate, batches: list[data.Batch]) -> float:
     """After two small steps on the probe's own batch."""
     model = build(demo_model, 2, 2, LocalTrunk(load_trunk(demo_model, 2, 2)), candidate, Lora())
-    config = Train.model_validate({"steps": 2, "bottom-lr": 3e-4, "top-lr": 3e-4})
+    config = Train.model_validate({"steps": 2, "bottom-lr": 3e-5, "top-lr": 3e-5})
     probe = DescentProbe(model, batches[0])
     train.train_round(model, train.make_optimizer(model, config), iter([batches[0]] * 2), config)
     return probe.ask().ratio
