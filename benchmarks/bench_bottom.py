@@ -42,7 +42,7 @@ from fl_split.split import Boundaries, LocalTrunk, examine, load_trunk, run_trun
 
 BOTTOM, TOP = 2, 2
 MAX_LENGTH, BATCH = 96, 8
-RATES = (6e-3, 1.2e-2, 2.4e-2)
+RATES = (4e-3, 8e-3, 1.6e-2)
 DISTILL_LR = 3e-4
 
 
@@ -134,9 +134,19 @@ class Runs:
         return self.losses[task.key]
 
 
-def fit_surrogate(setting: Setting, text: torch.Tensor, layers: int, steps: int) -> Path:
+def public_text(setting: Setting, files: list[Path] | None) -> torch.Tensor:
+    """Token ids to fit on: the files given, or Python's documentation and as much again in the model's own words."""
+    if files:
+        return matching.read_text(files, setting.model, MAX_LENGTH)
+    text = matching.read_text([python_documentation(setting.work / "documentation.txt")], setting.model, MAX_LENGTH)
+    text = torch.cat([text, matching.sample_text(setting.model, 2048, MAX_LENGTH)])
+    return text[torch.randperm(len(text), generator=torch.Generator().manual_seed(0))]
+
+
+def fit_surrogate(setting: Setting, files: list[Path] | None, layers: int, steps: int) -> Path:
     out = setting.work / f"matched-{layers}-{steps}.safetensors"
     if not out.exists():
+        text = public_text(setting, files)
         print(f"fitting a surrogate worth {layers} layers, {steps} steps ...", flush=True)
         started = time.monotonic()
         fit = matching.Fit(layers=layers, steps=steps, length=MAX_LENGTH)
@@ -203,11 +213,13 @@ def main() -> None:
     parser.add_argument("--institutions", nargs="+", default=["niddk", "ninds"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to sweep")
     parser.add_argument("--fit-steps", type=int, default=1000)
     parser.add_argument("--layers", type=int, nargs="*", default=[2], help="budgets of the matched surrogates")
     parser.add_argument("--blocks", type=int, nargs="*", default=[1, 2], help="numbers of trunk layers kept")
     parser.add_argument("--text", type=Path, nargs="+", help="public text to fit on")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fl-split-bench-bottom")
+    parser.add_argument("--only", nargs="+", default=[], help="run these kinds, such as matched-2, and stop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument(
         "--quick", action="store_true", help="few steps, one seed: the shape of the table, not its numbers"
@@ -219,7 +231,7 @@ def main() -> None:
         parser.error(f"--bench {options.bench} is not a folder")
     if options.quick:
         options.steps, options.seeds, options.fit_steps, options.institutions = 10, 1, 20, options.institutions[:1]
-    rates = RATES[1:2] if options.quick else RATES
+    rates = options.rates[1:2] if options.quick else options.rates
 
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
@@ -227,23 +239,22 @@ def main() -> None:
     model = next(options.bench.glob("*/config.json")).parent
     options.work.mkdir(parents=True, exist_ok=True)
     setting = Setting(model, options.bench / "medquad", options.steps, options.work)
-    files = options.text or [python_documentation(options.work / "python-documentation.txt")]
-    text = matching.read_text(files, model, MAX_LENGTH)
-    if options.text is None:  # as much again in the model's own words, and both in one order
-        text = torch.cat([text, matching.sample_text(model, min(len(text), 2048), MAX_LENGTH)])
-        text = text[torch.randperm(len(text), generator=torch.Generator().manual_seed(0))]
-
-    matched = [Candidate("matched", k, fit_surrogate(setting, text, k, options.fit_steps)) for k in options.layers]
+    matched = [
+        Candidate("matched", k, fit_surrogate(setting, options.text, k, options.fit_steps)) for k in options.layers
+    ]
     none, exact = Candidate("none"), Candidate("exact")
     blocks = [Candidate("blocks", k) for k in options.blocks]
     others = [Candidate("identity"), *blocks, Candidate("distilled", 2), *matched]
-    kinds = [none, *others, exact]
+    kinds = [c for c in (none, *others, exact) if not options.only or c.name in options.only]
 
     runs, first = Runs(setting, options.jobs), options.institutions[0]
     runs.do(Task(c, first, 0, rate) for rate in rates for c in kinds)
     best = {c: min(rates, key=lambda rate: runs.loss(Task(c, first, 0, rate))) for c in kinds}  # noqa: B023
-    pairs = [(institution, seed) for institution in options.institutions for seed in range(options.seeds)]
+    pairs = [(institution, seed) for seed in range(options.seeds) for institution in options.institutions]
     runs.do(Task(c, i, s, best[c]) for i, s in pairs for c in kinds)
+
+    if options.only:
+        return  # the table is for whoever comes with all kinds and the same --work
 
     losses = {c: [runs.loss(Task(c, i, s, best[c])) for i, s in pairs] for c in kinds}
     private, tokenizer = examples(setting, first, 0)

@@ -13,6 +13,8 @@ from typing import Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -132,6 +134,23 @@ def parameter_groups(model: PeftModel, bottom_lr: float, top_lr: float) -> list[
         if params:
             groups.append({"params": params, "lr": lr, "name": part})
     return groups
+
+
+def read_export(folder: Path) -> tuple[Lora, dict[str, Tensor]]:
+    """An exported adapter's setting and weights.
+
+    Raises:
+        NodeStateError: It is no adapter folder.
+    """
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        state = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise NodeStateError(
+            f"{folder} holds no adapter ({type(error).__name__}): expected a run's adapter folder"
+        ) from error
+    targets = ",".join(sorted(config.target_modules))
+    return Lora(rank=config.r, alpha=float(config.lora_alpha), target_modules=targets), state
 
 
 def export(model: PeftModel, folder: Path, base_model: str, revision: str, card: str) -> None:

@@ -1,6 +1,7 @@
 """`fl-split`: thin verbs over the package. The only place that prints."""
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -18,8 +19,10 @@ from fl_split.errors import FLSplitError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="fl-split: see also `flwr run`.")
 trunk = typer.Typer(no_args_is_help=True, help="The trunk service.")
+surrogate = typer.Typer(no_args_is_help=True, help="What gives the bottom its gradient.")
 token = typer.Typer(no_args_is_help=True, help="Bearer tokens of institutions; the file holds hashes only.")
 app.add_typer(trunk, name="trunk")
+app.add_typer(surrogate, name="surrogate")
 trunk.add_typer(token, name="token")
 
 Address = Annotated[str, typer.Argument(help="host:port")]
@@ -161,6 +164,92 @@ def token_list(tokens: Tokens) -> None:
         for entry in read_tokens(tokens):
             view.add_row(entry.id, entry.institution, _date(entry.created), _date(entry.expires))
     Console().print(view)
+
+
+Model = Annotated[str, typer.Option(help="demo, a path of a model folder, or a Hugging Face id")]
+Revision = Annotated[str, typer.Option(help="branch, tag or commit of a Hugging Face id")]
+Bottom = Annotated[int, typer.Option(help="split.bottom-layers")]
+Top = Annotated[int, typer.Option(help="split.top-layers")]
+
+
+@surrogate.command("fit")
+def surrogate_fit(
+    out: Annotated[Path, typer.Argument(help="file to write, for model.surrogate of the trunk")],
+    model: Model = "demo",
+    revision: Revision = "",
+    bottom_layers: Bottom = 2,
+    top_layers: Top = 2,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="public text in UTF-8; without it, the model writes its own")
+    ] = None,
+    layers: Annotated[float, typer.Option(help="memory and compute on a node, in trunk layers")] = 2.0,
+    steps: Annotated[int, typer.Option(min=1, help="of the fit")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="sequences per step")] = 8,
+    length: Annotated[int, typer.Option(min=8, help="tokens per sequence")] = 96,
+    lr: Annotated[float, typer.Option(help="AdamW's rate")] = 1.5e-3,
+    seed: int = 0,
+) -> None:
+    """Fit a surrogate whose gradient is the trunk's, to public text; the owner does it once per model and split."""
+    from fl_split import matching
+    from fl_split.checkpoint import resolve_model
+
+    _log_to_stderr()
+    fit = matching.Fit(layers, steps, batch_size, length, lr, seed)
+    with _errors():
+        folder = resolve_model(model, revision)
+        if text:
+            ids = matching.read_text(text, folder, length)
+        else:
+            ids = matching.sample_text(folder, min(4096, max(128, steps * batch_size // 2)), length, seed)
+        card = matching.fit(folder, bottom_layers, top_layers, ids, fit, out)
+    for name, value in card.items():
+        print(f"{name:22} {value}")
+
+
+@app.command("gradcheck")
+def gradcheck_command(
+    model: Model = "demo",
+    revision: Revision = "",
+    bottom_layers: Bottom = 2,
+    top_layers: Top = 2,
+    data: Annotated[str, typer.Option(help="data.path: private examples, used here and sent nowhere")] = "demo",
+    prompt: Annotated[str, typer.Option(help="data.prompt")] = "question",
+    response: Annotated[str, typer.Option(help="data.response")] = "answer",
+    text: Annotated[str, typer.Option(help="data.text")] = "",
+    max_length: Annotated[int, typer.Option(help="data.max-length")] = 256,
+    layers: Annotated[list[int] | None, typer.Option(help="numbers of kept layers to look at")] = None,
+    matched: Annotated[list[Path] | None, typer.Option(help="fitted surrogates to look at")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="adapter folder of a run: check there")] = None,
+    batches: Annotated[int, typer.Option(min=1, help="batches of 8 examples")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
+) -> None:
+    """Compare each surrogate's bottom gradient with the exact one, on one's own model and data."""
+    from fl_split.config import Data
+    from fl_split.gradcheck import check_model
+
+    with _errors():
+        rows = check_model(
+            (model, revision),
+            (bottom_layers, top_layers),
+            Data(path=data, prompt=prompt, response=response, text=text, max_length=max_length),
+            layers or [1, 2],
+            matched or [],
+            adapter,
+            batches,
+        )
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    view = Table(*rows[0])
+    for row in rows:
+        view.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(view)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fl_split").setLevel(logging.INFO)
 
 
 def _date(seconds: float | None) -> str:

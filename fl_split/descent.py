@@ -4,8 +4,9 @@ Needs no exact gradient. On a fixed small batch, through the real trunk:
 
     ratio = (loss before - loss with the bottom's update alone) / -(g_before + g_after) / 2 . (update of the bottom)
 
-with g the surrogate's gradient at both ends of the update (trapezoid rule along it), so that an exact gradient gives
-about 1 even for a whole round's update. At 0 or below, the bottom learns nothing.
+with g the surrogate's gradient at both ends of the update (trapezoid rule along it). An exact gradient gives about 1
+for small updates; a surrogate whose gradient is too short gives more, and whole rounds bend the path. What counts is
+the sign: at 0 or below, the bottom learns nothing.
 
 What leaves the node for this: hidden states of the batch under the bottom before and after a round of ordinary
 training, which is what the next pass over the same examples would send anyway. A step along one batch's gradient

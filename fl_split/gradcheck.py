@@ -6,17 +6,21 @@ Needs the whole checkpoint on the machine, and sends nothing anywhere: the trunk
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import AutoTokenizer
 
-from fl_split import adapters, train
-from fl_split.config import Lora
-from fl_split.data import Batch
+from fl_split import adapters, demo, train
+from fl_split.checkpoint import resolve_model
+from fl_split.config import Data, Lora, NodeConfig
+from fl_split.data import Batch, load_examples, prepare_tokenizer, training_batches
 from fl_split.split import LocalTrunk, Trunk, load_client, load_trunk
-from fl_split.surrogate import Kind
+from fl_split.surrogate import Kind, read_card
+from fl_split.trunk.identity import Expected
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,59 @@ class Agreement:
     norm_ratio: float  # of the surrogate's gradient to the exact one
     extra_params: int  # weights that the node holds for it
     wire_tensors: int  # activation-sized tensors on the wire per token: 2 for a forward, 5 with the exact gradient
+
+
+def check_model(
+    model: tuple[str, str],
+    ends: tuple[int, int],
+    config: Data,
+    layers: Sequence[int],
+    matched: Sequence[Path],
+    adapter: Path | None,
+    num_batches: int,
+) -> list[dict[str, str | float]]:
+    """`gradcheck` from what a person types; one row per surrogate.
+
+    Args:
+        model: Name and revision.
+        ends: Layers of bottom and top.
+        config: Where the private examples are.
+        layers: Numbers of kept layers to look at.
+        matched: Fitted surrogates to look at.
+        adapter: Exported adapter to check at, or None for the start of training.
+        num_batches: Batches of 8 examples.
+
+    Raises:
+        FLSplitError: Model, data or a file cannot be used.
+    """
+    folder = resolve_model(*model)
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
+    examples = load_examples(config, NodeConfig(data_path=_own_path(config)), tokenizer, 0)
+    batches = list(islice(training_batches(examples.train, tokenizer, 8, 0, 0), num_batches))
+    expected = Expected.from_checkpoint(folder, *ends)
+    for file in matched:
+        expected.check_surrogate(read_card(file))
+    candidates = [
+        Candidate("identity"),
+        *(Candidate("blocks", k) for k in layers),
+        *(Candidate("matched", matched=file) for file in matched),
+        Candidate("exact"),
+    ]
+    lora, state = adapters.read_export(adapter) if adapter else (Lora(), None)
+    return [
+        {
+            "surrogate": row.candidate.matched.name if row.candidate.matched else row.candidate.name,
+            "gradient cosine": row.cosine,
+            "norm ratio": row.norm_ratio,
+            "extra MB on the node": row.extra_params * 4 / 1e6,  # float32
+            "bytes on the wire": f"x{row.wire_tensors / 2:g}",
+        }
+        for row in gradcheck(folder, *ends, batches, candidates, lora=lora, adapter=state)
+    ]
+
+
+def _own_path(config: Data) -> str:
+    return str(demo.data_folder()) if config.path == "demo" else config.path
 
 
 def build(

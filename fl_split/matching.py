@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 _FLATTEN_INPUT, _FLATTEN_GRADIENT = 4.0, 0.3
 _LEAST_RANK = 4
 _VALUE_WEIGHT = 0.1
+_RANDOM_TOKENS = 0.3  # of a sequence, in every other one
 _TUNING_RATES = (6e-3, 8e-3, 1e-2, 1.2e-2)  # of the simulated fine-tunings, one each
 _MOMENT_BATCHES, _CHECK_BATCHES = 64, 8
 
@@ -213,14 +214,25 @@ def observe(
     return Lesson(seen["h1"].detach(), seen["h2"].detach(), g2, g1)
 
 
-def _batches(text: Tensor, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids and labels without end; in half of the sequences a random prefix counts for nothing, like a prompt."""
+def _batches(
+    text: Tensor, size: int, generator: torch.Generator, vocab_size: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids and labels without end, ``[size, length]`` each.
+
+    In half of the sequences a random prefix counts for nothing, like a prompt. With `vocab_size`, a part of the tokens
+    of every other sequence is random: private text surprises the model more than public text does, and a match on
+    unsurprising text alone does not carry over to it.
+    """
     while True:
         order = torch.randperm(len(text), generator=generator)
         for i in range(0, len(order) - size + 1, size):
             ids = text[order[i : i + size]]
             prompt = torch.randint(1, max(2, ids.shape[1] * 2 // 5), (size, 1), generator=generator)
             prompt *= torch.randint(0, 2, (size, 1), generator=generator)
+            if vocab_size:
+                random = torch.rand(ids.shape, generator=generator) < _RANDOM_TOKENS
+                random &= torch.rand(size, 1, generator=generator) < 0.5
+                ids = torch.where(random, torch.randint(vocab_size, ids.shape, generator=generator), ids)
             yield ids, ids.masked_fill(torch.arange(ids.shape[1])[None] < prompt, IGNORED)
 
 
@@ -239,7 +251,7 @@ def _teach(full: PreTrainedModel, text: Tensor, config: Fit) -> Iterator[Lesson]
         runs.append(
             (f"run{i}", trained, torch.optim.AdamW(trained, lr=rate, weight_decay=0.0), _batches(part, size, generator))
         )
-    base_batches = _batches(text, config.batch_size, generator)
+    base_batches = _batches(text, config.batch_size, generator, full.config.vocab_size)
     cut = boundaries_of(full)
     while True:
         for name, trained, optimizer, batches in runs:
@@ -287,7 +299,8 @@ def moments(full: PreTrainedModel, cut: Boundaries, text: Tensor, config: Fit) -
         for i in cut.trunk
         for name, module in linears(layers.get_submodule(str(i))).items()
     ]
-    batches = _batches(text, config.batch_size, torch.Generator().manual_seed(config.seed))
+    generator = torch.Generator().manual_seed(config.seed)
+    batches = _batches(text, config.batch_size, generator, full.config.vocab_size)
     for _ in range(min(_MOMENT_BATCHES, max(1, len(text) // config.batch_size))):
         observe(full, cut, *next(batches))
     for handle in handles:

@@ -24,7 +24,7 @@ from torch import Tensor
 from fl_split import wire
 from fl_split.errors import TrunkError, TrunkRefused, TrunkUnavailable, WireError
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.surrogate import check_card, read_card
+from fl_split.surrogate import read_card
 from fl_split.trunk.identity import Expected
 from fl_split.trunk.published import fetch
 from fl_split.trunk.replicas import Credentials, Replica, Replicas
@@ -232,14 +232,7 @@ class TrunkClient:
             return fetch(cast(pb.DescribeReply, replica.description), piece, cache)
 
         file = self._retry(fetched)
-        expected = self._expected
-        check_card(
-            read_card(file),
-            config_digest=expected.config_digest,
-            weights_digest=expected.weights_digest,
-            first=expected.first_layer,
-            end=expected.end_layer,
-        )
+        self._expected.check_surrogate(read_card(file))
         return file
 
     def vjp(

@@ -1,8 +1,9 @@
 """What a node needs its trunk to be, and whether a trunk is that."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from transformers import AutoConfig
 
@@ -11,6 +12,7 @@ from fl_split.checkpoint import config_digest, weights_digest
 from fl_split.errors import TrunkMismatch
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.split import Boundaries, examine
+from fl_split.surrogate import check_card
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,20 @@ class Expected:
         cut = Boundaries.of(anatomy, bottom_layers, top_layers)
         digest = weights_digest(folder, cut.layers_name, cut.trunk)
         return cls(config_digest(config), digest, cut.first, cut.end, config.hidden_size)
+
+    def check_surrogate(self, card: Mapping[str, Any]) -> None:
+        """Compare with what a fitted surrogate says of itself.
+
+        Raises:
+            SurrogateError: It was fitted to another trunk.
+        """
+        check_card(
+            card,
+            config_digest=self.config_digest,
+            weights_digest=self.weights_digest,
+            first=self.first_layer,
+            end=self.end_layer,
+        )
 
     def check(self, reply: pb.DescribeReply, address: str, dtype: pb.DType) -> None:
         """Compare with what a trunk says of itself.
