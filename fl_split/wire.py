@@ -7,6 +7,7 @@ that a decoder could execute. What leaves the node is exactly what `encode_reque
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -121,7 +122,8 @@ def _from_bytes(data: bytes, dtype: torch.dtype) -> Tensor:
 
 
 def _finite(values: Tensor) -> Tensor:
-    if not torch.isfinite(values).all():
+    # A sum is ten times as fast, and is finite only if all is; a sum that overflows is looked at again.
+    if not math.isfinite(values.sum(dtype=torch.float32)) and not torch.isfinite(values).all():
         raise WireError("hidden_states holds NaN or infinite values")
     return values
 

@@ -4,6 +4,7 @@ import asyncio
 import datetime
 import ipaddress
 import json
+import logging
 import os
 import stat
 import time
@@ -222,12 +223,16 @@ def test_an_expired_server_certificate_is_refused(served: Callable[..., Any], tm
         connect(ca=ca.cert, timeout_s=0.5)
 
 
-def test_mtls_lets_in_who_has_a_certificate_of_the_ca(served: Callable[..., Any], tmp_path: Path, ca: Pair) -> None:
+def test_mtls_lets_in_who_has_a_certificate_of_the_ca(
+    served: Callable[..., Any], tmp_path: Path, ca: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     own, clinic = issue(tmp_path, "trunk", ca), issue(tmp_path, "clinic-a", ca)
     stranger = issue(tmp_path, "stranger", issue(tmp_path, "other-ca"))
     expired = issue(tmp_path, "expired", ca, until=NOW - DAY)
     with served(cert=own.cert, key=own.key, client_ca=ca.cert) as connect:
         connect(ca=ca.cert, cert=clinic.cert, key=clinic.key)
+        assert [record.event["institution"] for record in caplog.records if hasattr(record, "event")] == ["clinic-a"]
         for bad in ({}, {"cert": stranger.cert, "key": stranger.key}, {"cert": expired.cert, "key": expired.key}):
             with pytest.raises(TrunkUnavailable):
                 connect(ca=ca.cert, timeout_s=0.5, **bad)

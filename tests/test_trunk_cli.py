@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from fl_split import wire
 from fl_split.cli import app
 from fl_split.proto import trunk_pb2 as pb
+from fl_split.split import LocalTrunk, load_trunk
 from fl_split.trunk.client import Credentials, Expected, TrunkClient
 from fl_split.trunk.config import TrunkConfig
 
@@ -51,10 +52,12 @@ def free_port() -> int:
 class Process:
     """`fl-split trunk serve` with its log."""
 
-    def __init__(self, *args: str) -> None:
+    def __init__(self, *args: str, ranks: int = 1) -> None:
         self.port, self.metrics_port = free_port(), free_port()
         flags = [f"server.port={self.port}", f"metrics.port={self.metrics_port}", "model.threads=1", *args]
-        command = [sys.executable, "-m", "fl_split.cli", "trunk", "serve", *(f"--set={flag}" for flag in flags)]
+        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port", str(free_port())]
+        run = [sys.executable, *(torchrun if ranks > 1 else ()), "-m", "fl_split.cli"]
+        command = [*run, "trunk", "serve", *(f"--set={flag}" for flag in flags)]
         self.process = subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
         )
@@ -87,8 +90,8 @@ class Process:
 def serve(checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Process]]:
     started: list[Process] = []
 
-    def start(*args: str) -> Process:
-        started.append(Process(f"model.name={checkpoint('llama')}", *args))
+    def start(*args: str, ranks: int = 1) -> Process:
+        started.append(Process(f"model.name={checkpoint('llama')}", *args, ranks=ranks))
         return started[-1]
 
     yield start
@@ -142,6 +145,38 @@ def test_a_served_trunk_is_seen_used_and_drained(
     assert messages[-2:] == ["call", "stopped"]  # the open call was finished first
     assert {"clinic-a", "unknown"} == {event["institution"] for event in events if event["message"] == "call"}
     assert token.strip() not in "".join(trunk.lines)
+
+
+@pytest.mark.slow
+def test_one_trunk_over_two_processes_equals_one_over_one(
+    checkpoint: Callable[[str], Path], serve: Callable[..., Process], held_locally: LocalTrunk
+) -> None:
+    trunk = serve("model.tensor-parallel=true", ranks=2)
+    trunk.wait_ready()
+    expected = Expected.from_checkpoint(checkpoint("llama"), 2, 2)
+    hidden_states = torch.randn(3, 9, 32)
+    mask = (torch.arange(9)[None] < torch.tensor([9, 2, 5])[:, None]).long()
+    with TrunkClient(f"127.0.0.1:{trunk.port}", expected, wire_dtype="float32", timeout_s=20) as client:
+        for attention_mask in (None, mask, mask.flip(1)):
+            out = client.start(hidden_states, attention_mask, None).result()
+            alone = held_locally.start(hidden_states, attention_mask, None).result()
+            real = torch.ones(3, 9, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+            torch.testing.assert_close(out[real], alone[real], rtol=1e-4, atol=1e-4)
+    trunk.process.send_signal(signal.SIGTERM)
+    trunk.process.wait(30)
+    assert "stopped" in trunk.lines[-1] or any('"stopped"' in line for line in trunk.lines)
+
+
+@pytest.fixture
+def held_locally(checkpoint: Callable[[str], Path]) -> LocalTrunk:
+    return LocalTrunk(load_trunk(checkpoint("llama"), 2, 2))
+
+
+def test_tensor_parallelism_needs_torchrun(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    code, _, error = run("trunk", "serve", "--model", checkpoint("llama"), "--set", "model.tensor-parallel=true")
+    assert code == 1 and "model.tensor-parallel=true needs several processes" in error
 
 
 def test_serve_says_what_is_wrong_with_its_configuration(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ class Model(_Section):
     device_map: str = Field(
         "", description="`auto`, `cpu`, `cuda:1`, ...: transformers' device map; empty: a GPU if any"
     )
+    tensor_parallel: bool = Field(False, description="one trunk over all processes that torchrun started")
     quantization: Quantization = Field("", description="of the weights, by transformers; needs the named package")
     compile: bool = Field(False, description="`torch.compile` the layers: slow to start, faster after")
     surrogate: str = Field("", description="file that `fl-split surrogate fit` wrote, published to nodes")

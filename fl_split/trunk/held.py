@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from fl_split import __version__, wire
 from fl_split.checkpoint import config_digest, resolve_model, weights_digest
@@ -112,7 +113,9 @@ def hold_configured(config: Model) -> HeldLayers:
     torch.set_num_threads(config.threads or num_cpus())
     options: dict[str, Any] = {}
     device_map = config.device_map or ("cuda:0" if torch.cuda.is_available() else "")
-    if device_map:
+    if config.tensor_parallel:
+        options["distributed_config"] = DistributedConfig(tp_size=num_ranks())
+    elif device_map:
         options["device_map"] = device_map
     if config.quantization:
         options["quantization_config"] = _quantization(config.quantization)
@@ -144,6 +147,20 @@ def _quantization(name: str) -> Any:
     if name == "bitsandbytes-4bit":
         bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     return BitsAndBytesConfig(**bits)
+
+
+def num_ranks() -> int:
+    """Processes that torchrun started for this trunk.
+
+    Raises:
+        ConfigError: There is no torchrun around this process.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "model.tensor-parallel=true needs several processes: start it with 'torchrun --nproc-per-node N "
+            "--no-python fl-split trunk serve ...', or set model.tensor-parallel=false"
+        )
+    return int(os.environ["WORLD_SIZE"])
 
 
 def num_cpus() -> int:

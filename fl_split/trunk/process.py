@@ -9,9 +9,11 @@ import sys
 import time
 from collections.abc import Callable
 
+import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from fl_split.errors import ConfigError
+from fl_split.trunk import ranks
 from fl_split.trunk.config import Log, TrunkConfig
 from fl_split.trunk.held import HeldLayers, hold_configured
 from fl_split.trunk.metrics import serve_metrics
@@ -75,6 +77,9 @@ def serve(config: TrunkConfig) -> None:
         about.model_type,
         time.monotonic() - started,
     )
+    if config.model.tensor_parallel and dist.get_rank() > 0:
+        ranks.follow(held)
+        return
     try:
         asyncio.run(_serve(held, config))
     except OSError as error:
@@ -86,6 +91,8 @@ async def _serve(held: HeldLayers, config: TrunkConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, stop, number)
+    if config.model.tensor_parallel:
+        held = ranks.SharedLayers(held.model, held.identity, held.causal)
     server = TrunkServer(held, config)
     server.metrics.info.info(
         {
@@ -111,6 +118,8 @@ async def _serve(held: HeldLayers, config: TrunkConfig) -> None:
         logger.info("stopped")
     finally:
         stop_metrics()
+        if config.model.tensor_parallel:
+            ranks.end()
 
 
 def _on_signal(stop: asyncio.Event, number: signal.Signals) -> None:

@@ -86,7 +86,7 @@ class TrunkServer:
                 ("grpc.max_receive_message_length", max_bytes),
                 ("grpc.max_send_message_length", max_bytes),
                 ("grpc.max_metadata_size", 16_384),
-                ("grpc.max_concurrent_streams", limits.calls_per_caller + 8),
+                ("grpc.max_concurrent_streams", 2 * limits.calls_per_caller + 64),  # room for calls that are ending
                 ("grpc.max_allowed_incoming_connections", limits.connections),
                 ("grpc.server_handshake_timeout_ms", 10_000),
                 ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message must not become a large one
