@@ -35,10 +35,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fl_split import data, matching, train
+from fl_split.anatomy import examine
 from fl_split.config import Data, Lora, NodeConfig, Train
 from fl_split.gradcheck import Candidate, build, gradcheck, surrogate_params
 from fl_split.matching import observe
-from fl_split.split import Boundaries, LocalTrunk, examine, load_trunk, run_trunk
+from fl_split.split import Boundaries, LocalTrunk, load_trunk, run_trunk
 
 BOTTOM, TOP = 2, 2
 MAX_LENGTH, BATCH = 96, 8

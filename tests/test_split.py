@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AlbertConfig, AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5Config
 
+from fl_split.anatomy import examine
 from fl_split.errors import ConfigError, SplitError
-from fl_split.split import Boundaries, LocalTrunk, boundaries_of, examine, load_client, load_trunk
+from fl_split.split import Boundaries, LocalTrunk, boundaries_of, load_client, load_trunk
 
 FAMILIES = ["llama", "qwen2", "mistral", "gpt2"]
 MASKS = {
