@@ -76,7 +76,8 @@ def _show_log() -> logging.Logger:
     """Send fl-split's log to standard output, which ``flwr run --stream`` shows; Flower only shows its own."""
     logger = logging.getLogger("fl_split")
     logger.setLevel(logging.INFO)
-    logging.getLogger("fl_split.trunk").setLevel(logging.WARNING)  # a line per call is for a trunk of its own
     if not logger.handlers:
-        logger.addHandler(logging.StreamHandler(sys.stdout))
+        handler = logging.StreamHandler(sys.stdout)
+        handler.addFilter(lambda record: not hasattr(record, "event"))  # a line per call is for a trunk of its own
+        logger.addHandler(handler)
     return logger

@@ -13,8 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 from fl_split import adapters, data, demo, matching, train
+from fl_split.cli import app
 from fl_split.config import Data, Lora, NodeConfig, Train
 from fl_split.errors import ConfigError, DataError, SurrogateError, TrunkRefused
 from fl_split.gradcheck import Candidate, bottom_gradient, build, gradcheck
@@ -268,3 +270,29 @@ def test_operator_is_told_in_plain_words(demo_model: Path, caplog: pytest.LogCap
     with served(demo_model, server={"exact-gradient": True}):
         pass
     assert "send dL/dh2, the gradient of their private loss" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def test_command_line_fits_a_surrogate_and_compares_it_with_the_others(demo_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "surrogate.safetensors"
+    fitted = CliRunner().invoke(
+        app, ["surrogate", "fit", str(out), "--steps", "2", "--length", "32", "--batch-size", "2"]
+    )
+    assert fitted.exit_code == 0, fitted.output
+    assert read_card(out)["steps"] == 2
+    checked = CliRunner().invoke(
+        app, ["gradcheck", "--matched", str(out), "--layers", "1", "--batches", "1", "--max-length", "48", "--json"]
+    )
+    assert checked.exit_code == 0, checked.output
+    rows = {row["surrogate"]: row for row in map(json.loads, checked.stdout.splitlines())}
+    assert set(rows) == {"identity", "blocks-1", "surrogate.safetensors", "exact"}
+    assert rows["exact"]["gradient cosine"] == pytest.approx(1, abs=1e-5)
+    assert rows["identity"]["extra MB on the node"] == 0 < rows["surrogate.safetensors"]["extra MB on the node"]
+
+
+def test_command_line_names_what_is_wrong(tmp_path: Path) -> None:
+    missing = CliRunner().invoke(app, ["gradcheck", "--model", str(tmp_path)])
+    assert missing.exit_code == 1
+    assert "no config.json in this folder" in missing.output
