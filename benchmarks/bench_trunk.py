@@ -99,7 +99,7 @@ def _parts(hidden_states: Tensor, held: server.HeldLayers) -> Figures:
 
 def bench_throughput(setting: Setting) -> Figures:
     """Tokens per second of closed-loop callers against one in-process loop over merged batches."""
-    folder = random_model(setting.work / "throughput", 512, 10)
+    folder = random_model(setting.work / "throughput", 256, 6)
     held, expected = server.hold_layers(folder, 1, 1), Expected.from_checkpoint(folder, 1, 1)
     generator = torch.Generator().manual_seed(0)
     figures: Figures = {}
@@ -110,7 +110,7 @@ def bench_throughput(setting: Setting) -> Figures:
         for client in clients:
             client.connect()
         for callers in (1, 4, 16) if setting.quick else (1, 2, 4, 8, 16):
-            calls = [[_ragged(generator) for _ in range(max(2, 16 // callers))] for _ in range(callers)]
+            calls = [[_ragged(generator) for _ in range(max(2, 24 // callers))] for _ in range(callers)]
             num_tokens = sum(len(packed.rows) for mine in calls for packed in mine)
             merged = _merge([packed for mine in calls for packed in mine], 4096)
             latencies: list[float] = []
@@ -119,7 +119,7 @@ def bench_throughput(setting: Setting) -> Figures:
                     "service": lambda c=calls, seen=latencies: _call_all(clients, c, seen),
                     "limit": lambda m=merged: [held.run(h, None, None) for h in m],
                 },
-                3 if setting.quick else 7,
+                3 if setting.quick else 5,
             )
             key = f"throughput-ratio/{callers}"
             figures[key], figures[f"{key}-spread"] = ratio(times, "limit", "service")
@@ -131,7 +131,7 @@ def bench_throughput(setting: Setting) -> Figures:
 
 def _ragged(generator: torch.Generator) -> Packed:
     lengths = torch.randint(64, 192, (4,), generator=generator).tolist()
-    return Packed(torch.randn(sum(lengths), 512, generator=generator), lengths, None)
+    return Packed(torch.randn(sum(lengths), 256, generator=generator), lengths, None)
 
 
 def _merge(requests: list[Packed], max_tokens: int) -> list[Tensor]:
@@ -164,7 +164,7 @@ def _call_all(clients: list[TrunkClient], calls: list[list[Packed]], latencies: 
 
 def bench_hiding(setting: Setting) -> Figures:
     """Training steps per second with 50 ms added to the round trip, and four calls in flight."""
-    folder = random_model(setting.work / "hiding", 512, 8)
+    folder = random_model(setting.work / "hiding", 256, 8)
     expected = Expected.from_checkpoint(folder, 2, 2)
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(0, 512, (4, 96), generator=generator) for _ in range(8)]

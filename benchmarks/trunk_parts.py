@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -144,7 +144,8 @@ def slow_line(port: int, delay_s: float) -> Iterator[int]:
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(relay(reader, there[1]), relay(there[0], writer), return_exceptions=True)
+        with suppress(asyncio.CancelledError):  # the end of the relay ends its connections
+            await asyncio.gather(relay(reader, there[1]), relay(there[0], writer), return_exceptions=True)
 
     async def main() -> None:
         listener = await asyncio.start_server(accept, "127.0.0.1", 0)

@@ -347,6 +347,11 @@ def test_wrong_configuration_is_named_as_written(override: str, message: str) ->
         TrunkConfig.load(None, [override])
 
 
+def test_tensor_parallelism_serves_no_gradients() -> None:
+    with pytest.raises(ConfigError, match=r"model\.tensor-parallel and server\.exact-gradient do not work together"):
+        TrunkConfig.load(None, ["model.tensor-parallel=true", "server.exact-gradient=true"])
+
+
 def test_flags_come_before_the_file(tmp_path: Path) -> None:
     file = tmp_path / "trunk.toml"
     file.write_text('[server]\nport = 1\n[model]\nname = "/m"\n')

@@ -128,6 +128,8 @@ class TrunkConfig(_Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        if self.model.tensor_parallel and self.server.exact_gradient:
+            raise ValueError("model.tensor-parallel and server.exact-gradient do not work together: set one of them")
         if self.limits.queue_tokens < self.limits.max_tokens:
             raise ValueError(
                 f"limits.queue-tokens={self.limits.queue_tokens} is less than limits.max-tokens="
