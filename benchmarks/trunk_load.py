@@ -97,6 +97,7 @@ class _Load:
             after_s = statistics.median([await self._timed(calls[0]) for _ in range(8)])
         for channel in channels:
             await channel.close()
+        print(f"overload: {dict(self.codes)}; the last half of the memory: {[round(m) for m in memory[-60::6]]} MiB")
         half = len(memory) // 2
         shares = [self.served[i] for i in range(64)]
         return {

@@ -72,6 +72,17 @@ def test_full_queue_refuses_whoever_holds_most() -> None:
     assert queue.num_tokens == 1000
 
 
+def test_a_request_that_would_be_refused_is_not_even_received() -> None:
+    queue = FairQueue(1000)
+    assert not queue.refuses("heavy")
+    for _ in range(10):
+        queue.put(job("heavy", 100))
+    assert queue.refuses("heavy")
+    assert not queue.refuses("light")
+    queue.take(1)
+    assert not queue.refuses("heavy")
+
+
 def test_a_caller_with_as_much_as_any_other_makes_nobody_give_way() -> None:
     queue = FairQueue(1000)
     queue.put(job("a", 500))

@@ -85,6 +85,13 @@ class FairQueue:
         """When the longest waiting job came; the queue must not be empty."""
         return min(jobs[0].arrived for jobs in self._jobs.values())
 
+    def refuses(self, caller: str) -> bool:
+        """Whether a request of the usual size would have no room: asked before such a request is even received."""
+        num_jobs = sum(len(jobs) for jobs in self._jobs.values())
+        usual = self.num_tokens / max(1, num_jobs)
+        mine = self._waiting.get(caller, 0) + usual
+        return self.num_tokens + usual > self._max_tokens and mine >= max(self._waiting.values())
+
     def put(self, job: Job) -> list[Job]:
         """Add a job at the end of its caller's line.
 
@@ -165,6 +172,15 @@ class Batcher:
     def queued_tokens(self) -> int:
         """Tokens waiting now."""
         return self._queue.num_tokens
+
+    def check_room(self, caller: str) -> None:
+        """Refuse a request that is still to be received.
+
+        Raises:
+            QueueFull: There would be no room for it.
+        """
+        if self._queue.refuses(caller):
+            raise QueueFull(self._retry_after_s())
 
     async def submit(self, caller: str, packed: Packed, timeout_s: float) -> Done:
         """Wait in line, run, return. Cancelling it takes the request out of the queue.

@@ -111,6 +111,7 @@ async def _serve(held: HeldLayers, config: TrunkConfig) -> None:
         await server.warm_up()
         gc.collect()
         gc.freeze()  # what torch and the model made stays: the collector need not walk over it again and again
+        gc.collect()  # and forgets how much that was: else it would wait for a quarter as much before a full round
         logger.info("ready at %s:%d", config.server.host, server.port)
         await stop.wait()
         logger.info("draining for up to %g s", config.server.drain_s)

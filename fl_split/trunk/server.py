@@ -92,6 +92,7 @@ class TrunkServer:
                 ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message must not become a large one
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
                 ("grpc.keepalive_time_ms", 60_000),  # finds callers who are gone without a word
+                ("grpc.http2.bdp_probe", 0),
                 ("grpc.so_reuseport", 0),
             ],
         )
@@ -202,6 +203,7 @@ class TrunkServer:
 
     async def _forward(self, call: "Call") -> bytes:
         async with self._gate.reading(call.caller):
+            self._batcher.check_room(call.caller)
             data = await call.read(self._config.limits.receive_timeout_s)
             dtype, packed = await _in_thread_if(len(data) > _INLINE_BYTES, _decode, data, self._limits)
             call.num_tokens, call.num_sequences = len(packed.rows), len(packed.lengths)
