@@ -16,6 +16,8 @@ if Path(sys.argv[0]).name == "flwr-simulation":
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict  # noqa: E402
 from flwr.clientapp import ClientApp  # noqa: E402
+from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod  # noqa: E402
+from flwr.clientapp.typing import ClientAppCallable  # noqa: E402
 
 from fl_split.config import NodeConfig, RunConfig  # noqa: E402
 from fl_split.errors import FLSplitError  # noqa: E402
@@ -25,7 +27,14 @@ app = ClientApp()
 logger = logging.getLogger("fl_split")
 
 
-@app.train()
+def clip(msg: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Clip the update before it leaves the node, if the run asks for that (``dp.mode = "client-..."``)."""
+    mode = context.run_config.get("dp.mode", "off")
+    mods = {"client-fixed": fixedclipping_mod, "client-adaptive": adaptiveclipping_mod}
+    return mods[mode](msg, context, call_next) if mode in mods else call_next(msg, context)
+
+
+@app.train(mods=[clip])
 def train(msg: Message, context: Context) -> Message:
     """Train this node's adapters for one round; the reply holds what `aggregation.share` names, and metrics."""
     instructions = msg.content.config_records["config"]
@@ -39,6 +48,7 @@ def train(msg: Message, context: Context) -> Message:
                 run_name=str(instructions["run-name"]),
                 run_id=str(instructions["run-id"]),
                 trunk_address=str(instructions["trunk-address"]),
+                proximal_mu=float(instructions.get("proximal-mu", 0.0)),
             ),
         )
     except FLSplitError as error:
@@ -50,7 +60,7 @@ def train(msg: Message, context: Context) -> Message:
         {
             "arrays": ArrayRecord(result.shared),
             "metrics": MetricRecord(result.metrics),
-            "node": ConfigRecord({"adapter": str(result.adapter)}),
+            "node": ConfigRecord({"adapter": str(result.adapter), "scaling": result.scaling}),
         }
     )
     return Message(reply, reply_to=msg)

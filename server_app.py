@@ -4,18 +4,22 @@ import logging
 import platform
 import sys
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.exception import PrivacyBudgetExhausted
 
 from fl_split import __version__
-from fl_split.checkpoint import resolve_model
+from fl_split.checkpoint import resolve_model, trunk_needs
 from fl_split.config import RunConfig
+from fl_split.node import starting_adapter
+from fl_split.plan import choose_split
 from fl_split.report import final_table, record_round
 from fl_split.runs import RunFolder
-from fl_split.strategy import SplitFedAvg
+from fl_split.strategy import SplitStrategy, flower_strategy, needs_start, restore_server_state
 from fl_split.trunk import server as trunk_server
 from fl_split.trunk.config import TrunkConfig
 
@@ -26,7 +30,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the rounds that are left to run."""
     logger = _show_log()
-    config = RunConfig.from_flat(context.run_config)
+    config = choose_split(RunConfig.from_flat(context.run_config))
     packages = ("flwr", "torch", "transformers", "peft", "grpcio")
     versions = {"fl-split": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}
     run = RunFolder.open(config, versions)
@@ -36,28 +40,39 @@ def main(grid: Grid, context: Context) -> None:
     with ExitStack() as stack:
         address = config.trunk.address
         if address == "embedded" and remaining > 0:
+            ends = (config.split.bottom_layers, config.split.top_layers)
             held = trunk_server.hold_layers(
-                resolve_model(config.model.name, config.model.revision),
-                config.split.bottom_layers,
-                config.split.top_layers,
+                resolve_model(config.model.name, config.model.revision, trunk_needs(*ends)),
+                *ends,
                 getattr(torch, config.model.dtype),
             )
             address = stack.enter_context(trunk_server.embedded(held, config=_embedded_config(config)))
             logger.info("embedded trunk: %s", address)
-        strategy = SplitFedAvg(
+        inner = flower_strategy(config.aggregation, config.dp)
+        restore_server_state(inner, run.server_state())
+        strategy = SplitStrategy(
+            inner,
             min_nodes=config.aggregation.min_nodes,
             node_wait_s=config.run.node_wait_s,
             round_offset=run.num_finished,
-            on_round=lambda number, arrays, nodes: record_round(run, number, arrays.to_torch_state_dict(), nodes),
+            on_round=partial(record_round, run),
         )
+        shared = run.shared()
+        if run.num_finished == 0 and needs_start(config.aggregation, config.dp):
+            shared = starting_adapter(config)
         if remaining > 0:
-            strategy.start(
-                grid,
-                initial_arrays=ArrayRecord(run.shared()),
-                num_rounds=remaining,
-                timeout=config.run.round_timeout,
-                train_config=ConfigRecord({"run-name": run.root.name, "run-id": run.run_id, "trunk-address": address}),
-            )
+            try:
+                strategy.start(
+                    grid,
+                    initial_arrays=ArrayRecord(shared),
+                    num_rounds=remaining,
+                    timeout=config.run.round_timeout,
+                    train_config=ConfigRecord(
+                        {"run-name": run.root.name, "run-id": run.run_id, "trunk-address": address}
+                    ),
+                )
+            except PrivacyBudgetExhausted:
+                logger.warning("dp.max-epsilon=%g would be exceeded: the run ends here", config.dp.max_epsilon)
     logger.info("%s", final_table(run))
 
 

@@ -40,6 +40,10 @@ from fl_split.config import Data, Lora, NodeConfig, Train
 from fl_split.gradcheck import Candidate, build, gradcheck, surrogate_params
 from fl_split.matching import observe
 from fl_split.split import Boundaries, LocalTrunk, load_trunk, run_trunk
+from fl_split.trunk import server
+from fl_split.trunk.cache import CachedTrunk
+from fl_split.trunk.client import TrunkClient
+from fl_split.trunk.identity import Expected
 
 BOTTOM, TOP = 2, 2
 MAX_LENGTH, BATCH = 96, 8
@@ -190,6 +194,29 @@ def step_times(setting: Setting, candidates: list[Candidate], batches: list[data
     return {name: value / medians["none"] for name, value in medians.items()}
 
 
+def cache_saving(setting: Setting, institution: str, epochs: int = 3) -> dict[str, float]:
+    """What kind `none` saves by asking the trunk about each example once: bytes and time, with over without."""
+    private, tokenizer = examples(setting, institution, 0)
+    rows = private.train[:64]
+    steps = epochs * len(rows) // BATCH
+    config = Train.model_validate({"steps": steps})
+    expected = Expected.from_checkpoint(setting.model, BOTTOM, TOP)
+    sent, seconds = [], []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        server.embedded(server.hold_layers(setting.model, BOTTOM, TOP)) as address,
+    ):
+        for cached in (False, True):
+            with TrunkClient(address, expected) as client:
+                trunk = CachedTrunk(client, Path(folder) / "cache.sqlite", 10**9, b"") if cached else client
+                model = build(setting.model, BOTTOM, TOP, trunk, Candidate("none"), Lora())
+                batches = data.training_batches(rows, tokenizer, BATCH, 0, 0)
+                done = train.train_round(model, train.make_optimizer(model, config), batches, config)
+                sent.append(client.bytes_sent)
+                seconds.append(done.seconds)
+    return {"cache/bytes-ratio": sent[1] / sent[0], "cache/time-ratio": seconds[1] / seconds[0]}
+
+
 def plot(figures: dict[str, float], names: list[str], out: Path) -> None:
     import matplotlib
 
@@ -298,6 +325,11 @@ def main() -> None:
     for queries in (1, 16):
         figures[f"cosine/spsa-{queries}"] = spsa_cosine(setting, batches[0], queries)
         print(f"SPSA on h1, {queries} queries: gradient cosine {figures[f'cosine/spsa-{queries}']:.3f}")
+    figures |= cache_saving(setting, first)
+    print(
+        f"trunk cache of kind none, 3 epochs: bytes to the trunk x{figures['cache/bytes-ratio']:.2f}, "
+        f"time x{figures['cache/time-ratio']:.2f}"
+    )
     packages = ("torch", "transformers", "peft")
     about = {p: version(p) for p in packages} | {"python": platform.python_version(), "machine": platform.machine()}
     print(f"{about}, seeds 0 to {options.seeds - 1}, institutions {', '.join(options.institutions)}")

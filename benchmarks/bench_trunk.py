@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 from trunk_load import bench_fuzz, bench_overload, bench_soak
-from trunk_parts import Server, interleaved, percentile, random_model, ratio, slow_line
+from trunk_parts import Server, interleaved, percentile, random_model, ratio, relay_line
 
 from fl_split import adapters, data, demo, train, wire
 from fl_split.config import Data, Lora, NodeConfig, Train
@@ -45,6 +45,7 @@ class Setting:
 
     bench: Path | None
     quick: bool
+    seeds: int
     work: Path
 
 
@@ -174,8 +175,8 @@ def bench_hiding(setting: Setting) -> Figures:
         stack.callback(process.stop)
         near = stack.enter_context(TrunkClient(process.address, expected))
         near.connect()
-        far_port = stack.enter_context(slow_line(process.port, 0.025))
-        far = stack.enter_context(TrunkClient(f"127.0.0.1:{far_port}", expected))
+        line = stack.enter_context(relay_line(process.port, 0.025))
+        far = stack.enter_context(TrunkClient(line.address, expected))
         far.connect()
 
         def step(trunk: TrunkClient, in_flight: int) -> Callable[[], object]:
@@ -202,32 +203,38 @@ def bench_hiding(setting: Setting) -> Figures:
 
 
 def bench_bytes(setting: Setting) -> Figures:
-    """Bytes per training token against activations and gradients both ways in float32; held-out loss beside it."""
+    """Bytes per training token against activations and gradients both ways in float32; held-out loss beside it.
+
+    The bytes are those on the connection, both ways, as a relay counts them: scales, headers, framing and all.
+    """
     if setting.bench is None:
-        folder, texts, bottom = demo.model_folder(), sorted(demo.data_folder().glob("*.jsonl"))[0], 2
+        folder, texts = demo.model_folder(), sorted(demo.data_folder().glob("*.jsonl"))[0]
     else:
         folder = next(path.parent for path in sorted(setting.bench.glob("*/config.json")))
-        texts, bottom = setting.bench / "medquad" / "niddk.jsonl", 2
+        texts = setting.bench / "medquad" / "niddk.jsonl"
     tokenizer = data.prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
-    examples = data.load_examples(Data(path=str(texts), max_length=96), NodeConfig(), tokenizer, 0)
-    heldout = examples.heldout[:64]
-    held, expected = server.hold_layers(folder, bottom, 2), Expected.from_checkpoint(folder, bottom, 2)
-    steps = 20 if setting.quick else 150
+    held, expected = server.hold_layers(folder, 2, 2), Expected.from_checkpoint(folder, 2, 2)
+    about = {"steps": 10 if setting.quick else 200, "bottom-lr": 8e-3, "top-lr": 8e-3, "scheduler": "linear"}
+    config = Train.model_validate(about)
     figures: Figures = {}
-    for dtype in ("float32", "bfloat16", "int8"):
-        losses = []
-        for seed in range(1 if setting.quick else 3):
-            with server.embedded(held) as address, TrunkClient(address, expected, wire_dtype=dtype) as client:
-                model = adapters.attach(load_client(folder, bottom, 2, client), Lora(), train_bottom=True, seed=seed)
-                optimizer = train.make_optimizer(model, Train(steps=steps))
-                client.connect()
-                batches = data.training_batches(examples.train, tokenizer, 8, seed, 0)
-                trained = train.train_round(model, optimizer, batches, Train(steps=steps))
-                size = (client.bytes_sent + client.bytes_received) / trained.num_tokens
-                losses.append(train.evaluate(model, data.heldout_batches(heldout, tokenizer, 8)))
-        figures[f"bytes-ratio/{dtype}"] = size / (4 * expected.hidden_size * 4)
+    for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"), ("int8", "int8")):
+        losses, ratios = [], []
+        for seed in range(setting.seeds):
+            examples = data.load_examples(Data(path=str(texts), max_length=96), NodeConfig(), tokenizer, seed)
+            with ExitStack() as stack:
+                port = int(stack.enter_context(server.embedded(held)).rpartition(":")[2])
+                line = stack.enter_context(relay_line(port))
+                trunk = stack.enter_context(TrunkClient(line.address, expected, wire_dtype=dtype))
+                client = load_client(folder, 2, 2, trunk, surrogate="blocks", surrogate_layers=2)
+                model = adapters.attach(client, Lora(), train_bottom=True, seed=seed)
+                batches = data.training_batches(examples.train, tokenizer, config.batch_size, seed, 0)
+                trained = train.train_round(model, train.make_optimizer(model, config), batches, config)
+                ratios.append(line.num_bytes / trained.num_tokens / (4 * 4 * expected.hidden_size))
+                losses.append(train.evaluate(model, data.heldout_batches(examples.heldout, tokenizer, 16)))
+        figures[f"bytes-ratio/{name}"] = statistics.mean(ratios)
         figures[f"heldout-loss/{dtype}"] = statistics.mean(losses)
-        figures[f"heldout-loss/{dtype}-spread"] = max(losses) - min(losses)
+        if setting.seeds > 1:
+            figures[f"heldout-loss/{dtype}-spread"] = max(losses) - min(losses)
     return figures
 
 
@@ -278,15 +285,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", type=Path, help="folder of a trained model and texts")
     parser.add_argument("--quick", action="store_true", help="fewer repeats; each section within about 20 seconds")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings per wire dtype, for held-out losses")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--json", type=Path, help="write the figures here, added to those in it")
     args = parser.parse_args()
     transformers_logging.disable_progress_bar()
+    if args.bench and not args.bench.is_dir():
+        parser.error(f"--bench {args.bench} is not a folder")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
         for name in args.only:
             started = time.monotonic()
-            figures = SECTIONS[name](Setting(args.bench, args.quick, Path(work)))
+            figures = SECTIONS[name](Setting(args.bench, args.quick, args.seeds, Path(work)))
             print(f"\n{name} ({time.monotonic() - started:.0f} s)")
             for key, value in figures.items():
                 print(f"  {key:44} {value:12.4g}")

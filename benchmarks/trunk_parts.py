@@ -1,4 +1,4 @@
-"""What bench_trunk.py and trunk_load.py stand on: random models, server processes, a slow line, statistics."""
+"""What bench_trunk.py and trunk_load.py stand on: random models, server processes, a relay, statistics."""
 
 import asyncio
 import os
@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -118,18 +119,30 @@ class Server:
         return self.process.wait(60)
 
 
+@dataclass
+class Line:
+    """A relay's port, and what has passed through it, both ways together."""
+
+    port: int = 0
+    num_bytes: int = 0
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+
 @contextmanager
-def slow_line(port: int, delay_s: float) -> Iterator[int]:
-    """A TCP relay to a port on loopback that holds every byte back for `delay_s` each way; yields its port."""
+def relay_line(port: int, delay_s: float = 0.0) -> Iterator[Line]:
+    """A TCP relay to a port on loopback that counts every byte, and holds it back for `delay_s` each way."""
     ready, stop = threading.Event(), threading.Event()
-    bound: list[int] = []
+    line = Line()
 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        line: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+        waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
 
         async def write() -> None:
             while True:
-                due, data = await line.get()
+                due, data = await waiting.get()
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 writer.write(data)
                 if not data:
@@ -138,8 +151,9 @@ def slow_line(port: int, delay_s: float) -> Iterator[int]:
 
         writing = asyncio.create_task(write())
         while data := await reader.read(1 << 20):
-            line.put_nowait((time.monotonic() + delay_s, data))
-        line.put_nowait((time.monotonic() + delay_s, b""))
+            line.num_bytes += len(data)
+            waiting.put_nowait((time.monotonic() + delay_s, data))
+        waiting.put_nowait((time.monotonic() + delay_s, b""))
         await writing
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -149,7 +163,7 @@ def slow_line(port: int, delay_s: float) -> Iterator[int]:
 
     async def main() -> None:
         listener = await asyncio.start_server(accept, "127.0.0.1", 0)
-        bound.append(listener.sockets[0].getsockname()[1])
+        line.port = listener.sockets[0].getsockname()[1]
         ready.set()
         await asyncio.to_thread(stop.wait)
         listener.close()
@@ -158,7 +172,7 @@ def slow_line(port: int, delay_s: float) -> Iterator[int]:
     thread.start()
     ready.wait()
     try:
-        yield bound[0]
+        yield line
     finally:
         stop.set()
         thread.join()

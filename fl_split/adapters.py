@@ -1,4 +1,4 @@
-"""LoRA adapters of a client: attach them, tell private from shared, export them.
+"""LoRA adapters of a client, and a classifier's head: attach them, tell private from shared, export them.
 
 A client's module names are those of the full model, so its PEFT adapter *is* an adapter of the full model.
 What leaves the node: `shared_state` decides it, by name, and nothing else reads adapter weights for a reply.
@@ -7,31 +7,37 @@ What leaves the node: `shared_state` decides it, by name, and nothing else reads
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fl_split.config import Lora, Share
+from fl_split.config import Aggregation, Lora, Share
 from fl_split.errors import ConfigError, NodeStateError
-from fl_split.split import boundaries_of
+from fl_split.split import boundaries_of, head_of
 
 Part = Literal["bottom", "trunk", "top"]
+Variant = Literal["lora", "rslora", "dora"]
 
 
 def attach(client: PreTrainedModel, lora: Lora, *, train_bottom: bool, seed: int) -> PeftModel:
-    """Put LoRA on the layers that a client holds and can train.
+    """Put LoRA on the layers that a client holds and can train; a classifier's head is trained whole, in float32.
 
     Args:
         client: From `split.load_client`; mutated.
-        lora: Rank, alpha, dropout and target modules.
+        lora: Variant, rank, alpha, dropout and target modules.
         train_bottom: False leaves the bottom without an adapter, for ``surrogate.kind = "none"``, which gives it no
             gradient: never an adapter that cannot learn.
         seed: Of the initial A; B starts at zero. The same on every node, so that all start from the same adapter.
@@ -42,30 +48,80 @@ def attach(client: PreTrainedModel, lora: Lora, *, train_bottom: bool, seed: int
     cut = boundaries_of(client)
     layers = [*(cut.bottom if train_bottom else ()), *cut.top]
     linear = _linear_modules(client, layers)
+    head = head_of(client)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=lora.dropout,
+        use_rslora=lora.variant == "rslora",
+        use_dora=lora.variant == "dora",
         target_modules=_target_modules(linear, client.config.model_type, lora.target_modules),
         fan_in_fan_out=Conv1D in linear.values(),
         layers_to_transform=layers,
         layers_pattern=cut.layers_name,
-        task_type=TaskType.CAUSAL_LM,
+        modules_to_save=list(head) or None,
+        task_type=TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return cast(PeftModel, get_peft_model(client, config))
+        model = cast(PeftModel, get_peft_model(client, config, low_cpu_mem_usage=client.device.type == "meta"))
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):  # PEFT makes LoRA float32 on a base in bfloat16, but not these
+            module.modules_to_save.float()
+            module.register_forward_pre_hook(_to_float32)
+    if client.device.type != "meta":
+        load_adapter_state(model, fresh_state(adapter_shapes(model), seed))
+    return model
+
+
+def _to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(arg.float() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
+
+
+def adapter_shapes(model: PeftModel) -> dict[str, torch.Size]:
+    """Names and shapes of the adapter's weights, in a fixed order; on the meta device as well."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: state[name].shape for name in sorted(state)}
+
+
+def fresh_state(shapes: Mapping[str, torch.Size], seed: int) -> dict[str, Tensor]:
+    """A new adapter's A and B, from names and shapes alone: the server can have it without the model's weights.
+
+    A is uniform with bound 1 / sqrt(in), PEFT's own choice; B is zero. Nodes of another rank share the first rows.
+    """
+    state = {}
+    for name, shape in shapes.items():
+        if ".lora_A." in name:
+            rows = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
+            state[name] = torch.empty(shape).uniform_(-(shape[1] ** -0.5), shape[1] ** -0.5, generator=rows)
+        elif ".lora_B." in name:
+            state[name] = torch.zeros(shape)
+    return state
 
 
 def _linear_modules(client: PreTrainedModel, layers: list[int]) -> dict[str, type[nn.Module]]:
     """Last name and class of each linear module inside the layers."""
     stack = client.base_model.get_submodule(boundaries_of(client).layers_path)
-    return {
+    found = {
         path.rsplit(".", 1)[-1]: type(module)
         for i in layers
         for path, module in stack.get_submodule(str(i)).named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     }
+    return {name: kind for name, kind in found.items() if not _means_experts(client, name)}
+
+
+def _means_experts(client: PreTrainedModel, name: str) -> bool:
+    """Whether PEFT would take the name for the experts of *all* layers, the trunk's included, as it was in old models.
+
+    It does so in some mixtures of experts whose first layers, or shared experts, have linears of the experts' names.
+    """
+    trial = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(trial, client, None)
+    except ValueError:  # one name of several that were fused
+        return True
+    return bool(trial.target_parameters)
 
 
 def _target_modules(linear: Iterable[str], model_type: str, wanted: str) -> list[str]:
@@ -76,8 +132,8 @@ def _target_modules(linear: Iterable[str], model_type: str, wanted: str) -> list
     unknown = [name for name in names if name not in linear]
     if unknown or not names:
         raise ConfigError(
-            f"lora.target-modules={wanted!r}: no linear module {', '.join(unknown) or '(empty)'} in the layers of this "
-            f"{model_type}; expected 'all-linear' or some of {', '.join(sorted(linear))}"
+            f"lora.target-modules={wanted!r}: {', '.join(unknown) or '(empty)'} is no linear module to be adapted "
+            f"in the layers of this {model_type}; expected 'all-linear' or some of {', '.join(sorted(linear))}"
         )
     return names
 
@@ -101,28 +157,80 @@ def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
                 f"adapter weights for {name} {tuple(value.shape)} do not fit this run's adapter "
                 f"({tuple(own[name].shape) if name in own else 'no such weight'}): use the run's own lora.* and split.*"
             )
-    set_peft_model_state_dict(model, dict(state))
+    set_peft_model_state_dict(model, {**own, **state})  # PEFT does without LoRA weights, but not without a head
 
 
 def part_of(model: PeftModel, name: str) -> Part:
     """Which part of the model a weight belongs to; on a client, the trunk's are those of its surrogate."""
-    cut = boundaries_of(model.get_base_model())
-    match = re.search(rf"\.{cut.layers_name}\.(\d+)\.", name)
-    if match is None:
+    cut, layer = boundaries_of(model.get_base_model()), _layer_of(model, name)
+    if layer is None:
         return "top"  # outside the layers: the head
-    layer = int(match[1])
     return "bottom" if layer in cut.bottom else "trunk" if layer in cut.trunk else "top"
 
 
-def shared_state(model: PeftModel, share: Share) -> dict[str, Tensor]:
-    """The adapter weights that this node gives away; all others are private.
+def _layer_of(model: PeftModel, name: str) -> int | None:
+    match = re.search(rf"\.{boundaries_of(model.get_base_model()).layers_name}\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def is_shared(model: PeftModel, name: str, how: Aggregation) -> bool:
+    """Whether an adapter weight leaves the node, by its name.
 
     Args:
         model: The node's model.
-        share: ``none``, ``bottom``, ``top`` or ``both``.
+        name: As in `adapter_state`.
+        how: `aggregation.share`, `.tensors` and `.share-head`.
     """
-    parts = {"none": (), "both": ("bottom", "top")}.get(share, (share,))
-    return {name: value for name, value in adapter_state(model).items() if part_of(model, name) in parts}
+    parts = {"none": (), "both": ("bottom", "top")}.get(how.share, (how.share,))
+    if part_of(model, name) not in parts:
+        return False
+    if _layer_of(model, name) is None:  # a classifier's head
+        return how.share_head
+    return {"both": True, "a-only": ".lora_B." not in name, "b-only": ".lora_A." not in name}[how.tensors]
+
+
+def shared_state(model: PeftModel, how: Aggregation) -> dict[str, Tensor]:
+    """The adapter weights that this node gives away; all others are private."""
+    return {name: value for name, value in adapter_state(model).items() if is_shared(model, name, how)}
+
+
+def freeze_a(model: PeftModel, share: Share) -> None:
+    """Keep the A of the shared parts as it began, the same on every node (FFA-LoRA, arXiv 2403.12313).
+
+    The mean of B is then the mean of the products B A, exactly.
+    """
+    parts = {"both": ("bottom", "top")}.get(share, (share,))
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name and part_of(model, name) in parts:
+            parameter.requires_grad_(False)
+
+
+def scaling_of(model: PeftModel) -> float:
+    """What B A is multiplied by: alpha / rank."""
+    return next(float(m.scaling["default"]) for m in model.modules() if isinstance(m, LoraLayer))
+
+
+def add_residual(model: PeftModel, residual: Mapping[str, Tensor]) -> None:
+    """Make what other nodes' updates left over part of the model: a second adapter that stays as it is.
+
+    Args:
+        model: The node's model; mutated.
+        residual: ``<module>.residual_A.weight`` ``[rank, in]`` and ``residual_B`` ``[out, rank]``, ranks as they come.
+    """
+    if not residual:
+        return
+    rank = max(min(value.shape) for value in residual.values())
+    own = cast(LoraConfig, model.peft_config["default"])
+    model.add_adapter("residual", replace(own, r=rank, lora_alpha=rank, lora_dropout=0.0, use_rslora=False))
+    state = {}
+    for name, value in residual.items():
+        wide = (0, 0, 0, rank - len(value)) if ".residual_A." in name else (0, rank - value.shape[1])
+        state[name.replace(".residual_", ".lora_")] = torch.nn.functional.pad(value, wide)
+    set_peft_model_state_dict(model, state, adapter_name="residual")
+    cast(LoraModel, model.base_model).set_adapter(["default", "residual"])
+    for name, parameter in model.named_parameters():
+        if ".residual." in name:
+            parameter.requires_grad_(False)
 
 
 def parameter_groups(model: PeftModel, bottom_lr: float, top_lr: float) -> list[dict[str, object]]:
@@ -150,7 +258,9 @@ def read_export(folder: Path) -> tuple[Lora, dict[str, Tensor]]:
             f"{folder} holds no adapter ({type(error).__name__}): expected a run's adapter folder"
         ) from error
     targets = ",".join(sorted(config.target_modules))
-    return Lora(rank=config.r, alpha=float(config.lora_alpha), target_modules=targets), state
+    variant: Variant = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
+    lora = Lora(variant=variant, rank=config.r, alpha=float(config.lora_alpha), target_modules=targets)
+    return lora, state
 
 
 def export(model: PeftModel, folder: Path, base_model: str, revision: str, card: str) -> None:
@@ -165,11 +275,19 @@ def export(model: PeftModel, folder: Path, base_model: str, revision: str, card:
         revision: Of the base on the hub, or "".
         card: Text of the model card.
     """
-    config = model.peft_config["default"]
+    name = "default"
+    if "residual" in model.peft_config:  # one adapter with both, side by side: exactly their sum
+        name = "whole"
+        cast(LoraModel, model.base_model).add_weighted_adapter(
+            ["default", "residual"], [1.0, 1.0], name, combination_type="cat"
+        )
+    config = model.peft_config[name]
     config.base_model_name_or_path, config.revision = base_model, revision or None
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        model.save_pretrained(scratch, save_embedding_layers=False)
+        model.save_pretrained(scratch, save_embedding_layers=False, selected_adapters=[name])
         (Path(scratch) / "README.md").write_text(card)
-        for file in Path(scratch).iterdir():
+        for file in (*Path(scratch).glob("*.*"), *Path(scratch, name).glob("*.*")):
             os.replace(file, folder / file.name)
+    if name != "default":
+        model.delete_adapter(name)

@@ -5,12 +5,14 @@ or change hidden states. All three are found out by running the model on the met
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fl_split.errors import SplitError
@@ -33,13 +35,15 @@ class Hole(nn.Module):
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a model family does around its layers, learnt by `examine`; paths are relative to the base model."""
+    """What a model family does around its layers, learnt by `examine`."""
 
     model_class: type[PreTrainedModel]
-    layers_path: str
+    layers_path: str  # relative to the base model
     num_layers: int
     as_tuple: bool  # layers return tuples
-    edges: tuple[str, ...]  # modules outside the layers that make or change hidden states
+    edges: tuple[str, ...]  # modules outside the layers that make or change hidden states; relative to the base model
+    common: tuple[str, ...]  # weights of the base model that all its layers use, such as a bias of positions
+    head: tuple[str, ...]  # modules of the whole model that make one vector of a sequence, or its logits
 
 
 def examine(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> Anatomy:
@@ -52,6 +56,16 @@ def examine(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> Anato
     Raises:
         SplitError: The model cannot be split; says why.
     """
+    key = (auto.__name__, type(config).__name__, config.to_json_string())
+    if key not in _examined:
+        _examined[key] = _examine(config, auto)
+    return _examined[key]
+
+
+_examined: dict[tuple[str, ...], Anatomy] = {}
+
+
+def _examine(config: PretrainedConfig, auto: Any) -> Anatomy:
     kind = config.model_type
     if config.is_encoder_decoder:
         raise SplitError(f"{kind} has an encoder and a decoder: only models with one stack of layers can be split")
@@ -59,23 +73,64 @@ def examine(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> Anato
         raise SplitError(f"{kind} is a multimodal model: only text models can be split; use its text model alone")
     if getattr(config, "num_kv_shared_layers", 0):
         raise SplitError(f"{kind} shares keys and values between layers, so no party could hold a part of them")
+    failure: Exception | None = None
+    for fake, as_tuple in ((False, False), (False, True), (True, False), (True, True)):
+        model = _skeleton(config, auto)
+        base = cast(PreTrainedModel, model.base_model)
+        path, layers = _find_layers(base)
+        try:
+            with _shapes_only(base, fake):
+                edges, pools = _find_edges(base, path, as_tuple)
+        except _CANNOT_RUN as error:
+            failure = error  # layers of this family return the other kind, or its code looks at values
+        else:
+            apart = tuple(f"{name}." for name in (path, *edges))
+            common = tuple(name for name, _ in base.named_parameters() if not name.startswith(apart))
+            return Anatomy(type(model), path, len(layers), as_tuple, edges, common, _find_head(model, pools))
+    raise SplitError(
+        f"{kind} cannot be split: its forward pass does not work with layers left out ({type(failure).__name__})"
+    ) from failure
+
+
+_CANNOT_RUN = (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError, NotImplementedError)
+
+
+def _skeleton(config: PretrainedConfig, auto: Any) -> PreTrainedModel:
+    """The whole model without weights."""
     try:
         with torch.device("meta"):
-            model = auto.from_config(copy.deepcopy(config))
-    except ValueError as error:
-        raise SplitError(f"{kind} has no {auto.__name__} in this version of transformers") from error
+            model: PreTrainedModel = auto.from_config(copy.deepcopy(config))
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError) as error:
+        raise SplitError(
+            f"{config.model_type} cannot be built as {auto.__name__} in this version of transformers "
+            f"({type(error).__name__}): check its config.json, or use another task"
+        ) from error
+    return model
+
+
+@contextmanager
+def _shapes_only(base: PreTrainedModel, fake: bool) -> Iterator[None]:
+    """Let a model on the meta device run as far as it can without values.
+
+    Code that looks at values (is anything padded?) fails on meta tensors; on fake ones transformers takes the way
+    that it takes under compilation, and does not look. They are slow, so they come second.
+    """
+    base.config.pad_token_id = None  # else some models look for padding
+    base.config.use_cache = not fake  # on meta, without a cache, the mask code looks at position values
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if fake:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            base.to_empty(device="cpu")
+        yield
+
+
+def _find_head(model: PreTrainedModel, pools: Sequence[str]) -> tuple[str, ...]:
     base = model.base_model
-    base.config.use_cache = True  # without a cache, the mask code looks at position values, which meta tensors lack
-    path, layers = _find_layers(base)
-    failure: Exception | None = None
-    for as_tuple in (False, True):
-        try:
-            edges = _find_edges(base, path, as_tuple)
-        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            failure = error  # layers of this family return the other kind
-        else:
-            return Anatomy(type(model), path, len(layers), as_tuple, edges)
-    raise SplitError(f"{kind} cannot be split: its forward pass does not work with layers left out") from failure
+    inside = "" if base is model else f"{model.base_model_prefix}."
+    outside = [] if base is model else [name for name, child in model.named_children() if child is not base]
+    found = [*(inside + pool for pool in pools), *outside]
+    return tuple(name for name in found if any(True for _ in model.get_submodule(name).parameters()))
 
 
 def _find_layers(base: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -97,14 +152,20 @@ def owners(base: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str]]:
         prefix, module = f"{prefix}{name}.", module.get_submodule(name)
 
 
-def _find_edges(base: nn.Module, path: str, as_tuple: bool) -> tuple[str, ...]:
-    """Run `base` with every layer a hole; list the modules whose output is, or is added to, the hidden states."""
+def _find_edges(base: PreTrainedModel, path: str, as_tuple: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Run `base` with every layer a hole.
+
+    Returns:
+        Modules whose output is, or is added to, the hidden states, and all that run after the layers; of the latter
+        those whose output is no longer a vector per token.
+    """
     batch, seq = 3, 7
     layers = base.get_submodule(path)
     if not isinstance(layers, nn.ModuleList):
         raise TypeError(f"{path} is not a list of layers")
     real = list(layers)
     edges: list[str] = []
+    pools: list[str] = []
     below = False  # whether the layers have been passed
 
     def watch(name: str) -> Callable[..., None]:
@@ -112,6 +173,8 @@ def _find_edges(base: nn.Module, path: str, as_tuple: bool) -> tuple[str, ...]:
             shaped = isinstance(out, Tensor) and out.is_floating_point() and out.dim() == 3
             if below or (shaped and tuple(out.shape[:2]) in ((batch, seq), (1, seq))):
                 edges.append(name)
+            if below and isinstance(out, Tensor) and tuple(out.shape[:2]) != (batch, seq):
+                pools.append(name)
 
         return hook
 
@@ -129,9 +192,7 @@ def _find_edges(base: nn.Module, path: str, as_tuple: bool) -> tuple[str, ...]:
         for i, layer in enumerate(real):
             layers[i] = Hole(layer, as_tuple)
         handles.append(layers[-1].register_forward_hook(passed))
-        with torch.no_grad():
-            ids = torch.zeros(batch, seq, dtype=torch.long, device="meta")
-            out = base(input_ids=ids)[0]
+        out = base(input_ids=torch.zeros(batch, seq, dtype=torch.long, device=base.device))[0]
         if tuple(out.shape[:2]) != (batch, seq):
             raise ValueError("hidden states came back in another shape")
     finally:
@@ -139,4 +200,4 @@ def _find_edges(base: nn.Module, path: str, as_tuple: bool) -> tuple[str, ...]:
             handle.remove()
         for i, layer in enumerate(real):
             layers[i] = layer
-    return tuple(dict.fromkeys(edges))
+    return tuple(dict.fromkeys(edges)), tuple(dict.fromkeys(pools))

@@ -1,30 +1,77 @@
-"""Where the base model's files are, and digests by which two parties see that they hold the same model."""
+"""Where the base model's files are, and digests by which two parties see that they hold the same model.
+
+From the hub a party fetches only the files that hold weights of its own part.
+"""
 
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from fl_split import demo
+from fl_split.anatomy import examine
 from fl_split.errors import ConfigError, SplitError
+from fl_split.split import Boundaries
+from fl_split.surrogate import Kind, kept_layers
 
-_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+INDEX = "model.safetensors.index.json"  # which file of a checkpoint holds which weight
+_ABOUT = ("*.json", "*.model", "*.txt", "*.jinja")  # config, tokenizer, index
 _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
 _SAMPLED_ROWS = 16
 
 
-def resolve_model(name: str, revision: str) -> Path:
+Needs = Callable[[str], bool]  # whether a party needs a weight, by its name in the checkpoint
+
+
+def node_needs(
+    bottom_layers: int, top_layers: int, surrogate: Kind, layers: int
+) -> Callable[[PretrainedConfig], Needs]:
+    """What a node needs of a checkpoint: its ends, all that lies outside the layers, and its surrogate's layers."""
+
+    def needs(config: PretrainedConfig) -> Needs:
+        cut = Boundaries.of(examine(config, AutoModel), bottom_layers, top_layers)
+        held = {*cut.bottom, *cut.top, *kept_layers(surrogate, layers, cut.first, cut.end)}
+        return lambda key: (layer := _layer_of(key, cut.layers_name)) is None or layer in held
+
+    return needs
+
+
+def trunk_needs(bottom_layers: int, top_layers: int) -> Callable[[PretrainedConfig], Needs]:
+    """What a trunk needs of a checkpoint: its layers, and the few weights that all layers use."""
+
+    def needs(config: PretrainedConfig) -> Needs:
+        anatomy = examine(config, AutoModel)
+        cut = Boundaries.of(anatomy, bottom_layers, top_layers)
+
+        def needed(key: str) -> bool:
+            layer = _layer_of(key, cut.layers_name)
+            return key.endswith(anatomy.common) if layer is None else layer in cut.trunk
+
+        return needed
+
+    return needs
+
+
+def _layer_of(key: str, layers_name: str) -> int | None:
+    match = re.search(rf"(?:^|\.){re.escape(layers_name)}\.(\d+)\.", key)
+    return int(match[1]) if match else None
+
+
+def resolve_model(name: str, revision: str, needs: Callable[[PretrainedConfig], Needs] | None = None) -> Path:
     """Find the folder of a base model, fetching it if need be.
 
     Args:
         name: ``demo``, an absolute or ``~`` path, or a Hugging Face model id.
         revision: Branch, tag or commit on the hub; "" for the default one.
+        needs: From `node_needs` or `trunk_needs`: of a checkpoint in several files only those with such weights are
+            fetched. Without it, all.
 
     Raises:
         ConfigError: There is no such model; names the key to change.
@@ -39,7 +86,9 @@ def resolve_model(name: str, revision: str) -> Path:
             )
         return folder
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_FILES)))
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_ABOUT)))
+        weights = _files_needed(folder, needs)
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*_ABOUT, *weights]))
     except HFValidationError as error:
         raise ConfigError(
             f"model.name={name!r} is neither 'demo', nor an absolute or ~ path, nor a Hugging Face id (owner/name); "
@@ -49,6 +98,37 @@ def resolve_model(name: str, revision: str) -> Path:
         raise ConfigError(
             f"model.name={name!r} (revision {revision or 'default'}) could not be fetched from the Hugging Face hub: "
             f"{type(error).__name__}; check the id and the network, or give the path of a local folder"
+        ) from error
+
+
+def _files_needed(folder: Path, needs: Callable[[PretrainedConfig], Needs] | None) -> list[str]:
+    """Names or patterns of the files with weights, of a checkpoint of which everything else is in `folder`."""
+    index = folder / INDEX
+    if needs is None or not index.is_file():
+        return ["*.safetensors"]
+    needed = needs(AutoConfig.from_pretrained(folder))
+    return sorted({file for key, file in json.loads(index.read_text())["weight_map"].items() if needed(key)})
+
+
+def read_config(name: str, revision: str = "") -> PretrainedConfig:
+    """A model's configuration, without its weights.
+
+    Args:
+        name: As `model.name`.
+        revision: As `model.revision`.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    local = name == "demo" or name.startswith(("/", "~"))
+    try:
+        place = resolve_model(name, "") if local else name
+        config: PretrainedConfig = AutoConfig.from_pretrained(place, revision=revision or "main")
+        return config
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.name={name!r} (revision {revision or 'default'}): no configuration can be read "
+            f"({type(error).__name__}); expected 'demo', an absolute or ~ path, or a Hugging Face id"
         ) from error
 
 
@@ -72,6 +152,12 @@ def weights_digest(folder: Path, layers_name: str, layers: range) -> str | None:
     Returns:
         None if the checkpoint's files for these layers are not here.
     """
+    index = folder / INDEX
+    if index.is_file():  # files may hold parts of a layer: a digest of what is here would be another one
+        files = json.loads(index.read_text())["weight_map"]
+        needed = {file for key, file in files.items() if _layer_of(key, layers_name) in layers}
+        if not all((folder / file).is_file() for file in needed):
+            return None
     pattern = re.compile(rf"(?:^|\.){re.escape(layers_name)}\.(\d+)\.(.+)$")
     digest, seen = hashlib.sha256(), set()
     places: dict[tuple[int, str], tuple[Path, str]] = {}

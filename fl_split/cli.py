@@ -20,9 +20,11 @@ from fl_split.errors import FLSplitError
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="fl-split: see also `flwr run`.")
 trunk = typer.Typer(no_args_is_help=True, help="The trunk service.")
 surrogate = typer.Typer(no_args_is_help=True, help="What gives the bottom its gradient.")
+keys = typer.Typer(no_args_is_help=True, help="Certificates of servers, key pairs of nodes.")
 token = typer.Typer(no_args_is_help=True, help="Bearer tokens of institutions; the file holds hashes only.")
 app.add_typer(trunk, name="trunk")
 app.add_typer(surrogate, name="surrogate")
+app.add_typer(keys, name="keys")
 trunk.add_typer(token, name="token")
 
 Address = Annotated[str, typer.Argument(help="host:port")]
@@ -166,6 +168,52 @@ def token_list(tokens: Tokens) -> None:
     Console().print(view)
 
 
+@keys.command("authority")
+def keys_authority(
+    folder: Annotated[Path, typer.Argument(help="where ca.crt (for everybody) and ca.key (secret) go")],
+    days: Annotated[int, typer.Option(min=1, help="until it expires")] = 3650,
+) -> None:
+    """Make the authority whose certificate nodes trust."""
+    from fl_split.keys import make_authority
+
+    with _errors():
+        print(*make_authority(folder, days), sep="\n")
+
+
+@keys.command("server")
+def keys_server(
+    folder: Annotated[Path, typer.Argument(help="folder of the authority")],
+    name: Annotated[str, typer.Argument(help="of the files: superlink, trunk, ...")],
+    host: Annotated[list[str], typer.Option(help="DNS name or IP address that clients use; may be repeated")],
+    days: Annotated[int, typer.Option(min=1, help="until it expires")] = 365,
+) -> None:
+    """Make a server's certificate and key."""
+    from fl_split.keys import make_server_certificate
+
+    with _errors():
+        print(*make_server_certificate(folder, name, host, days), sep="\n")
+
+
+@keys.command("node")
+def keys_node(file: Annotated[Path, typer.Argument(help="the private key; <file>.pub goes to the operator")]) -> None:
+    """Make an institution's key pair for its SuperNode."""
+    from fl_split.keys import make_node_key
+
+    with _errors():
+        print(*make_node_key(file), sep="\n")
+
+
+@app.command("executor")
+def executor_command(
+    address: Annotated[str, typer.Argument(help="host:port of the SuperNode's runtime API: its --host and --port")],
+    root_certificates: Annotated[Path | None, typer.Option(help="PEM file, where that API speaks TLS")] = None,
+) -> None:
+    """Run a SuperNode's messages with libraries already loaded; it was started with --isolation process."""
+    from fl_split.executor import serve
+
+    serve(address, root_certificates)
+
+
 Model = Annotated[str, typer.Option(help="demo, a path of a model folder, or a Hugging Face id")]
 Revision = Annotated[str, typer.Option(help="branch, tag or commit of a Hugging Face id")]
 Bottom = Annotated[int, typer.Option(help="split.bottom-layers")]
@@ -244,6 +292,74 @@ def gradcheck_command(
     view = Table(*rows[0])
     for row in rows:
         view.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(view)
+
+
+RunFile = Annotated[Path | None, typer.Option("--config", help="TOML file of a run, such as configs/jsonl.toml")]
+RunValues = Annotated[
+    list[str] | None, typer.Option("--run-config", "-c", help="key=value of a run, as for flwr run; may be repeated")
+]
+
+
+@app.command("doctor")
+def doctor_command(
+    config: RunFile = None,
+    run_config: RunValues = None,
+    node_config: Annotated[
+        list[str] | None, typer.Option(help="key=value of this node, as for flower-supernode")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=2, help="look at the first rows of the data")] = 10_000,
+    as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
+) -> None:
+    """Check versions, model, data, trunk, disk and memory before a run; exit code 1 if anything fails."""
+    from fl_split.config import NodeConfig, RunConfig, read_values
+    from fl_split.doctor import diagnose
+
+    logging.getLogger("fl_split").addHandler(logging.NullHandler())  # the checks say it all
+    failed = False
+    with _errors():
+        run = RunConfig.from_flat(read_values(config, run_config or []))
+        own = NodeConfig.from_flat({"partition-id": 0, **read_values(None, node_config or [])})
+        for check in diagnose(run, own, rows):
+            failed |= check.status == "fail"
+            if as_json:
+                print(json.dumps(vars(check)))
+            else:
+                print(f"{check.status:5} {check.name:10} {check.text}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("plan")
+def plan_command(
+    model: Annotated[str, typer.Option(help="model.name; without it, the configuration's")] = "",
+    revision: Revision = "",
+    config: RunFile = None,
+    run_config: RunValues = None,
+    split: Annotated[list[str] | None, typer.Option(help="such as 4+2; may be repeated; by default several")] = None,
+    bandwidth_mbps: Annotated[float, typer.Option(min=0.001, help="between node and trunk, Mbit/s each way")] = 100.0,
+    latency_ms: Annotated[float, typer.Option(min=0, help="round trip between them")] = 20.0,
+    node_tflops: Annotated[float, typer.Option(min=0, help="what a node computes; 0: count transfers only")] = 0.0,
+    trunk_tflops: Annotated[float, typer.Option(min=0, help="what the trunk computes; 0: not counted")] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
+) -> None:
+    """Show what splits of a model cost in memory, bytes and time, from its configuration alone."""
+    from fl_split.config import RunConfig, read_values
+    from fl_split.plan import Link, rows_of
+
+    link = Link(bandwidth_mbps * 1e6, latency_ms / 1e3, node_tflops * 1e12, trunk_tflops * 1e12)
+    with _errors():
+        values = read_values(config, run_config or [])
+        if model:
+            values |= {"model.name": model, "model.revision": revision}
+        rows = rows_of(RunConfig.from_flat(values), split or [], link)
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    view = Table(*rows[0])
+    for row in rows:
+        view.add_row(*map(str, row.values()))
     Console().print(view)
 
 

@@ -8,14 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+from click import ClickException
+from flwr.common.config import parse_config_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fl_split.aggregation import Combine
 from fl_split.errors import ConfigError
 from fl_split.surrogate import Kind
 
 Scalar = str | int | float | bool
 Positive = Annotated[int, Field(ge=1)]
 Share = Literal["none", "bottom", "top", "both"]
+Tensors = Literal["both", "a-only", "b-only"]
+StrategyName = Literal[
+    "fedavg", "fedavgm", "fedadam", "fedprox", "fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"
+]
+Task = Literal["causal-lm", "sequence-classification"]
+Partitioner = Literal["", "iid", "column", "dirichlet", "pathological", "linear", "exponential"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$|^$")]
 
 
@@ -40,6 +49,9 @@ class Split(_Section):
 
     bottom_layers: Positive = Field(2, description="layers on the node before the trunk")
     top_layers: Positive = Field(2, description="layers on the node after the trunk")
+    client_memory: Annotated[str, Field(pattern=r"^$|^ *[0-9.]+ *[A-Za-z]+ *$")] = Field(
+        "", description="such as `4GB`: take the deepest split that a node of this memory can train, instead of the two"
+    )
 
 
 class Surrogate(_Section):
@@ -59,6 +71,9 @@ class Surrogate(_Section):
 class Lora(_Section):
     """The adapters."""
 
+    variant: Literal["lora", "rslora", "dora"] = Field(
+        "lora", description="`lora`; `rslora`: scaled by alpha / sqrt(rank); `dora`: magnitudes are trained as well"
+    )
     rank: Positive = Field(8, description="rank of the update")
     alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="the update is scaled by alpha / rank")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="on the adapter's input")
@@ -72,16 +87,47 @@ class Data(_Section):
 
     path: str = Field(
         "demo",
-        description="`demo`, or an absolute or `~` path: a file, folder or pattern of .jsonl, .csv or .parquet; "
-        "a node's own `data-path` comes first",
+        description="`demo`; an absolute or `~` path: a file, folder or pattern of .jsonl, .csv or .parquet, or a "
+        "folder of `save_to_disk`; or a dataset on the Hugging Face hub; a node's own `data-path` comes first",
     )
+    subset: str = Field("", description="configuration of a dataset on the hub")
+    split: str = Field("train", description="split of a dataset on the hub or of a `save_to_disk` folder")
     prompt: str = Field("question", description="column of the prompt")
     response: str = Field("answer", description="column of the response; the loss counts its tokens only")
     text: str = Field("", description="column of plain text, instead of prompt and response")
+    messages: str = Field(
+        "", description="column of chats (role, content), instead: written by the tokenizer's chat template"
+    )
+    label: str = Field("label", description="column of the label, for `sequence-classification`")
+    labels: str = Field("", description="names of all labels, with commas between: all nodes of a run have these")
     max_length: Annotated[int, Field(ge=2)] = Field(256, description="tokens per example; the rest is cut off")
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="part held out for evaluation, never trained on"
     )
+    bad_rows: Literal["skip", "refuse"] = Field(
+        "skip", description="rows that are empty, malformed or too long to learn from: leave out and count, or stop"
+    )
+    group_by_length: bool = Field(False, description="examples of similar length in the same batch: less padding")
+    packing: bool = Field(
+        False, description="examples of a batch end to end, without padding; refused where that is not exact"
+    )
+
+    partitioner: Partitioner = Field(
+        "",
+        description="how a simulation deals out `data.path`: empty: a file each, or equal parts of one file; "
+        "`iid`: equal parts of all files; by a column's values: `column` (one each), `dirichlet`, `pathological`; by "
+        "size: `linear`, `exponential`; all but `iid` need flwr-datasets",
+    )
+    partition_by: str = Field("", description="column that `column`, `dirichlet` and `pathological` go by")
+    partition_alpha: Annotated[float, Field(gt=0)] = Field(
+        0.5, description="of `dirichlet`: the smaller, the more a node has of few values"
+    )
+    partition_classes: Positive = Field(2, description="of `pathological`: values that a node has")
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """`labels` one by one: a label's place is its class. Empty: the data is for a language model."""
+        return tuple(name.strip() for name in self.labels.split(",")) if self.labels else ()
 
 
 class Train(_Section):
@@ -90,10 +136,15 @@ class Train(_Section):
     steps: Positive = Field(30, description="optimizer steps per round")
     batch_size: Positive = Field(8, description="examples per micro-batch, one call to the trunk each")
     accumulation: Positive = Field(1, description="micro-batches per optimizer step")
-    bottom_lr: Annotated[float, Field(ge=0)] = Field(5e-3, description="AdamW's rate for the bottom adapter")
-    top_lr: Annotated[float, Field(ge=0)] = Field(5e-3, description="AdamW's rate for the top adapter")
-    scheduler: Literal["constant", "linear", "cosine"] = Field("constant", description="of the rates, over all rounds")
+    bottom_lr: Annotated[float, Field(ge=0)] = Field(
+        8e-3, description="AdamW's rate for the bottom adapter; large models want less, 1e-4 to 1e-3"
+    )
+    top_lr: Annotated[float, Field(ge=0)] = Field(8e-3, description="AdamW's rate for the top adapter")
+    scheduler: Literal["constant", "linear", "cosine"] = Field("linear", description="of the rates, over all rounds")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to this L2 norm")
+    activation_checkpointing: bool = Field(
+        False, description="compute the activations of the node's layers again in backward: less memory, more time"
+    )
     seed: int = Field(0, description="of adapters, order of examples, held-out part and dropout")
 
 
@@ -120,8 +171,54 @@ class TrunkService(_Section):
 class Aggregation(_Section):
     """What nodes share, and how it is combined."""
 
-    share: Share = Field("none", description="adapters averaged over the nodes; the rest never leaves a node")
+    share: Share = Field("none", description="adapters combined over the nodes; the rest never leaves a node")
+    share_head: bool = Field(
+        False, description="share a classifier's head with the top; it shows how frequent each label is on a node"
+    )
+    tensors: Tensors = Field(
+        "both",
+        description="of the shared adapters: `both`; `a-only`: B stays private (FedSA-LoRA); `b-only`: A stays as it "
+        "began on every node (FFA-LoRA)",
+    )
+    combine: Combine = Field(
+        "mean",
+        description="`mean` of A and B apart; `svd`, `stack`, `exact`: the mean of alpha/rank * B A, see docs",
+    )
+    strategy: StrategyName = Field("fedavg", description="Flower's strategy for the shared arrays")
+    weighting: Literal["examples", "equal"] = Field("examples", description="a node's weight in the mean")
+    server_lr: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="of `fedavgm` and `fedadam`; 0: 1 for fedavgm, 0.01 for fedadam, which moves each weight by it"
+    )
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="for `fedavgm`")
+    proximal_mu: Annotated[float, Field(gt=0)] = Field(0.01, description="for `fedprox`")
+    trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        0.2, description="for `fedtrimmedavg`: part cut off at each end"
+    )
+    malicious_nodes: Annotated[int, Field(ge=0)] = Field(
+        0, description="for `krum`, `multikrum` and `bulyan`: nodes that may lie"
+    )
+    fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="part of the connected nodes that a round asks, at least `aggregation.min-nodes`"
+    )
     min_nodes: Positive = Field(2, description="fewer nodes in a round, and the run stops with an error")
+
+
+class Dp(_Section):
+    """Differential privacy of what nodes share, towards whoever sees the combined adapters."""
+
+    mode: Literal["off", "server-fixed", "server-adaptive", "client-fixed", "client-adaptive"] = Field(
+        "off", description="who clips the nodes' updates, and whether the norm is fixed; the server adds the noise"
+    )
+    noise_multiplier: Annotated[float, Field(gt=0)] = Field(1.0, description="noise in units of the clipping norm")
+    clipping_norm: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="L2 norm of a node's update; adaptive: the first"
+    )
+    delta: Annotated[float, Field(gt=0, lt=1)] = Field(
+        1e-5, description="at which epsilon is reported, with a fixed norm"
+    )
+    max_epsilon: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="stop before a round would exceed it, with a fixed norm; 0: no limit"
+    )
 
 
 class Run(_Section):
@@ -145,6 +242,11 @@ class RunConfig(_Section):
     """Everything a run can be told."""
 
     num_server_rounds: Positive = Field(3, description="rounds in all")
+    task: Task = Field(
+        "causal-lm",
+        description="`causal-lm`, or `sequence-classification` of `data.text` into `data.labels`, with a head of the "
+        "node's own",
+    )
     model: Model = Model()
     split: Split = Split()
     surrogate: Surrogate = Surrogate()
@@ -153,17 +255,31 @@ class RunConfig(_Section):
     train: Train = Train()
     trunk: TrunkService = TrunkService()
     aggregation: Aggregation = Aggregation()
+    dp: Dp = Dp()
     run: Run = Run()
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         absolute("run.dir", self.run.dir)
+        _check_task(self.task, self.data)
+        _check_data(self.data)
         if self.run.resume and not self.run.name:
             raise ValueError("run.resume=true needs run.name: the name of the run to go on with")
+        _check_aggregation(self.aggregation, self.dp)
         if self.surrogate.kind == "none" and self.aggregation.share in ("bottom", "both"):
             raise ValueError(
                 f"aggregation.share={self.aggregation.share!r} shares a bottom adapter, but surrogate.kind='none' "
                 "makes none: use aggregation.share='top', or another surrogate"
+            )
+        shares_head = self.task == "sequence-classification" and self.aggregation.share in ("top", "both")
+        if self.aggregation.share_head and not shares_head:
+            raise ValueError(
+                "aggregation.share-head=true shares a classifier's head with the top: it needs "
+                "task='sequence-classification' and aggregation.share='top' or 'both'"
+            )
+        if self.data.partitioner in ("column", "dirichlet", "pathological") and not self.data.partition_by:
+            raise ValueError(
+                f"data.partitioner={self.data.partitioner!r} goes by a column's values: name it in data.partition-by"
             )
         embedded = self.trunk.address == "embedded"
         if self.surrogate.file:
@@ -205,6 +321,90 @@ class RunConfig(_Section):
         return flat
 
 
+def _check_aggregation(aggregation: Aggregation, dp: Dp) -> None:
+    """Refuse what makes no sense together, before anything starts."""
+    changed = aggregation.tensors != "both" or aggregation.combine != "mean" or aggregation.strategy != "fedavg"
+    if aggregation.share == "none" and (changed or dp.mode != "off"):
+        raise ValueError(
+            "aggregation.share='none' shares nothing, but aggregation.tensors, .combine, .strategy or dp.mode say what "
+            "to do with it: set aggregation.share, or leave these alone"
+        )
+    if aggregation.combine != "mean":
+        for key, value, plain in (
+            ("aggregation.tensors", aggregation.tensors, "both"),
+            ("aggregation.strategy", aggregation.strategy, "fedavg"),
+            ("dp.mode", dp.mode, "off"),
+        ):
+            if value != plain:
+                raise ValueError(
+                    f"aggregation.combine={aggregation.combine!r} needs {key}={plain!r}, not {value!r}: it works on "
+                    "whole products B A, the others on single arrays"
+                )
+    if dp.mode != "off" and (aggregation.strategy != "fedavg" or aggregation.weighting != "equal"):
+        raise ValueError(
+            f"dp.mode={dp.mode!r} needs aggregation.strategy='fedavg' and aggregation.weighting='equal': with other "
+            "weights one node's part in the mean, and so the noise that hides it, is unknown"
+        )
+    most = aggregation.min_nodes / 10  # Flower adds noise of min_nodes / 20 to the count of clipped updates as well
+    if dp.mode.endswith("adaptive") and dp.noise_multiplier >= most:
+        raise ValueError(
+            f"dp.noise-multiplier={dp.noise_multiplier:g} is too much for dp.mode={dp.mode!r} with "
+            f"aggregation.min-nodes={aggregation.min_nodes}: it must be below {most:g}; or use a fixed norm"
+        )
+    nodes, liars = aggregation.min_nodes, aggregation.malicious_nodes
+    least = {"krum": 2 * liars + 3, "multikrum": 2 * liars + 3, "bulyan": 4 * liars + 3}.get(aggregation.strategy, 1)
+    if nodes < least:
+        raise ValueError(
+            f"aggregation.strategy={aggregation.strategy!r} with aggregation.malicious-nodes={liars} needs "
+            f"aggregation.min-nodes of at least {least}, not {nodes}"
+        )
+    if aggregation.strategy == "fedtrimmedavg" and int(aggregation.trim * nodes) < 1:
+        raise ValueError(
+            f"aggregation.trim={aggregation.trim:g} of aggregation.min-nodes={nodes} cuts off nobody: the plain mean; "
+            "raise either, or use 'fedavg'"
+        )
+
+
+def _check_task(task: Task, data: Data) -> None:
+    if task == "causal-lm":
+        if data.labels:
+            raise ValueError("data.labels is for task='sequence-classification': set that, or leave data.labels empty")
+        return
+    names = data.label_names
+    if len(names) < 2 or len(set(names)) < len(names) or not all(names):
+        raise ValueError(
+            f"task='sequence-classification' needs data.labels, at least two different names with commas between: "
+            f"data.labels={data.labels!r}"
+        )
+    if not data.text:
+        raise ValueError("task='sequence-classification' needs data.text: the column of the text to be classified")
+
+
+def _check_data(data: Data) -> None:
+    if data.text and data.messages:
+        raise ValueError(f"data.text={data.text!r} and data.messages={data.messages!r}: an example is one or the other")
+    if data.packing and data.labels:
+        raise ValueError("data.packing=true is for language models: with data.labels, set data.packing=false")
+
+
+def read_values(file: Path | None, overrides: list[str]) -> dict[str, Scalar]:
+    """Flat keys and values as `flwr run -c` takes them: from a TOML file, then from ``key=value`` strings.
+
+    Raises:
+        ConfigError: There is no such file, or something cannot be parsed.
+    """
+    values: dict[str, Scalar] = {}
+    for given in ([str(file)] if file else [], overrides):
+        try:
+            values.update(parse_config_args(given) if given else {})
+        except (OSError, ValueError, ClickException) as error:
+            what = f"{file} cannot be read as TOML" if given and file and given[0] == str(file) else "wrong key=value"
+            raise ConfigError(
+                f"{what} ({type(error).__name__}): strings need quotes, as in 'run.name=\"mine\"'"
+            ) from None
+    return values
+
+
 class NodeConfig(BaseModel):
     """A node's own values (``flower-supernode --node-config``); other apps' keys are left alone."""
 
@@ -221,18 +421,28 @@ class NodeConfig(BaseModel):
     trunk_token_file: str = ""
     trunk_allow_plaintext: bool = False
     allow_exact_gradient: bool = False
+    lora_rank: Annotated[int, Field(ge=0, alias="lora.rank")] = 0  # 0: the run's
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Scalar]) -> "NodeConfig":
         """Build from Flower's node config.
 
         Raises:
-            ConfigError: A value of the wrong type.
+            ConfigError: A value of the wrong type, or no number of the node.
         """
+        if "partition-id" not in values:  # a simulation sets it; its default would make all nodes of a deployment one
+            raise ConfigError(
+                "node-config lacks partition-id: give each SuperNode a number of its own, from 0, and always the same, "
+                "such as --node-config 'partition-id=0 num-partitions=3'; metrics and seeds go by it"
+            )
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
             raise ConfigError("wrong node-config:\n" + "\n".join(_explain(e) for e in error.errors())) from None
+
+    def lora(self, of_run: Lora) -> Lora:
+        """The run's adapters with this node's own rank, if it has one."""
+        return of_run.model_copy(update={"rank": self.lora_rank}) if self.lora_rank else of_run
 
     def folder(self, config: RunConfig, run_name: str) -> Path:
         """Where this node keeps what it trains."""

@@ -1,173 +1,277 @@
 """Private examples -> batches of tokens. Nothing in here leaves the node, and no error quotes a row.
 
-Data path: **files -> rows -> token ids and labels -> held-out and training part -> batches** -> bottom.
+Data path: rows (`rows.py`) -> examples (`examples.py`) -> **held-out and training part -> batches** -> bottom.
 """
 
-import glob
+import hashlib
+import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from fl_split import demo
-from fl_split.config import Data, NodeConfig, absolute
+from fl_split.config import Data, NodeConfig
 from fl_split.errors import DataError
+from fl_split.examples import IGNORED, MALFORMED, UNKNOWN_LABEL, Example, Unusable, example_maker
+from fl_split.prepared import Prepared, Store, in_memory
+from fl_split.rows import find_rows
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Example",
+    "Examples",
+    "Report",
+    "heldout_batches",
+    "load_examples",
+    "prepare_tokenizer",
+    "training_batches",
+]
 
 logger = logging.getLogger(__name__)
 
-_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-IGNORED = -100  # label of a token that the loss does not count
+Batch = dict[str, torch.Tensor]  # "input_ids", "attention_mask": [batch, seq]; "labels": [batch, seq], or [batch]
 
-Example = dict[str, list[int]]  # "input_ids" and "labels", one entry per token
-Batch = dict[str, torch.Tensor]  # "input_ids", "attention_mask", "labels": [batch, seq]
+_PLACES = 5  # bad rows that are named, of each kind
+_SORTED = 50  # batches that are sorted by length together
+
+
+@dataclass
+class Report:
+    """What became of a node's rows: numbers and places, never content."""
+
+    num_rows: int = 0
+    bad: dict[str, int] = field(default_factory=dict)  # reason -> rows that were left out
+    places: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first of them
+    num_truncated: int = 0  # examples that data.max-length cut
+    num_cut: int = 0  # tokens that it cut off
+
+    @property
+    def num_bad(self) -> int:
+        """Rows that were left out."""
+        return sum(self.bad.values())
+
+    def explain(self, reasons: Iterable[str]) -> str:
+        """Such as ``2 malformed (a.jsonl line 7, a.jsonl line 9)``."""
+        parts = []
+        for reason in reasons:
+            more = ", ..." if self.bad[reason] > _PLACES else ""
+            parts.append(f"{self.bad[reason]} {reason} ({', '.join(self.places[reason])}{more})")
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
 class Examples:
     """One node's examples: a part to train on, and a part that is never trained on."""
 
-    train: list[Example]
-    heldout: list[Example]
+    train: Prepared
+    heldout: Prepared
+    report: Report
 
 
-def load_examples(config: Data, node: NodeConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Examples:
-    """Read, tokenize and divide one node's examples.
+def load_examples(
+    config: Data,
+    node: NodeConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    store: Path | None = None,
+    max_rows: int | None = None,
+) -> Examples:
+    """Read, tokenize and divide one node's examples; with `data.labels` they are texts of a class each.
+
+    Args:
+        config: Where they are, and what to make of them.
+        node: Its own path, or its number.
+        tokenizer: Of the base model.
+        seed: Of the held-out part, and of a node's share of what all read.
+        store: Folder for the prepared examples, found there by later calls; without it, they are held in memory.
+        max_rows: Look at the first of them only.
 
     Raises:
-        DataError: Missing files or columns, or too few usable rows; names the key, never a row.
+        DataError: Missing files or columns, labels that are not of the run, bad rows that are not to be skipped, or
+            too few usable rows; names the key, file and line, never a row's content.
     """
-    rows = _read(config, node, seed)
-    examples = []
-    for row in rows:
-        example = _tokenize(row, config, tokenizer)
-        if example is not None:
-            examples.append(example)
-    skipped = len(rows) - len(examples)
-    if skipped:
-        logger.warning(
-            "skipped %d of %d rows: empty, or the prompt alone fills data.max-length=%d",
-            skipped,
-            len(rows),
-            config.max_length,
-        )
-    if len(examples) < 2:
-        raise DataError(
-            f"{len(examples)} usable examples of {len(rows)} rows: at least 2 are needed, one to train on and one to "
-            "hold out; look for empty columns, or raise data.max-length"
-        )
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    source = find_rows(config, node, seed)
+    make = example_maker(config, tokenizer)
+    report = Report()
+    kept = Store(store, (source.identity, max_rows, _fields(config), _digest(tokenizer))) if store else None
+    found = kept.load() if kept else None
+    if found:
+        examples, report = found[0], Report(**found[1])
+    else:
+        made = _make_all(islice(source.rows, max_rows), make, report)
+        examples = kept.save(made) if kept else in_memory(made)
+        _check(report, len(examples), config)
+        if kept:
+            kept.finish(asdict(report))
+    _log(report, config)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).numpy()
     num_heldout = min(max(1, round(config.holdout * len(examples))), len(examples) - 1)
-    shuffled = [examples[i] for i in order]
-    return Examples(train=shuffled[num_heldout:], heldout=shuffled[:num_heldout])
+    return Examples(examples.take(order[num_heldout:]), examples.take(order[:num_heldout]), report)
 
 
-def _read(config: Data, node: NodeConfig, seed: int) -> list[dict[str, Any]]:
-    if node.data_path:
-        return _rows(_find_files("data-path", node.data_path), config)
-    path = str(demo.data_folder()) if config.path == "demo" else config.path
-    files = _find_files("data.path", path)
-    if len(files) > 1 and len(files) != node.num_partitions:
+def _fields(config: Data) -> dict[str, Any]:
+    """What of the configuration decides on the examples themselves."""
+    return config.model_dump(exclude={"holdout", "packing", "group_by_length"})
+
+
+def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    whole = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
+    return hashlib.sha256(f"{whole}{tokenizer.chat_template}{tokenizer.special_tokens_map}".encode()).hexdigest()
+
+
+def _make_all(rows: Iterable[Any], make: Callable[[dict[str, Any]], Any], report: Report) -> Iterator[Example]:
+    """Examples of the rows that can be used; fills `report` on the way."""
+    bad: Counter[str] = Counter()
+    for row in rows:
+        report.num_rows += 1
+        try:
+            if row.values is None:
+                raise Unusable(MALFORMED)
+            made = make(row.values)
+        except Unusable as error:
+            bad[error.reason] += 1
+            places = report.places.setdefault(error.reason, [])
+            if len(places) < _PLACES:
+                places.append(row.place)
+            continue
+        report.num_truncated += made.num_cut > 0
+        report.num_cut += made.num_cut
+        yield made.example
+    report.bad = dict(bad)
+
+
+def _check(report: Report, num_usable: int, config: Data) -> None:
+    if UNKNOWN_LABEL in report.bad:
         raise DataError(
-            f"data.path matches {len(files)} files, but the run has {node.num_partitions} nodes: use one node per file "
-            f'(flwr run ... --federation-config "num-supernodes={len(files)}"), or one file, which is dealt out to all'
+            f"of {report.num_rows} rows, {report.explain([UNKNOWN_LABEL])}: correct these rows in the column "
+            f"data.label={config.label!r}, or let the run's data.labels name every label"
         )
-    if len(files) > 1:
-        return _rows([files[node.partition_id]], config)
-    rows = _rows(files, config)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [rows[i] for i in order[node.partition_id :: node.num_partitions]]
+    if config.bad_rows == "refuse" and report.bad:
+        raise DataError(
+            f"of {report.num_rows} rows, {report.explain(report.bad)}: correct these rows, or set data.bad-rows='skip' "
+            "to leave them out"
+        )
+    if num_usable < 2:
+        seen = f"; found {report.explain(report.bad)}" if report.bad else ""
+        raise DataError(
+            f"{num_usable} usable examples of {report.num_rows} rows: at least 2 are needed, one to train on and one "
+            f"to hold out{seen}; look for empty columns, or raise data.max-length"
+        )
 
 
-def _find_files(key: str, path: str) -> list[Path]:
-    pattern = absolute(key, path)
-    if pattern.is_dir():
-        found = [p for p in pattern.iterdir() if p.suffix in _READERS]
-    else:
-        found = [p for p in map(Path, glob.glob(str(pattern))) if p.is_file()]
-    if not found:
-        raise DataError(f"{key}={path!r} matches no file: expected a file, folder or pattern of {', '.join(_READERS)}")
-    strange = [p.name for p in found if p.suffix not in _READERS]
-    if strange:
-        raise DataError(f"{key}={path!r} matches {strange[0]}: expected files that end in {', '.join(_READERS)}")
-    return sorted(found)
+def _log(report: Report, config: Data) -> None:
+    if report.bad:
+        logger.warning("skipped %d of %d rows: %s", report.num_bad, report.num_rows, report.explain(report.bad))
+    if report.num_truncated:
+        logger.warning(
+            "cut %d of %d examples to data.max-length=%d: %d tokens are lost",
+            report.num_truncated,
+            report.num_rows - report.num_bad,
+            config.max_length,
+            report.num_cut,
+        )
 
 
-def _rows(files: Sequence[Path], config: Data) -> list[dict[str, Any]]:
-    columns = [config.text] if config.text else [config.prompt, config.response]
-    keys = ["data.text"] if config.text else ["data.prompt", "data.response"]
-    rows: list[dict[str, Any]] = []
-    for file in files:
-        try:  # streamed: a reader that caches would leave a copy of private data elsewhere on the disk
-            read = list(
-                datasets.load_dataset(_READERS[file.suffix], data_files=str(file), split="train", streaming=True)
-            )
-        except Exception as error:  # readers raise anything, with the offending text in the message
-            raise DataError(
-                f"{file} cannot be read as {file.suffix[1:]} ({type(error).__name__}): check the file"
-            ) from None
-        for key, column in zip(keys, columns, strict=True):
-            if read and column not in read[0]:
-                raise DataError(f"{file} has no column {key}={column!r}: it has {', '.join(sorted(map(str, read[0])))}")
-        rows.extend(read)
-    return rows
-
-
-def _tokenize(row: dict[str, Any], config: Data, tokenizer: PreTrainedTokenizerBase) -> Example | None:
-    """Token ids, and labels that count the response only (or all of a plain text); None if no label is left."""
-    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    if config.text:
-        prompt, response = "", row[config.text]
-    else:
-        prompt, response = row[config.prompt], row[config.response]
-    if not isinstance(prompt, str) or not isinstance(response, str) or not response.strip():
-        return None
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    head = bos + (tokenizer.encode(f"{prompt}\n", add_special_tokens=False) if prompt else [])
-    tail = tokenizer.encode(response, add_special_tokens=False) + eos
-    ids = (head + tail)[: config.max_length]
-    labels = ([IGNORED] * len(head) + tail)[: config.max_length]
-    # The first token of a sequence has nothing to be predicted from.
-    return {"input_ids": ids, "labels": labels} if any(label != IGNORED for label in labels[1:]) else None
+# ------------------------------------------------------------------------------------------------------- batches
 
 
 def training_batches(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int, seed: int, first_example: int
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    seed: int,
+    first_example: int,
+    config: Data | None = None,
 ) -> Iterator[Batch]:
     """Batches without end, each epoch in an order of its own, beginning with the `first_example`-th example drawn.
 
     The order depends on nothing but the arguments, so that a resumed round sees what it would have seen.
+
+    Args:
+        examples: What to train on.
+        tokenizer: Pads.
+        batch_size: Examples of a batch.
+        seed: Of the order.
+        first_example: A multiple of `batch_size`.
+        config: `data.group-by-length` and `data.packing`; by default neither.
     """
+    grouped = config is not None and config.group_by_length
 
     def draw() -> Iterator[Example]:
         epoch, start = divmod(first_example, len(examples))
         while True:
-            order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(hash((seed, epoch)))).tolist()
-            yield from (examples[i] for i in order[start:])
+            generator = torch.Generator().manual_seed(hash((seed, epoch)))
+            order = torch.randperm(len(examples), generator=generator)
+            if grouped:  # a batch that has begun with the epoch before is filled up first
+                begun = min(-epoch * len(examples) % batch_size, len(examples))
+                order = torch.cat([order[:begun], _grouped(order[begun:], examples, batch_size, generator)])
+            yield from (examples[i] for i in order[start:].tolist())
             epoch, start = epoch + 1, 0
 
     drawn = draw()
-    collate = _collator(tokenizer)
+    collate = _collator(tokenizer, config is not None and config.packing)
     while True:
         yield collate([next(drawn) for _ in range(batch_size)])
 
 
+def _grouped(
+    order: torch.Tensor, examples: Sequence[Example], batch_size: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Put examples of similar length into the same batch: sort within a stretch of batches, then mix the batches."""
+    lengths = torch.from_numpy(_lengths(examples))
+    stretches = order.split(_SORTED * batch_size)
+    batches = torch.cat([stretch[lengths[stretch].argsort(stable=True)] for stretch in stretches]).split(batch_size)
+    full = [batch for batch in batches if len(batch) == batch_size]
+    mixed = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
+    return torch.cat([*mixed, *batches[len(full) :]])
+
+
 def heldout_batches(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    config: Data | None = None,
 ) -> Iterable[Batch]:
     """All examples once, those of similar length together."""
-    by_length = sorted(examples, key=lambda example: len(example["input_ids"]))
-    collate = _collator(tokenizer)
+    by_length = torch.from_numpy(_lengths(examples)).argsort(stable=True).tolist()
+    collate = _collator(tokenizer, config is not None and config.packing)
     for i in range(0, len(by_length), batch_size):
-        yield collate(by_length[i : i + batch_size])
+        yield collate([examples[j] for j in by_length[i : i + batch_size]])
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase) -> Any:
-    return DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=IGNORED)
+def _lengths(examples: Sequence[Example]) -> Any:
+    if isinstance(examples, Prepared):
+        return examples.lengths
+    return torch.tensor([len(example["input_ids"]) for example in examples]).numpy()
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase, packing: bool) -> Callable[[list[Example]], Batch]:
+    if packing:
+        return _pack
+    per_token = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=IGNORED)
+    per_sequence = DataCollatorWithPadding(tokenizer)
+    return lambda examples: (per_sequence if isinstance(examples[0]["labels"], int) else per_token)(examples)
+
+
+def _pack(examples: list[Example]) -> Batch:
+    """Lay examples end to end in one row, without padding; each position counts from 0, which keeps them apart."""
+    ids = [token for example in examples for token in example["input_ids"]]
+    positions = [i for example in examples for i in range(len(example["input_ids"]))]
+    # The first token of an example would be predicted from the last of another.
+    labels = [label for example in examples for label in (IGNORED, *example["labels"][1:])]
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "labels": torch.tensor([labels]),
+    }
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -11,6 +11,7 @@
     │   ├── TrunkMismatch        it serves another model, other layers or other weights
     │   └── TrunkRefused         it answered, and said no
     ├── NodeStateError       what a node or a run left on disk does not fit this run
+    ├── AggregationError     what nodes share cannot be combined
     └── RoundFailed          fewer nodes finished a round than the run asks for
 
 Messages travel: Flower sends the text of a node's exception to the server. None may hold private data.
@@ -59,6 +60,10 @@ class TrunkRefused(TrunkError):
 
 class NodeStateError(FLSplitError):
     """What a node or a run left on disk cannot be used by this run."""
+
+
+class AggregationError(FLSplitError):
+    """Arrays that nodes share do not belong together."""
 
 
 class RoundFailed(FLSplitError):

@@ -4,9 +4,9 @@ Data path: config -> private examples -> client model with adapters -> local rou
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -16,13 +16,16 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from fl_split import adapters, data, train
-from fl_split.checkpoint import resolve_model
-from fl_split.config import NodeConfig, RunConfig
+from fl_split import adapters, aggregation, classification, data, train
+from fl_split.checkpoint import node_needs, read_config, resolve_model
+from fl_split.config import Lora, NodeConfig, RunConfig
 from fl_split.descent import Descent, DescentProbe, warn_if_stuck
 from fl_split.errors import ConfigError
-from fl_split.runs import NodeFolder, SavedRound, cache_folder
-from fl_split.split import Trunk, load_client
+from fl_split.packing import check_packing
+from fl_split.plan import choose_split
+from fl_split.room import check_room
+from fl_split.runs import NodeFolder, Quality, SavedRound, cache_folder
+from fl_split.split import Trunk, checkpoint_activations, load_client, sketch_client
 from fl_split.surrogate import Distiller
 from fl_split.trunk.cache import CachedTrunk
 from fl_split.trunk.client import Credentials, Expected, TrunkClient
@@ -34,7 +37,8 @@ logger = logging.getLogger(__name__)
 class RoundResult:
     """What a node gives away after a round."""
 
-    shared: dict[str, Tensor]  # adapter weights that `aggregation.share` names
+    shared: dict[str, Tensor]  # adapter weights that `aggregation.share` and `aggregation.tensors` name
+    scaling: float  # alpha / rank of this node, without which they mean nothing
     metrics: dict[str, int | float]  # numbers about the round
     adapter: Path  # the export, on the node's own disk
 
@@ -47,6 +51,7 @@ class Instructions:
     run_name: str  # folder of the run
     run_id: str  # identity of the run: state of another run of the same name is left alone
     trunk_address: str  # where the server says that the trunk is
+    proximal_mu: float = 0.0  # weight of FedProx's term
 
 
 def run_round(
@@ -57,7 +62,7 @@ def run_round(
     Args:
         config: The run's configuration.
         node: The node's own values; they come before the run's.
-        received: Shared adapter weights from the server; empty before the first aggregation.
+        received: What the server made of the nodes' shared weights; empty before it made anything.
         instructions: Which round, and of which run.
 
     Raises:
@@ -65,31 +70,39 @@ def run_round(
     """
     transformers_logging.disable_progress_bar()
     _check_consent(config, node)
-    folder = resolve_model(config.model.name, config.model.revision)
+    config = choose_split(config)
+    split, surrogate = config.split, config.surrogate
+    needs = node_needs(split.bottom_layers, split.top_layers, surrogate.kind, surrogate.layers)
+    folder = resolve_model(config.model.name, config.model.revision, needs)
     tokenizer = data.prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
-    examples = data.load_examples(config.data, node, tokenizer, config.train.seed)
     home = node.folder(config, instructions.run_name)
+    if instructions.server_round == 1:
+        _warn_of_room(config, node)
+    examples = data.load_examples(config.data, node, tokenizer, config.train.seed, store=home / "examples")
     store = NodeFolder(home, instructions.run_id)
     server_round, in_flight = instructions.server_round, config.trunk.in_flight
 
     with ExitStack() as stack:
-        client, expected = _connect(config, node, folder, instructions.trunk_address, stack)
+        client, expected = connect(config, node, folder, instructions.trunk_address, stack)
         trunk = _with_cache(config, client, expected, home, stack)
-        model = _build_model(config, folder, client, trunk)
+        model = _build_model(config, node.lora(config.lora), folder, client, trunk, tokenizer.pad_token_id)
         optimizer = train.make_optimizer(model, config.train)
         distiller = _make_distiller(config, model)
         saved = store.load_before(server_round) or SavedRound(0)
         _restore(model, optimizer, distiller, saved)
-        adapters.load_adapter_state(model, received)
+        _take(config, model, optimizer, received, server_round)
 
-        def heldout() -> float:
-            batches = data.heldout_batches(examples.heldout, tokenizer, config.train.batch_size)
-            return train.evaluate(model, batches, in_flight)
+        def heldout() -> Quality:
+            batches = data.heldout_batches(examples.heldout, tokenizer, config.train.batch_size, config.data)
+            if config.task == "sequence-classification":
+                return asdict(classification.evaluate(model, batches, in_flight))
+            return {"loss": train.evaluate(model, batches, in_flight)}
 
         def batches(seed: int, first: int) -> Iterator[data.Batch]:
-            return data.training_batches(examples.train, tokenizer, config.train.batch_size, seed, first)
+            size = config.train.batch_size
+            return data.training_batches(examples.train, tokenizer, size, seed, first, config.data)
 
-        before = heldout()
+        quality = _quality_before(config, model, heldout, saved)
         probe = None
         if config.surrogate.kind != "none":
             (fixed,) = islice(batches(config.train.seed, 0), 1)
@@ -108,22 +121,31 @@ def run_round(
             total_steps=config.num_server_rounds * config.train.steps,
             distiller=distiller,
             in_flight=in_flight,
+            proximal_mu=instructions.proximal_mu,
+            anchored=lambda name: adapters.is_shared(model, name, config.aggregation),
         )
         descent = probe.ask() if probe else Descent(0.0, 0.0)
-        after = heldout()
+        quality["after"] = heldout()
 
     falls = [*saved.falls, descent.measured]
     if probe:
         warn_if_stuck(falls, config.surrogate.kind)
-    store.save(_to_save(server_round, model, optimizer, distiller, falls))
-    card = _card(config, node, server_round, before, after, len(examples.train))
+    kept = {when: quality[when] for when in ("base", "after")}
+    store.save(_to_save(server_round, model, optimizer, distiller, falls, kept))
+    heldout_metrics = {
+        f"heldout-{name.replace('_', '-')}-{when}": x for when, values in quality.items() for name, x in values.items()
+    }
+    card = _card(config, node, server_round, heldout_metrics, len(examples.train))
     adapters.export(model, store.adapter, _base_name(config, folder), config.model.revision, card)
     metrics: dict[str, int | float] = {
         "partition-id": node.partition_id,
         "num-examples": len(examples.train),
+        "weight": 1 if config.aggregation.weighting == "equal" else len(examples.train),
+        "bad-rows": examples.report.num_bad,
+        "truncated-examples": examples.report.num_truncated,
+        "truncated-tokens": examples.report.num_cut,
         "train-loss": trained.loss,
-        "heldout-loss-before": before,
-        "heldout-loss-after": after,
+        **heldout_metrics,
         "descent-ratio": descent.ratio,
         "bottom-loss-fall": descent.measured,
         "train-tokens": trained.num_tokens,
@@ -134,7 +156,36 @@ def run_round(
         "cached-sequences": trunk.hits if isinstance(trunk, CachedTrunk) else 0,
         "rounds-missed": server_round - 1 - saved.number,
     }
-    return RoundResult(adapters.shared_state(model, config.aggregation.share), metrics, store.adapter)
+    shared = adapters.shared_state(model, config.aggregation)
+    return RoundResult(shared, adapters.scaling_of(model), metrics, store.adapter)
+
+
+def starting_adapter(config: RunConfig) -> dict[str, Tensor]:
+    """The shared weights that every node starts from, by name in order, from the model's configuration alone.
+
+    Raises:
+        ConfigError: Some of them depend on the model's own weights.
+    """
+    base = read_config(config.model.name, config.model.revision)
+    ends = config.split.bottom_layers, config.split.top_layers
+    client = sketch_client(base, *ends, config.data.label_names)
+    model = adapters.attach(client, config.lora, train_bottom=config.surrogate.kind != "none", seed=config.train.seed)
+    every = adapters.adapter_shapes(model)
+    shapes = {name: shape for name, shape in every.items() if adapters.is_shared(model, name, config.aggregation)}
+    fresh = adapters.fresh_state(shapes, config.train.seed)
+    if unknown := [name for name in shapes if name not in fresh]:
+        raise ConfigError(
+            f"aggregation.strategy={config.aggregation.strategy!r} and dp.mode={config.dp.mode!r} need to know where "
+            f"nodes start, but {unknown[0]} depends on weights that the server does not hold: use 'fedavg' without dp"
+        )
+    return fresh
+
+
+def _warn_of_room(config: RunConfig, node: NodeConfig) -> None:
+    """Say before the first round what `fl-split doctor` would have said of memory and disk."""
+    for check in check_room(config, node):
+        if check.status == "fail":
+            logger.warning("%s: %s", check.name, check.text)
 
 
 def _check_consent(config: RunConfig, node: NodeConfig) -> None:
@@ -149,9 +200,21 @@ def _check_consent(config: RunConfig, node: NodeConfig) -> None:
     logger.warning("surrogate.kind='exact': dL/dh2, the gradient of this node's private loss, goes to the trunk")
 
 
-def _connect(
+def connect(
     config: RunConfig, node: NodeConfig, folder: Path, address: str, stack: ExitStack
 ) -> tuple[TrunkClient, Expected]:
+    """Reach the trunk and check that it is the run's.
+
+    Args:
+        config: The run's, with its split chosen.
+        node: Its address of the trunk comes first.
+        folder: The base model's.
+        address: Where the server says that the trunk is.
+        stack: Closes the client.
+
+    Raises:
+        TrunkError: It cannot be reached, is another, or does not let this node in.
+    """
     expected = Expected.from_checkpoint(folder, config.split.bottom_layers, config.split.top_layers)
     client = TrunkClient(
         node.trunk_address or address,
@@ -178,7 +241,9 @@ def _with_cache(config: RunConfig, client: TrunkClient, expected: Expected, home
     return cache
 
 
-def _build_model(config: RunConfig, folder: Path, client: TrunkClient, trunk: Trunk) -> PeftModel:
+def _build_model(
+    config: RunConfig, lora: Lora, folder: Path, client: TrunkClient, trunk: Trunk, pad_token_id: int | None
+) -> PeftModel:
     kind = config.surrogate.kind
     model = load_client(
         folder,
@@ -189,14 +254,24 @@ def _build_model(config: RunConfig, folder: Path, client: TrunkClient, trunk: Tr
         surrogate_layers=config.surrogate.layers,
         matched=client.fetch_surrogate(cache_folder() / "surrogates") if kind == "matched" else None,
         dtype=getattr(torch, config.model.dtype),
+        labels=config.data.label_names,
+        seed=config.train.seed,
     )
+    model.config.pad_token_id = pad_token_id  # a decoder classifies by the last token that is not padding
+    if config.train.activation_checkpointing:
+        checkpoint_activations(model)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    if config.data.packing:
+        check_packing(model)
     if kind == "none":
         logger.warning(
             "surrogate.kind='none': the bottom stays frozen, without an adapter, because nothing on this node can give "
             "it a gradient; only the top is trained"
         )
-    return adapters.attach(model, config.lora, train_bottom=kind != "none", seed=config.train.seed)
+    adapted = adapters.attach(model, lora, train_bottom=kind != "none", seed=config.train.seed)
+    if config.aggregation.tensors == "b-only":
+        adapters.freeze_a(adapted, config.aggregation.share)
+    return adapted
 
 
 def _make_distiller(config: RunConfig, model: PeftModel) -> Distiller | None:
@@ -217,12 +292,56 @@ def _restore(
         train.load_optimizer_state(model, distiller.optimizer, saved.surrogate_optimizer)
 
 
+def _take(
+    config: RunConfig,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    received: dict[str, Tensor],
+    server_round: int,
+) -> None:
+    """Put what the server made of the nodes' shared weights into this node's model; mutates model and optimizer."""
+    how, own = config.aggregation.combine, adapters.adapter_state(model)
+    fresh = adapters.fresh_state(adapters.adapter_shapes(model), config.train.seed + server_round)
+    taken, residual = aggregation.take(received, how, own, fresh, adapters.scaling_of(model))
+    adapters.load_adapter_state(model, taken)
+    adapters.add_residual(model, residual)
+    if how in ("svd", "stack"):  # other directions than those that the optimizer remembers
+        train.forget_moments(model, optimizer, taken)
+
+
+def _quality_before(
+    config: RunConfig, model: PeftModel, heldout: Callable[[], Quality], saved: SavedRound
+) -> dict[str, Quality]:
+    """How good the base model, what is shared alone, and the whole are before this round's training."""
+    own = adapters.adapter_state(model)
+    private = {name for name in own if not adapters.is_shared(model, name, config.aggregation)}
+    nothing_new = private == own.keys() and saved.number > 0
+    quality = {"base": saved.quality["base"] if saved.number else _base_quality(model, heldout)}
+    quality["before"] = saved.quality["after"] if nothing_new else heldout()
+    if private == own.keys():
+        quality["shared"] = quality["base"]
+    elif not private:
+        quality["shared"] = quality["before"]
+    else:
+        fresh = adapters.fresh_state(adapters.adapter_shapes(model), config.train.seed)
+        adapters.load_adapter_state(model, {name: fresh[name] for name in private if name in fresh})
+        quality["shared"] = heldout()
+        adapters.load_adapter_state(model, own)
+    return quality
+
+
+def _base_quality(model: PeftModel, heldout: Callable[[], Quality]) -> Quality:
+    with model.disable_adapter():
+        return heldout()
+
+
 def _to_save(
     server_round: int,
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
     distiller: Distiller | None,
     falls: list[float],
+    quality: dict[str, Quality],
 ) -> SavedRound:
     return SavedRound(
         server_round,
@@ -231,6 +350,7 @@ def _to_save(
         distiller.state() if distiller else {},
         train.optimizer_state(model, distiller.optimizer) if distiller else {},
         falls,
+        quality,
     )
 
 
@@ -240,10 +360,10 @@ def _base_name(config: RunConfig, folder: Path) -> str:
     return str(folder) if is_local else config.model.name
 
 
-def _card(
-    config: RunConfig, node: NodeConfig, server_round: int, before: float, after: float, num_examples: int
-) -> str:
+def _card(config: RunConfig, node: NodeConfig, server_round: int, quality: dict[str, float], num_examples: int) -> str:
     revision = config.model.revision or "default"
+    results = "\n".join(f"| {name} the last round | {value:.4f} |" for name, value in quality.items())
+    labels = f"| labels, in order | {', '.join(config.data.label_names)} |\n" if config.data.labels else ""
     return f"""---
 library_name: peft
 base_model: {config.model.name}
@@ -260,7 +380,7 @@ Trained with fl-split on the first {config.split.bottom_layers} and last {config
 | rounds | {server_round} of {config.num_server_rounds}, {config.train.steps} steps each |
 | training examples | {num_examples} |
 | surrogate | {config.surrogate.kind} |
-| rank, alpha | {config.lora.rank}, {config.lora.alpha:g} |
-| held-out loss before and after the last round | {before:.4f}, {after:.4f} |
-| shared with other nodes | {config.aggregation.share} |
+| variant, rank, alpha | {config.lora.variant}, {node.lora(config.lora).rank}, {config.lora.alpha:g} |
+{results}
+{labels}| shared with other nodes | {config.aggregation.share} |
 """

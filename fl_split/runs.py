@@ -3,10 +3,11 @@
     <run.dir>/<run.name>/                 the server's
         run.json                          configuration, versions, identity of the run
         metrics.jsonl                     one object per node and round, and one per round
-        checkpoints/round-0003/           shared.safetensors: a finished round
+        checkpoints/round-0003/           a finished round: shared.safetensors, and server.safetensors, its optimizer
         nodes/<partition-id>/             a node's, in simulation; on a deployed node <out-dir>/<run.name>/
             adapter/                      the PEFT export
             state/<run id>/round-0003/    adapter, optimizer and surrogate as safetensors: private
+            examples/                     the prepared examples: private
 
 A round's folder is written under another name and renamed when complete.
 """
@@ -32,6 +33,7 @@ from fl_split.errors import NodeStateError
 
 _TENSORS = ("adapter", "optimizer", "surrogate", "surrogate_optimizer")  # of SavedRound, a file each
 _KEPT_ROUNDS = 2  # the server may have lost the last one, and then asks for it again
+Quality = dict[str, float]  # on held-out examples: `loss`, and of a classifier `accuracy` and `macro_f1`
 _MAY_CHANGE = ("num-server-rounds", "run.", "trunk.", "aggregation.min-nodes")
 
 
@@ -98,6 +100,7 @@ class SavedRound:
     surrogate: dict[str, Tensor] = field(default_factory=dict)  # empty unless it is distilled
     surrogate_optimizer: dict[str, Tensor] = field(default_factory=dict)
     falls: list[float] = field(default_factory=list)  # of the loss by the bottom's update, one a round
+    quality: dict[str, Quality] = field(default_factory=dict)  # on held-out examples: `base`, and `after` that round
 
 
 class NodeFolder:
@@ -124,12 +127,20 @@ class NodeFolder:
             return None
         number = before[-1]
         files = {name: self.rounds.load(number, name.replace("_", "-")) for name in _TENSORS}
-        return SavedRound(number, **files, falls=self.rounds.load(number, "descent")["falls"].tolist())
+        numbers = self.rounds.load(number, "numbers")
+        falls = numbers.pop("falls").tolist()
+        quality: dict[str, Quality] = {}
+        for key, value in numbers.items():
+            when, _, name = key.partition("|")
+            quality.setdefault(when, {})[name] = value.item()
+        return SavedRound(number, **files, falls=falls, quality=quality)
 
     def save(self, saved: SavedRound) -> None:
         """Keep what a round has trained."""
         files = {name.replace("_", "-"): getattr(saved, name) for name in _TENSORS}
-        files["descent"] = {"falls": torch.tensor(saved.falls, dtype=torch.float64)}
+        numbers: dict[str, Any] = {"falls": saved.falls}
+        numbers |= {f"{when}|{name}": x for when, values in saved.quality.items() for name, x in values.items()}
+        files["numbers"] = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
         self.rounds.save(saved.number, files, keep=_KEPT_ROUNDS)
 
 
@@ -191,18 +202,29 @@ class RunFolder:
                 found.append(entry)
         return found
 
-    def finish_round(self, server_round: int, entries: list[dict[str, Any]], shared: dict[str, Tensor]) -> None:
+    def finish_round(
+        self,
+        server_round: int,
+        entries: list[dict[str, Any]],
+        shared: dict[str, Tensor],
+        server_state: dict[str, Tensor] | None = None,
+    ) -> None:
         """Record a round; it counts as finished from the moment that this returns."""
         with self.metrics.open("a") as file:
             file.writelines(f"{json.dumps(entry)}\n" for entry in entries)
             file.flush()
             os.fsync(file.fileno())
-        self._rounds.save(server_round, {"shared": shared}, keep=_KEPT_ROUNDS)
+        files = {"shared": shared, "server": server_state or {}}
+        self._rounds.save(server_round, files, keep=_KEPT_ROUNDS)
         self.num_finished = server_round
 
     def shared(self) -> dict[str, Tensor]:
-        """The shared adapter weights after the last finished round; empty at the start."""
-        return self._rounds.load(self.num_finished, "shared") if self.num_finished else {}
+        """The shared adapter weights after the last finished round, by name in order; empty at the start."""
+        return dict(sorted(self._rounds.load(self.num_finished, "shared").items())) if self.num_finished else {}
+
+    def server_state(self) -> dict[str, Tensor]:
+        """What the server's own optimizer remembered then."""
+        return self._rounds.load(self.num_finished, "server") if self.num_finished else {}
 
 
 def _check_same(saved: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:

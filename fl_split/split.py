@@ -9,16 +9,28 @@ bottom, the padding mask, position ids).
 """
 
 import inspect
+import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fl_split.anatomy import Anatomy, Hole, examine, owners
 from fl_split.errors import SplitError
@@ -188,10 +200,13 @@ def load_client(
     surrogate_layers: int = 2,
     matched: Path | None = None,
     dtype: torch.dtype = torch.float32,
+    labels: Sequence[str] = (),
+    seed: int = 0,
 ) -> PreTrainedModel:
     """Load the two ends of a model; its middle is `trunk`.
 
-    Reads only the weights of the ends and of the surrogate's layers. All of them are frozen.
+    Reads only the weights of the ends and of the surrogate's layers. All of them are frozen; a classifier's head is to
+    be trained, and is made anew where the checkpoint has none.
 
     Args:
         folder: The full model's checkpoint (safetensors).
@@ -202,9 +217,11 @@ def load_client(
         surrogate_layers: How many trunk layers the stand-in keeps, for ``blocks`` and ``distilled``.
         matched: The fitted surrogate, for ``matched``.
         dtype: Of the base weights.
+        labels: Names of the classes, for a sequence classifier; without them it is a causal language model.
+        seed: Of a classifier's head: the same on every node, so that all start from the same.
 
     Returns:
-        A causal language model in eval mode, of the full model's class, with `boundaries` and its `remote_trunk` as
+        A model in eval mode, of the full model's class, with `boundaries`, `head_modules` and its `remote_trunk` as
         attributes. Dropout of the base model is off for good, as it is on the trunk.
 
     Raises:
@@ -213,10 +230,13 @@ def load_client(
         SurrogateError: The fitted surrogate does not fit the model.
     """
     config = AutoConfig.from_pretrained(folder)
+    if labels:
+        config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
     for name, value in config.to_dict().items():
         if isinstance(value, float) and "drop" in name:
             setattr(config, name, 0.0)
-    anatomy = examine(config)
+    anatomy = examine(config, AutoModelForSequenceClassification if labels else AutoModelForCausalLM)
+    head = anatomy.head if labels else ()
     cut = Boundaries.of(anatomy, bottom_layers, top_layers)
     kept = kept_layers(surrogate, surrogate_layers, cut.first, cut.end)
     holes = [i for i in cut.trunk if i not in kept]
@@ -228,9 +248,13 @@ def load_client(
         for i in holes:
             shells[i] = layers[i]
             layers[i] = Hole(layers[i], anatomy.as_tuple)
-        _ignore_in_checkpoint(model, rf"(^|\.){cut.layers_name}\.({'|'.join(map(str, holes))})\.")
+        # Of a classifier's checkpoint another head may be left over; what is missing is looked at below.
+        _ignore_in_checkpoint(model, "" if head else rf"(^|\.){cut.layers_name}\.({'|'.join(map(str, holes))})\.")
 
-    model, missing = _load(anatomy.model_class, folder, config, dig, dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, missing = _load(anatomy.model_class, folder, config, dig, dtype)
+    missing = {name for name in missing if not name.startswith(tuple(f"{module}." for module in head))}
     if missing:
         raise SplitError(f"the checkpoint in {folder} lacks weights that a node needs, such as {sorted(missing)[0]}")
     remote = RemoteTrunk(trunk, surrogate)
@@ -240,8 +264,29 @@ def load_client(
         layers[i] = TrunkSlot(layer, anatomy.as_tuple, remote, i == cut.first, i == cut.end - 1)
     _listen(model.base_model, anatomy, remote)
     model.config.use_cache = False
-    model.boundaries, model.remote_trunk = cut, remote
+    model.boundaries, model.remote_trunk, model.head_modules = cut, remote, head
     model.eval().requires_grad_(False)
+    return cast(PreTrainedModel, model)
+
+
+def sketch_client(
+    config: PretrainedConfig, bottom_layers: int, top_layers: int, labels: Sequence[str] = ()
+) -> PreTrainedModel:
+    """A client without weights, on the meta device: for names and shapes; other arguments as in `load_client`.
+
+    Raises:
+        SplitError: The model cannot be split, or not here.
+    """
+    if labels:
+        config.num_labels = len(labels)
+    anatomy = examine(config, AutoModelForSequenceClassification if labels else AutoModelForCausalLM)
+    cut = Boundaries.of(anatomy, bottom_layers, top_layers)
+    with torch.device("meta"):
+        model: Any = anatomy.model_class(config)
+    layers = _layers(model.base_model, anatomy)
+    for i in cut.trunk:
+        layers[i] = Hole(layers[i], anatomy.as_tuple)
+    model.boundaries, model.head_modules = cut, anatomy.head if labels else ()
     return cast(PreTrainedModel, model)
 
 
@@ -253,6 +298,34 @@ def remote_trunk_of(model: nn.Module) -> RemoteTrunk:
 def boundaries_of(model: nn.Module) -> Boundaries:
     """Where a client or a trunk was cut."""
     return cast(Boundaries, model.boundaries)
+
+
+def checkpoint_activations(client: nn.Module) -> None:
+    """Let the layers that a client holds keep no activations in training, and compute them again in backward.
+
+    Set on each layer by itself, never on the list of layers as a whole: a hole in it would call the trunk again.
+
+    Raises:
+        SplitError: The family's layers do not support it.
+    """
+    base = cast(PreTrainedModel, client).base_model
+    layers = base.get_submodule(boundaries_of(client).layers_path)
+    for layer in layers.children():
+        held = layer.kept if isinstance(layer, TrunkSlot) else layer
+        if held is None:
+            continue
+        if not isinstance(held, GradientCheckpointingLayer):
+            raise SplitError(
+                f"transformers cannot compute the activations of {cast(PreTrainedModel, client).config.model_type}'s "
+                "layers again: set train.activation-checkpointing=false"
+            )
+        held.gradient_checkpointing = True
+        setattr(held, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))  # noqa: B010  # typing
+
+
+def head_of(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules that are a classifier's head; none for a language model."""
+    return cast(tuple[str, ...], getattr(model, "head_modules", ()))
 
 
 def load_trunk(
@@ -323,15 +396,37 @@ def _load(
 
     # Same name and module as the original: transformers looks up weight conversions by them.
     dug = type(model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__})
+    tensors = _partial_checkpoint(folder)
     try:
         model, info = dug.from_pretrained(  # type: ignore[attr-defined]
-            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            None if tensors else folder,
+            state_dict=tensors,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head for other labels; whatever else does not fit is missing, too
+            **options,
         )
     except OSError as error:
         raise SplitError(
             f"cannot load {folder}: it needs weights in safetensors files ({type(error).__name__})"
         ) from error
-    return model, set(info["missing_keys"])
+    model.name_or_path = str(folder)
+    return model, {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+
+
+def _partial_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The weights at hand, not read yet, where some files of a checkpoint are not here: another party needs those."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return None
+    named = set(json.loads(index.read_text())["weight_map"].values())
+    here = [folder / name for name in sorted(named) if (folder / name).is_file()]
+    if len(here) == len(named):
+        return None  # transformers reads what it needs
+    files: list[Any] = [safe_open(file, "pt") for file in here]
+    return {key: file.get_slice(key) for file in files for key in file.keys()}
 
 
 def _listen(base: nn.Module, anatomy: Anatomy, remote: RemoteTrunk) -> None:

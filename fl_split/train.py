@@ -28,7 +28,7 @@ from fl_split.surrogate import Distiller
 class Trained:
     """What a local round came to."""
 
-    loss: float  # mean per response token, over the round's steps
+    loss: float  # mean per response token, or per text of a classifier, over the round's steps
     num_tokens: int  # real tokens trained on
     seconds: float
 
@@ -56,6 +56,8 @@ def train_round(
     total_steps: int | None = None,
     distiller: Distiller | None = None,
     in_flight: int = 1,
+    proximal_mu: float = 0.0,
+    anchored: Callable[[str], bool] = lambda name: True,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Trained:
     """Train the adapters for one round of ``train.steps`` optimizer steps; mutates model and optimizer.
@@ -69,17 +71,27 @@ def train_round(
         total_steps: Steps of the whole run, for the scheduler; by default those of this round.
         distiller: From `make_distiller`, for a surrogate that is trained on the way.
         in_flight: Calls to the trunk at the same time, at most.
+        proximal_mu: Weight of ``mu / 2 * ||w - w at the start||^2`` in the loss (FedProx, arXiv 1812.06127).
+        anchored: Which weights that term is about, by their name in the adapter's state; those that are shared.
         on_step: Called with the number of each step done.
     """
     end = first_step + config.steps
     scheduler = _scheduler(optimizer, config, first_step, total_steps or end)
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    anchors = [
+        (p, p.detach().clone())
+        for name, p in model.named_parameters()
+        if proximal_mu and p.requires_grad and anchored(name)
+    ]
     model.train()
     started, loss_sum, num_tokens = time.monotonic(), 0.0, 0
     with tqdm(total=config.steps, unit="step", disable=None, leave=False) as bar:  # None: only on a terminal
         for step in range(first_step, end):
             step_batches = [next(batches) for _ in range(config.accumulation)]
             loss = accumulate(model, step_batches, in_flight)
+            for parameter, anchor in anchors:
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach() - anchor, alpha=proximal_mu)
             torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -87,7 +99,7 @@ def train_round(
             if distiller is not None:
                 distiller.step()
             loss_sum += loss
-            num_tokens += sum(int(batch["attention_mask"].sum()) for batch in step_batches)
+            num_tokens += sum(count_tokens(batch) for batch in step_batches)
             bar.set_postfix_str(f"loss {loss:.3f}, {num_tokens / (time.monotonic() - started):.0f} tokens/s")
             bar.update()
             on_step(step + 1)
@@ -95,22 +107,21 @@ def train_round(
 
 
 def accumulate(model: PeftModel, batches: Iterable[Batch], in_flight: int = 1) -> float:
-    """Add one step's gradients, of the mean loss over all response tokens of its micro-batches; return that loss.
+    """Add one step's gradients, of the mean loss over all targets of its micro-batches; return that loss.
 
     With `in_flight` > 1, as many calls to the trunk are under way while the node computes; the result is the same.
     """
-    on_device = [_to_device(batch, model) for batch in batches]
-    num_targets = sum(count_targets(batch) for batch in on_device)
-    seeds = torch.randint(2**62, (len(on_device),)).tolist()  # dropout's, whatever runs in between
+    batches = list(batches)
+    num_targets = sum(count_targets(batch) for batch in batches)
+    seeds = torch.randint(2**62, (len(batches),)).tolist()  # dropout's, whatever runs in between
 
     def run(batch: Batch, seed: int) -> float:
         torch.manual_seed(seed)
-        with _autocast(model):
-            loss = model(**batch, num_items_in_batch=num_targets).loss
+        loss, _ = forward(model, batch, num_targets)
         loss.backward()
         return float(loss.item())
 
-    tasks = [partial(run, batch, seed) for batch, seed in zip(on_device, seeds, strict=True)]
+    tasks = [partial(run, batch, seed) for batch, seed in zip(batches, seeds, strict=True)]
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         return sum(run_in_turns(tasks, in_flight))
 
@@ -120,17 +131,41 @@ def evaluate(model: PeftModel, batches: Iterable[Batch], in_flight: int = 1) -> 
     model.eval()
 
     def run(batch: Batch) -> tuple[float, int]:
-        on_device = _to_device(batch, model)
-        with torch.no_grad(), _autocast(model):
-            loss = model(**on_device, num_items_in_batch=1).loss
-        return float(loss.item()), count_targets(on_device)
+        with torch.no_grad():
+            loss, _ = forward(model, batch, num_targets=1)
+        return float(loss.item()), count_targets(batch)
 
     results = list(run_in_turns([partial(run, batch) for batch in batches], in_flight))
     return sum(loss for loss, _ in results) / sum(num_targets for _, num_targets in results)
 
 
+def count_tokens(batch: Batch) -> int:
+    """Real tokens; a batch without a mask has no others."""
+    return int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
+
+
+def forward(model: PeftModel, batch: Batch, num_targets: int) -> tuple[Tensor, Tensor]:
+    """One micro-batch through bottom, trunk and top.
+
+    Returns:
+        The sum of the cross entropies of all targets over `num_targets`, and the logits: ``[batch, seq, vocab]``, or
+        ``[batch, labels]`` of a classifier.
+    """
+    batch = _to_device(batch, model)
+    with _autocast(model):
+        if batch["labels"].dim() > 1:
+            out = model(**batch, num_items_in_batch=num_targets)
+            return out.loss, out.logits
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits: Tensor = model(**inputs).logits.float()
+        # Not the model's own loss: some families' takes no count of targets.
+        return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum") / num_targets, logits
+
+
 def count_targets(batch: Batch) -> int:
-    """Tokens that the loss counts; the first of a sequence has nothing to be predicted from."""
+    """What the loss counts: tokens, but for the first of a sequence, which is predicted from nothing; or texts."""
+    if batch["labels"].dim() == 1:
+        return len(batch["labels"])
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
@@ -168,6 +203,14 @@ def optimizer_state(model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[
         for parameter, fields in optimizer.state.items()
         for field, value in fields.items()
     }
+
+
+def forget_moments(model: PeftModel, optimizer: torch.optim.Optimizer, names: Iterable[str]) -> None:
+    """Drop AdamW's state of some adapter weights, by their names in the adapter's state; mutates the optimizer."""
+    forgotten = set(names)
+    for name, parameter in model.named_parameters():
+        if name.replace(".default.", ".") in forgotten:
+            optimizer.state.pop(parameter, None)
 
 
 def load_optimizer_state(model: PeftModel, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import DECODERS
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fl_split import adapters
-from fl_split.config import Lora
+from fl_split.config import Aggregation, Lora
 from fl_split.errors import ConfigError, NodeStateError
 from fl_split.split import LocalTrunk, load_client, load_trunk
 
@@ -47,6 +48,59 @@ def test_export_gives_the_full_model_the_same_logits(
     assert full.peft_config["default"].layers_to_transform == [0, 4, 5]
 
 
+@pytest.mark.parametrize("variant", ["rslora", "dora"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_export_of_a_variant_gives_the_full_model_the_same_logits(
+    checkpoint: Callable[[str], Path], family: str, variant: str, tmp_path: Path
+) -> None:
+    model = client_with_adapter(checkpoint(family), Lora(variant=variant, rank=4))  # type: ignore[arg-type]
+    magnitudes = [name for name in adapters.adapter_state(model) if "magnitude" in name]
+    assert bool(magnitudes) == (variant == "dora")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1.5)
+    adapters.export(model, tmp_path, str(checkpoint(family)), "", "a card")
+    lora, state = adapters.read_export(tmp_path)
+    assert (lora.variant, lora.rank, len(state)) == (variant, 4, len(adapters.adapter_state(model)))
+    full = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint(family)), tmp_path).eval()
+    ids = torch.randint(3, 99, (2, 9))
+    with torch.no_grad():
+        got, expected = model(input_ids=ids).logits, full(input_ids=ids).logits
+        plain = client_with_adapter(checkpoint(family), Lora(rank=4))(input_ids=ids).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert (got - plain).abs().max() > 0.01
+    adapted = {name for name, _ in full.named_parameters() if "lora_" in name}
+    assert not any(f".{i}." in name for name in adapted for i in (1, 2, 3))
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+def test_adapters_are_float32_on_a_base_in_bfloat16_and_both_ends_learn(
+    checkpoint: Callable[[str], Path], variant: str
+) -> None:
+    folder = checkpoint("llama")
+    trunk = LocalTrunk(load_trunk(folder, 1, 2, dtype=torch.bfloat16))
+    client = load_client(folder, 1, 2, trunk, dtype=torch.bfloat16)
+    lora = Lora(variant=variant)  # type: ignore[arg-type]
+    model = adapters.attach(client, lora, train_bottom=True, seed=0)
+    ids = torch.randint(3, 99, (2, 9))
+    model(input_ids=ids, labels=ids).loss.backward()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert {p.dtype for _, p in trained} == {p.grad.dtype for _, p in trained} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    learns = {adapters.part_of(model, name) for name, p in trained if p.grad.abs().max() > 0}
+    assert learns == {"bottom", "top"}
+
+
+def test_names_that_peft_takes_for_all_experts_are_left_out(tmp_path: Path) -> None:
+    family = next(f for f in DECODERS if f.name == "deepseek_v3")
+    family.save(tmp_path)
+    model = client_with_adapter(tmp_path)
+    assert all(".self_attn." in name for name in adapters.adapter_state(model))
+    with pytest.raises(ConfigError, match="gate_proj is no linear module to be adapted"):
+        client_with_adapter(tmp_path, Lora(target_modules="gate_proj,q_b_proj"))
+
+
 def test_export_replaces_an_earlier_one(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     model = client_with_adapter(checkpoint("llama"))
     for card in ("first", "second"):
@@ -65,7 +119,7 @@ def test_shared_state_holds_the_named_part_only(
     checkpoint: Callable[[str], Path], share: str, layers: set[int]
 ) -> None:
     model = client_with_adapter(checkpoint("llama"))
-    shared = adapters.shared_state(model, share)  # type: ignore[arg-type]
+    shared = adapters.shared_state(model, Aggregation.model_validate({"share": share}))
     assert {int(name.split(".layers.")[1].split(".")[0]) for name in shared} == layers
     assert all(".lora_A." in name or ".lora_B." in name for name in shared)
 
@@ -107,5 +161,5 @@ def test_target_modules_can_be_named_and_a_wrong_name_is_refused(checkpoint: Cal
         "q_proj",
         "v_proj",
     }
-    with pytest.raises(ConfigError, match="no linear module c_attn .* q_proj"):
+    with pytest.raises(ConfigError, match="c_attn is no linear module .* q_proj"):
         client_with_adapter(checkpoint("llama"), Lora.model_validate({"target-modules": "c_attn"}))

@@ -66,6 +66,7 @@ def test_flat_form_round_trips() -> None:
         ("surrogate.kind", "magic", r"surrogate\.kind='magic': input should be 'none', 'identity'"),
         ("lora.dropout", 1.0, r"lora\.dropout=1\.0: input should be less than 1"),
         ("data.holdout", 0.0, r"data\.holdout=0\.0: input should be greater than 0"),
+        ("data.partitioner", "column", r"data\.partitioner='column' goes by a column's values: name it in"),
         ("aggregation.share", "all", r"aggregation\.share='all': input should be 'none', 'bottom', 'top' or 'both'"),
         ("run.name", "a/b", r"run\.name='a/b': string should match pattern"),
         ("run.dir", "runs", r"run\.dir='runs' is relative"),
@@ -89,9 +90,27 @@ def test_sharing_a_bottom_adapter_that_does_not_exist_is_refused() -> None:
         RunConfig.from_flat({"surrogate.kind": "none", "aggregation.share": "both"})
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data.labels": "a,b"}, r"data\.labels is for task='sequence-classification'"),
+        ({"task": "sequence-classification"}, r"needs data\.labels.*data\.labels=''"),
+        ({"task": "sequence-classification", "data.labels": "a,,b"}, r"at least two different names"),
+        ({"task": "sequence-classification", "data.labels": "a, a"}, r"at least two different names"),
+        ({"task": "sequence-classification", "data.labels": "a,b"}, r"needs data\.text"),
+        ({"aggregation.share-head": True, "aggregation.share": "top"}, r"share-head=true .* needs task="),
+    ],
+)
+def test_a_task_without_what_it_needs_is_refused(values: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_flat(values)
+
+
 def test_node_config_takes_its_own_keys_and_leaves_others() -> None:
     node = NodeConfig.from_flat({"partition-id": 1, "num-partitions": 3, "data-path": "/d", "other-app": 7})
     assert (node.partition_id, node.num_partitions, node.data_path) == (1, 3, "/d")
+    with pytest.raises(ConfigError, match="node-config lacks partition-id"):
+        NodeConfig.from_flat({"data-path": "/d"})
     with pytest.raises(ConfigError, match="partition-id='one'"):
         NodeConfig.from_flat({"partition-id": "one"})
 

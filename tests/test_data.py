@@ -10,7 +10,15 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fl_split.config import Data, NodeConfig
-from fl_split.data import IGNORED, Examples, heldout_batches, load_examples, prepare_tokenizer, training_batches
+from fl_split.data import (
+    IGNORED,
+    Example,
+    Examples,
+    heldout_batches,
+    load_examples,
+    prepare_tokenizer,
+    training_batches,
+)
 from fl_split.errors import ConfigError, DataError
 
 SECRET = "Zanzibar"
@@ -34,6 +42,10 @@ def rows(count: int, start: int = 0) -> list[dict[str, str]]:
     return [{"question": f"what is number {i}?", "answer": f"it is {i}."} for i in range(start, start + count)]
 
 
+def everything(examples: Examples) -> tuple[list[Example], list[Example]]:
+    return list(examples.train), list(examples.heldout)
+
+
 def test_loss_counts_the_response_and_the_end_only(
     load: Callable[..., Examples], jsonl: Callable[..., Path], tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -54,6 +66,36 @@ def test_plain_text_counts_every_token(load: Callable[..., Examples], jsonl: Cal
     assert example["labels"][1:] == example["input_ids"][1:]
 
 
+def test_texts_with_labels_have_a_class_each_and_are_padded_together(
+    load: Callable[..., Examples], jsonl: Callable[..., Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    notes = [{"note": f"the note {'again ' * i}", "kind": ("b", "a", 7)[i % 3]} for i in range(9)]
+    examples = load(jsonl(notes), text="note", label="kind", labels="a, b,7", **{"max-length": 10})
+    for example in (*examples.train, *examples.heldout):
+        text = tokenizer.decode(example["input_ids"], skip_special_tokens=True)
+        assert len(example["input_ids"]) <= 10
+        if len(example["input_ids"]) < 10:
+            assert example["labels"] == (1, 0, 2)[text.count("again") % 3]
+    (batch,) = heldout_batches(examples.train, tokenizer, 20)
+    assert batch["labels"].shape == (len(examples.train),)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(examples.train), 10)
+
+
+@pytest.mark.parametrize("wrong", [SECRET, None, 3])
+def test_labels_that_are_not_of_the_run_are_refused_by_row_number_only(
+    load: Callable[..., Examples], jsonl: Callable[..., Path], wrong: object
+) -> None:
+    notes: list[dict[str, object]] = [{"note": f"note {i}", "label": "a"} for i in range(4)]
+    notes[2]["label"] = wrong
+    with pytest.raises(
+        DataError, match=r"1 with a label that data\.labels does not name \(rows\.jsonl line 3\)"
+    ) as error:
+        load(jsonl(notes), text="note", labels="a,b")
+    assert SECRET not in str(error.value)
+    with pytest.raises(DataError, match=r"no column data\.label='kind'"):
+        load(jsonl(notes), text="note", label="kind", labels="a,b")
+
+
 @pytest.mark.parametrize("form", ["csv", "parquet"])
 def test_csv_and_parquet_are_read_like_jsonl(
     load: Callable[..., Examples], jsonl: Callable[..., Path], tmp_path: Path, form: str
@@ -61,14 +103,14 @@ def test_csv_and_parquet_are_read_like_jsonl(
     import datasets
 
     getattr(datasets.Dataset.from_list(rows(6)), f"to_{form}")(str(tmp_path / f"rows.{form}"))
-    assert load(tmp_path / f"rows.{form}") == load(jsonl(rows(6)))
+    assert everything(load(tmp_path / f"rows.{form}")) == everything(load(jsonl(rows(6))))
 
 
 def test_heldout_part_is_drawn_by_seed_and_apart(load: Callable[..., Examples], jsonl: Callable[..., Path]) -> None:
     path = jsonl(rows(30))
     first, again, other = load(path, seed=1), load(path, seed=1), load(path, seed=2)
-    assert first == again
-    assert first.heldout != other.heldout
+    assert everything(first) == everything(again)
+    assert list(first.heldout) != list(other.heldout)
     assert len(first.heldout) == 3
     assert not any(example in first.train for example in first.heldout)
     assert len(first.train) == 27
@@ -126,14 +168,15 @@ def test_long_examples_are_cut_and_prompts_without_room_skipped(
     long = {"question": "word " * 80, "answer": SECRET}
     examples = load(jsonl([*rows(5), long, {"question": "empty?", "answer": " "}]), **{"max-length": 48})
     assert all(len(example["input_ids"]) <= 48 for example in examples.train)
-    assert "skipped 2 of 7 rows" in caplog.text
+    assert "skipped 2 of 7 rows: 1 with nothing to learn within data.max-length (rows.jsonl line 6)" in caplog.text
+    assert "1 empty (rows.jsonl line 7)" in caplog.text
     assert SECRET not in caplog.text
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (f'{{"question": "{SECRET}", "answer": ', "cannot be read as jsonl"),
+        (f'{{"question": "{SECRET}", "answer": ', r"0 usable .* found 1 malformed \(bad\.jsonl line 1\)"),
         (json.dumps({"prompt": SECRET, "answer": SECRET}), r"no column data\.prompt='question': it has answer, prompt"),
         (json.dumps({"question": SECRET, "answer": SECRET}), "1 usable examples of 1 rows"),
         (json.dumps({"question": [SECRET], "answer": 3}), "0 usable examples of 1 rows"),

@@ -123,16 +123,19 @@ def private_tokens(folder: Path) -> list[bytes]:
 def test_replies_hold_the_shared_names_and_numbers_only(demo_model: Path, tmp_path: Path, share: str) -> None:
     grid = run_app(tmp_path, **{"aggregation.share": share})
     assert len(grid.replies) == 2
+    assert [set(m.content["config"]) for m in grid.instructions] == [
+        {"run-name", "run-id", "trunk-address", "server-round"}
+    ] * 2
     for reply in grid.replies.values():
         assert set(reply.content) == {"arrays", "metrics", "node"}
         layers = {int(name.split(".layers.")[1].split(".")[0]) for name in reply.content["arrays"]}
         assert layers == {"none": set(), "bottom": {0, 1}, "top": {6, 7}, "both": {0, 1, 6, 7}}[share]
         assert all(isinstance(value, int | float) for value in reply.content["metrics"].values())
-        assert set(reply.content["node"]) == {"adapter"}
+        assert set(reply.content["node"]) == {"adapter", "scaling"}
 
 
 def test_nothing_sends_adapter_weights_but_shared_state(demo_model: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(adapters, "shared_state", lambda model, share: {})
+    monkeypatch.setattr(adapters, "shared_state", lambda *args: {})
     grid = run_app(tmp_path, **{"aggregation.share": "both"})
     assert all(len(reply.content["arrays"]) == 0 for reply in grid.replies.values())
 

@@ -6,11 +6,24 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AlbertConfig, AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5Config
+from transformers import (
+    AlbertConfig,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Gemma3nTextConfig,
+    LlamaModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    T5Config,
+)
 
+from fl_split.adapters import attach
 from fl_split.anatomy import examine
+from fl_split.config import Lora
 from fl_split.errors import ConfigError, SplitError
-from fl_split.split import Boundaries, LocalTrunk, boundaries_of, load_client, load_trunk
+from fl_split.split import Boundaries, LocalTrunk, boundaries_of, checkpoint_activations, load_client, load_trunk
+from fl_split.train import accumulate, make_distiller
 
 FAMILIES = ["llama", "qwen2", "mistral", "gpt2"]
 MASKS = {
@@ -98,12 +111,33 @@ def test_boundaries_without_a_trunk_are_refused_with_the_arithmetic() -> None:
     [
         (T5Config(d_model=32, num_layers=2), "t5 has an encoder and a decoder"),
         (AutoConfig.for_model("clip"), "clip"),
-        (AlbertConfig(hidden_size=32, num_attention_heads=4), "albert"),
+        (AlbertConfig(hidden_size=32, num_attention_heads=4, vocab_size=99), "albert .* no list of 12 separate layers"),
+        (AutoConfig.for_model("xlm", n_layers=2, emb_dim=32, n_words=99), "xlm .* does not work with layers left out"),
+        (Gemma3nTextConfig(), "gemma3n_text shares keys and values"),
     ],
 )
-def test_models_that_cannot_be_split_are_refused_by_name(config: object, reason: str) -> None:
+def test_models_that_cannot_be_split_are_refused_by_name(config: PretrainedConfig, reason: str) -> None:
     with pytest.raises(SplitError, match=reason):
-        examine(config)  # type: ignore[arg-type]
+        examine(config, AutoModel)
+
+
+def test_a_model_that_cannot_be_built_for_the_task_is_refused_by_name() -> None:
+    with pytest.raises(SplitError, match="distilbert cannot be built as AutoModelForCausalLM"):
+        examine(AutoConfig.for_model("distilbert"), AutoModelForCausalLM)
+
+
+def test_a_trunk_whose_edges_are_not_neutral_is_refused(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a family would be whose code scales hidden states outside of any module."""
+    forward = LlamaModel.forward
+
+    def scaled(self: LlamaModel, *args: object, inputs_embeds: Tensor | None = None, **kwargs: object) -> object:
+        return forward(self, *args, inputs_embeds=None if inputs_embeds is None else inputs_embeds * 2, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", scaled)
+    with pytest.raises(SplitError, match="llama cannot be split: something outside its layers changes"):
+        load_trunk(checkpoint("llama"), 1, 2)
 
 
 def test_checkpoint_without_the_needed_weights_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -147,3 +181,48 @@ def test_generation_with_a_cache_is_refused_and_without_equals_the_full_model(
 def test_surrogate_with_more_layers_than_the_trunk_is_refused(checkpoint: Callable[[str], Path]) -> None:
     with pytest.raises(ConfigError, match="surrogate.layers=4 .* trunk of 3 layers"):
         split(checkpoint("llama"), surrogate="blocks", surrogate_layers=4)
+
+
+class CountingTrunk(LocalTrunk):
+    """A trunk in this process that counts its calls."""
+
+    calls = 0
+
+    def start(self, *args: object) -> object:  # type: ignore[override]
+        self.calls += 1
+        return super().start(*args)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["none", "identity", "blocks", "distilled", "exact"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_activation_checkpointing_gives_equal_gradients_and_calls_the_trunk_once(
+    checkpoint: Callable[[str], Path], family: str, kind: str
+) -> None:
+    found = []
+    for again in (False, True):
+        trunk = CountingTrunk(load_trunk(checkpoint(family), 1, 2))
+        client = load_client(checkpoint(family), 1, 2, trunk, surrogate=kind)  # type: ignore[arg-type]
+        if again:
+            checkpoint_activations(client)
+        model = attach(client, Lora(), train_bottom=kind != "none", seed=0)
+        distiller = make_distiller(model, 1e-3) if kind == "distilled" else None
+        ran: list[int] = []
+        for i in boundaries_of(client).top:
+            mlp = client.base_model.get_submodule(f"{boundaries_of(client).layers_path}.{i}.mlp")
+            mlp.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
+        ids, _ = batch(None)
+        model.train()
+        accumulate(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}] * 2)
+        assert trunk.calls == 2
+        assert len(ran) == (8 if again else 4)  # top layers times micro-batches: computed again, or not
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([*grads, *(distiller._gradients if distiller else [])])
+    assert len(found[0]) == len(found[1]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_activation_checkpointing_is_refused_where_layers_do_not_support_it(checkpoint: Callable[[str], Path]) -> None:
+    client = split(checkpoint("llama"))
+    client.model.layers[0] = torch.nn.Identity()
+    with pytest.raises(SplitError, match=r"llama's layers .*train\.activation-checkpointing=false"):
+        checkpoint_activations(client)

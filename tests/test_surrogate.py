@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_split.adapters import attach, part_of
+from fl_split.adapters import adapter_shapes, attach, fresh_state, load_adapter_state, part_of
 from fl_split.config import Lora
 from fl_split.split import LocalTrunk, load_client, load_trunk
 from fl_split.surrogate import join, kept_layers
@@ -82,8 +82,8 @@ def bottom_gradients_of_full_model(full: torch.nn.Module) -> list[Tensor | None]
     layers = [0, 1, full.config.num_hidden_layers - 2, full.config.num_hidden_layers - 1]
     names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     config = LoraConfig(r=8, lora_alpha=16, target_modules=names, layers_to_transform=layers, layers_pattern="layers")
-    torch.manual_seed(0)
     model = get_peft_model(full, config)
+    load_adapter_state(model, fresh_state(adapter_shapes(model), 0))
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -110,3 +110,33 @@ def test_training_lowers_the_loss(make_model: Callable[[], PeftModel]) -> None:
     before = train.evaluate(model, [batch])
     train.train_round(model, train.make_optimizer(model, config), iter([batch] * 30), config)
     assert train.evaluate(model, [batch]) < before - 0.5
+
+
+def test_proximal_term_is_that_of_the_formula_and_for_shared_weights_only(make_model: Callable[[], PeftModel]) -> None:
+    config, mu = (
+        Train.model_validate(
+            {"steps": 2, "top-lr": 0.1, "bottom-lr": 0.1, "max-grad-norm": 1e9, "scheduler": "constant"}
+        ),
+        0.5,
+    )
+
+    def trained(proximal_mu: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        model, moved = make_model(), []
+        optimizer = torch.optim.SGD(adapters.parameter_groups(model, 0.1, 0.1))
+        start = adapters.adapter_state(model)
+        train.train_round(
+            model,
+            optimizer,
+            endless(),
+            config,
+            proximal_mu=proximal_mu,
+            anchored=lambda name: adapters.part_of(model, name) == "top",
+            on_step=lambda step: moved.append(adapters.adapter_state(model)),
+        )
+        # the first step starts at the anchor, so the term only shows in the second: -lr * mu * (w1 - w0)
+        return moved[1], {n: -0.1 * mu * (moved[0][n] - start[n]) * (".layers.0." not in n) for n in start}
+
+    (plain, term), (pulled, _) = trained(0.0), trained(mu)
+    for name, value in plain.items():
+        torch.testing.assert_close(pulled[name] - value, term[name], rtol=1e-3, atol=2e-6)
+    assert max(float(t.abs().max()) for t in term.values()) > 1e-4

@@ -234,6 +234,20 @@ def test_work_whose_caller_is_gone_is_dropped() -> None:
     assert computed == [1]
 
 
+def test_a_call_that_is_late_and_given_up_at_once_does_not_stop_the_trunk() -> None:
+    async def main() -> Done:
+        batcher = Batcher(double, Batching(), 10_000)
+        gone = asyncio.create_task(batcher.submit("a", packed(1), -1.0))
+        await asyncio.sleep(0)  # it is in the queue
+        serving = asyncio.create_task(batcher.run())
+        gone.cancel()  # and is cancelled, but not out of the queue yet, when its turn comes
+        done = await asyncio.wait_for(batcher.submit("b", packed(2), 10.0), 5)
+        serving.cancel()
+        return done
+
+    assert len(asyncio.run(main()).rows) == 2
+
+
 def test_a_failed_batch_fails_its_calls_and_no_others() -> None:
     fail = [True]
 
@@ -304,3 +318,23 @@ def test_causality_is_found_out_by_trying() -> None:
     assert is_causal(lambda h, mask, positions: h.cumsum(1), 8)
     assert not is_causal(lambda h, mask, positions: h + h.mean(1, keepdim=True), 8)
     assert not is_causal(lambda h, mask, positions: h + 1e-4 * h[:, -1:], 8)
+
+
+def test_queue_holds_no_more_work_than_callers_wait_for() -> None:
+    async def scenario() -> tuple[int, int]:
+        def slow(requests: Sequence[Packed]) -> list[Tensor]:
+            time.sleep(0.02 * len(requests))  # 40 tokens each: 2,000 tokens a second
+            return [request.rows for request in requests]
+
+        batcher = Batcher(slow, Batching(max_batch_tokens=100), 100_000, queue_s=0.3)
+        serving = asyncio.create_task(batcher.run())
+        for _ in range(3):  # until it knows how fast it is
+            await batcher.submit("a", packed(40), 10)
+        waiting = [asyncio.create_task(batcher.submit("a", packed(40), 10)) for _ in range(100)]
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        serving.cancel()
+        return sum(isinstance(r, Done) for r in results), sum(isinstance(r, QueueFull) for r in results)
+
+    served, refused = asyncio.run(scenario())
+    assert served + refused == 100
+    assert 5 <= served <= 25  # 0.3 s are 600 tokens, 15 requests; two batches are 5

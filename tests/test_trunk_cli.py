@@ -188,6 +188,16 @@ def test_serve_says_what_is_wrong_with_its_configuration(tmp_path: Path) -> None
     assert code == 1 and "cannot be read as TOML" in error
 
 
+def test_serve_says_when_its_port_is_taken(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        flags = (f"--set=server.port={taken.getsockname()[1]}", "--set=metrics.enabled=false")
+        code, _, error = run("trunk", "serve", "--model", checkpoint("llama"), *flags)
+    assert code == 1 and "server.port, metrics.host or metrics.port: cannot listen on 127.0.0.1" in error
+
+
 def test_describe_ping_and_top_say_when_nobody_answers() -> None:
     for verb in ("describe", "ping"):
         code, _, error = run("trunk", verb, "127.0.0.1:9", "--timeout-s", "0.5")

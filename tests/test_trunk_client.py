@@ -1,5 +1,6 @@
 """The node's side: large requests cut, refusals obeyed, replicas taken in turns, and no lost step when one dies."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,13 +13,15 @@ import grpc
 import pytest
 import torch
 
-from fl_split import wire
+from fl_split import adapters, train, wire
+from fl_split.config import Lora
 from fl_split.errors import ConfigError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.split import LocalTrunk
+from fl_split.split import LocalTrunk, Trunk, load_client
 from fl_split.trunk import server
 from fl_split.trunk.client import Expected, TrunkClient
 from fl_split.trunk.config import TrunkConfig
+from fl_split.trunk.layout import run_packed
 from fl_split.trunk.replicas import split_address
 
 HIDDEN = 32
@@ -292,6 +295,45 @@ def test_calls_in_flight_survive_replicas_that_come_and_go(held: server.HeldLaye
         finally:
             stop.set()
             thread.join()
+
+
+def test_a_replica_that_dies_in_mid_step_changes_nothing(
+    folder: Path, held: server.HeldLayers, expected: Expected
+) -> None:
+    """One of two replicas goes while it computes: loss and gradients of the step are those of a trunk in here."""
+    ids = torch.randint(3, 99, (6, 2, 9), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids]
+    dying, asked = threading.Event(), itertools.count(1)
+
+    def compute(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
+        packed = wire.decode_request(request, wire.Limits(HIDDEN, 8192, 64))
+        [rows], _ = run_packed(held.run, [packed], causal=True)
+        return wire.encode_reply(rows, request.dtype, held.identity.trunk_id)
+
+    def compute_until_death(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
+        if next(asked) == 2:
+            dying.set()
+            time.sleep(0.3)
+        return compute(request, context)
+
+    def step(trunk: Trunk) -> tuple[float, list[torch.Tensor]]:
+        model = adapters.attach(load_client(folder, 2, 2, trunk), Lora(), train_bottom=True, seed=0)
+        loss = train.accumulate(model, batches, 3)
+        return loss, [p.grad for p in model.parameters() if p.grad is not None]
+
+    with ExitStack() as stack, ThreadPoolExecutor(1) as killer:
+        mortal = stack.enter_context(ExitStack())
+        first, calls = mortal.enter_context(fake_trunk(held, compute_until_death))
+        second, others = stack.enter_context(fake_trunk(held, compute))
+        killed = killer.submit(lambda: dying.wait(10) and mortal.close())
+        with TrunkClient(f"{first},{second}", expected, wire_dtype="float32", timeout_s=20) as client:
+            loss, gradients = step(client)
+            assert client.num_retries >= 1
+        killed.result()
+    assert calls.count("Forward") >= 2 and others.count("Forward") >= 4
+    right_loss, right_gradients = step(LocalTrunk(held.model))
+    assert loss == pytest.approx(right_loss, rel=1e-6)
+    torch.testing.assert_close(gradients, right_gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_a_replica_that_serves_something_else_is_an_error(

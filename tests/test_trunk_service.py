@@ -25,9 +25,11 @@ from fl_split import wire
 from fl_split.errors import ConfigError
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.split import LocalTrunk
+from fl_split.trunk import held as holding
 from fl_split.trunk import server
+from fl_split.trunk.access import add_token
 from fl_split.trunk.client import Expected, TrunkClient
-from fl_split.trunk.config import TrunkConfig
+from fl_split.trunk.config import Model, TrunkConfig
 from fl_split.trunk.metrics import serve_metrics
 
 HIDDEN = 32
@@ -198,7 +200,67 @@ def test_unknown_methods_are_unimplemented(held: server.HeldLayers) -> None:
     assert error.value.code() is _Code.UNIMPLEMENTED
 
 
+def test_a_surrogate_that_is_not_published_is_not_found(held: server.HeldLayers) -> None:
+    with serving(held) as channel, pytest.raises(grpc.RpcError, match="publishes no surrogate") as error:
+        channel.unary_unary(f"/{wire.SERVICE}/Surrogate")(b"", timeout=5)
+    assert error.value.code() is _Code.NOT_FOUND
+
+
+@pytest.mark.slow
+def test_connections_that_say_nothing_are_closed_and_make_room(held: server.HeldLayers) -> None:
+    with server.embedded(held, config=TrunkConfig.model_validate({"limits": {"connections": 20}})) as address:
+        host, _, port = address.partition(":")
+        silent = [socket.create_connection((host, int(port)), timeout=5) for _ in range(30)]
+        with grpc.insecure_channel(address) as channel:
+            assert forward(channel)(request(), timeout=60, wait_for_ready=True)
+        for connection in silent:
+            connection.close()
+
+
 # ------------------------------------------------------------------------------------------------------- bounded
+
+
+@pytest.fixture
+def bearers(tmp_path: Path) -> tuple[Path, Any, Any]:
+    """A tokens file, and what calls of two institutions carry."""
+    file = tmp_path / "tokens.json"
+    heavy, light = ((("authorization", f"Bearer {add_token(file, name, None)}"),) for name in ("heavy", "light"))
+    return file, heavy, light
+
+
+def test_a_light_caller_is_served_while_a_heavy_one_waits(
+    held: server.HeldLayers, bearers: tuple[Path, Any, Any]
+) -> None:
+    file, heavy, light = bearers
+    sections = {"security": {"tokens": str(file)}, "batching": {"max-batch-tokens": 40}, "limits": {"queue-s": 600.0}}
+    with serving(slow(held, 0.05), **sections) as channel:
+        flood = [forward(channel).future(request(40), timeout=30, metadata=heavy) for _ in range(40)]
+        flood[0].result()
+        forward(channel)(request(40), timeout=30, metadata=light)
+        assert sum(not call.done() for call in flood) > 20  # in order of arrival it would be none
+        for call in flood:
+            call.cancel()
+
+
+def test_slow_senders_of_one_caller_do_not_keep_others_out(
+    held: server.HeldLayers, bearers: tuple[Path, Any, Any]
+) -> None:
+    file, heavy, light = bearers
+    sections = {"security": {"tokens": str(file)}, "limits": {"reading": 2, "reading-per-caller": 1}}
+    with serving(held, **sections) as channel:
+        sent = threading.Event()
+
+        def slowly() -> Iterator[bytes]:
+            sent.wait(10)
+            yield request()
+
+        call = channel.stream_unary(f"/{wire.SERVICE}/Forward")
+        calls = [call.future(slowly(), timeout=20, metadata=heavy) for _ in range(6)]
+        time.sleep(0.2)  # all of them are open, none has sent anything
+        assert forward(channel)(request(), timeout=5, metadata=light)
+        assert not any(call.done() for call in calls)
+        sent.set()
+        assert {call.code() for call in calls} == {_Code.OK}
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_back(held: server.HeldLayers) -> None:
@@ -258,6 +320,9 @@ def test_health_and_reflection(held: server.HeldLayers) -> None:
         ask = reflection_pb2.ServerReflectionRequest(list_services="")
         [answer] = list(stub.ServerReflectionInfo(iter([ask]), timeout=5))
         assert wire.SERVICE in {service.name for service in answer.list_services_response.service}
+        ask = reflection_pb2.ServerReflectionRequest(file_containing_symbol=wire.SERVICE)
+        [answer] = list(stub.ServerReflectionInfo(iter([ask]), timeout=5))
+        assert b"ForwardRequest" in answer.file_descriptor_response.file_descriptor_proto[0]
 
 
 def test_a_server_is_ready_only_when_warm_and_not_while_it_drains(held: server.HeldLayers) -> None:
@@ -372,26 +437,67 @@ def test_a_taken_port_is_an_error(held: server.HeldLayers) -> None:
 def test_missing_quantization_package_is_named(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fl_split.trunk import held as module
-    from fl_split.trunk.config import Model
-
     def missing(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr(module, "import_module", missing)
+    monkeypatch.setattr(holding, "import_module", missing)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     with pytest.raises(ConfigError, match="model.quantization='torchao-int8' needs the package torchao"):
-        module.hold_configured(Model(name=str(checkpoint("llama")), quantization="torchao-int8"))
+        holding.hold_configured(Model(name=str(checkpoint("llama")), quantization="torchao-int8"))
+
+
+def test_missing_device_map_package_is_named(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*args: Any, **options: Any) -> None:
+        assert options == {"device_map": "auto"}
+        raise ImportError("Using a `device_map` requires `accelerate`.\nMore")
+
+    monkeypatch.setattr(holding, "hold_layers", missing)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    with pytest.raises(ConfigError, match=r"model\.device-map='auto' .* not installed: Using a .* `accelerate`\.$"):
+        holding.hold_configured(Model(name=str(checkpoint("llama")), device_map="auto"))
+
+
+@pytest.mark.parametrize(("compile", "calls"), [(False, []), (True, [{"dynamic": True}])])
+def test_layers_are_compiled_only_if_asked(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, compile: bool, calls: list[dict[str, bool]]
+) -> None:
+    seen: list[dict[str, bool]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: seen.append(options))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    holding.hold_configured(Model(name=str(checkpoint("llama")), compile=compile))
+    assert seen == calls
+
+
+@pytest.mark.parametrize(("threads", "taken"), [(0, 8), (3, 3)])
+def test_a_trunk_takes_the_threads_it_is_given(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, threads: int, taken: int
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(holding, "num_cpus", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    holding.hold_configured(Model(name=str(checkpoint("llama")), threads=threads))
+    assert seen == [taken]
+
+
+def test_an_embedded_trunk_leaves_half_of_the_cpus_to_the_nodes(
+    held: server.HeldLayers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(server, "num_cpus", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    with server.embedded(held):
+        pass
+    assert seen == [4]
 
 
 def test_device_map_goes_to_transformers(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from fl_split.trunk import held as module
-    from fl_split.trunk.config import Model
-
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     folder = str(checkpoint("llama"))
-    plain = module.hold_configured(Model(name=folder))
-    mapped = module.hold_configured(Model(name=folder, device_map="cpu"))
+    plain = holding.hold_configured(Model(name=folder))
+    mapped = holding.hold_configured(Model(name=folder, device_map="cpu"))
     probe = torch.randn(1, 4, HIDDEN)
     assert torch.equal(plain.run(probe, None, None), mapped.run(probe, None, None))
     assert plain.identity == mapped.identity

@@ -2,12 +2,14 @@
 
 Data path: decoded request -> **fair queue -> batch** -> layout, layers -> **each its rows** -> encoded reply.
 
-The queue holds a fixed number of tokens. When it is full, the caller with the most tokens in it gives way to callers
+The queue holds so many tokens, and no more than a few seconds' work: what waits longer than its caller does is work
+for nobody. When it is full, the caller with the most tokens in it gives way to callers
 with fewer, and is told when to come again. Batches are filled by turns, counted in tokens, so that a caller with
 a thousand calls gets the same share of the trunk as a caller with one.
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -64,7 +66,7 @@ class FairQueue:
     """A queue bounded in tokens, from which callers are served in turns. Not for several threads."""
 
     def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._jobs: dict[str, deque[Job]] = {}
         self._waiting: dict[str, int] = {}  # tokens in the queue, per caller
         self._served: dict[str, int] = {}  # tokens taken, per caller, from a common start
@@ -90,7 +92,7 @@ class FairQueue:
         num_jobs = sum(len(jobs) for jobs in self._jobs.values())
         usual = self.num_tokens / max(1, num_jobs)
         mine = self._waiting.get(caller, 0) + usual
-        return self.num_tokens + usual > self._max_tokens and mine >= max(self._waiting.values())
+        return self.num_tokens + usual > self.max_tokens and mine >= max(self._waiting.values())
 
     def put(self, job: Job) -> list[Job]:
         """Add a job at the end of its caller's line.
@@ -103,8 +105,8 @@ class FairQueue:
         """
         evicted: list[Job] = []
         mine = self._waiting.get(job.caller, 0) + job.num_tokens
-        while self.num_tokens + job.num_tokens > self._max_tokens:
-            heaviest = max(self._waiting, key=self._waiting.__getitem__, default=job.caller)
+        while self._jobs and self.num_tokens + job.num_tokens > self.max_tokens:  # an empty queue has room for anything
+            heaviest = max(self._waiting, key=self._waiting.__getitem__)
             if heaviest == job.caller or self._waiting[heaviest] <= mine:
                 for old in reversed(evicted):
                     self._append(old)
@@ -151,7 +153,11 @@ class Batcher:
     """Runs `compute` over batches of requests in one worker thread. Lives in one event loop."""
 
     def __init__(
-        self, compute: Callable[[Sequence[Packed]], list[Tensor]], settings: Batching, queue_tokens: int
+        self,
+        compute: Callable[[Sequence[Packed]], list[Tensor]],
+        settings: Batching,
+        queue_tokens: int,
+        queue_s: float = math.inf,
     ) -> None:
         """Prepare; `run` serves from then on.
 
@@ -159,9 +165,11 @@ class Batcher:
             compute: Requests in, each one's output rows out, in the same order. Called in the worker thread.
             settings: Size and patience of a batch.
             queue_tokens: Tokens waiting, at most.
+            queue_s: Seconds of work waiting, at most, but always room for two batches.
         """
         self._compute, self._settings = compute, settings
         self._queue = FairQueue(queue_tokens)
+        self._queue_tokens, self._queue_s = queue_tokens, queue_s
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="trunk")
         self._changed = asyncio.Event()
         self._seen: dict[str, float] = {}  # when each caller last called
@@ -197,7 +205,10 @@ class Batcher:
             del job
             raise QueueFull(self._retry_after_s()) from None
         while evicted:
-            evicted.pop().done.set_exception(QueueFull(self._retry_after_s()))
+            old = evicted.pop()
+            if not old.done.done():  # its caller has just gone
+                old.done.set_exception(QueueFull(self._retry_after_s()))
+            del old
         self._seen[caller] = now
         self._changed.set()
         try:
@@ -229,6 +240,8 @@ class Batcher:
             seconds = time.monotonic() - started
             total = sum(job.num_tokens for job in batch)
             self._tokens_per_s = 0.8 * (self._tokens_per_s or total / seconds) + 0.2 * total / seconds
+            worth = max(2 * self._settings.max_batch_tokens, self._queue_s * self._tokens_per_s)
+            self._queue.max_tokens = int(min(self._queue_tokens, worth))
             for job, rows in zip(batch, outputs, strict=True):
                 if not job.done.done():
                     job.done.set_result(Done(rows, started - job.arrived, seconds, total))
@@ -245,9 +258,9 @@ class Batcher:
                 await self._changed.wait()
             await self._gather()
             jobs = self._queue.take(self._settings.max_batch_tokens if self._settings.enabled else 0)
-            late = [job for job in jobs if job.deadline < time.monotonic()]
-            for job in late:
-                job.done.set_exception(DeadlinePassed())
+            for job in jobs:
+                if job.deadline < time.monotonic() and not job.done.done():  # done: its caller is gone as well
+                    job.done.set_exception(DeadlinePassed())
             if batch := [job for job in jobs if not job.done.done()]:
                 return batch
 

@@ -9,13 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from fl_split.errors import WireError
+from fl_split.trunk.access import TooManyCalls, Unauthenticated
+from fl_split.trunk.batching import DeadlinePassed, QueueFull
 from fl_split.trunk.metrics import TrunkMetrics
+from fl_split.trunk.published import NothingPublished
 from fl_split.wire import PUSHBACK, REQUEST_ID
 
 logger = logging.getLogger(__name__)
 
+_Code = grpc.StatusCode
 _ID = re.compile(r"[A-Za-z0-9-]{8,64}")
 
 
@@ -30,7 +35,30 @@ class Refusal:
     @classmethod
     def later(cls, text: str, retry_after_s: float) -> "Refusal":
         """No room now: RESOURCE_EXHAUSTED, with the time after which to ask again."""
-        return cls(grpc.StatusCode.RESOURCE_EXHAUSTED, text, ((PUSHBACK, str(int(retry_after_s * 1000))),))
+        return cls(_Code.RESOURCE_EXHAUSTED, text, ((PUSHBACK, str(int(retry_after_s * 1000))),))
+
+    @classmethod
+    def of(cls, error: Exception, call_id: str) -> "Refusal":
+        """The one place where what went wrong becomes a status. Callers learn nothing of the inside."""
+        match error:
+            case Unauthenticated():
+                return cls(_Code.UNAUTHENTICATED, "this trunk needs a valid bearer token: ask its operator for one")
+            case QueueFull():
+                return cls.later(str(error), error.retry_after_s)
+            case TooManyCalls():
+                return cls.later("too many calls at once: make fewer, or wait for some to end", 0.5)
+            case WireError():
+                return cls(_Code.INVALID_ARGUMENT, str(error))
+            case DecodeError():
+                return cls(_Code.INVALID_ARGUMENT, "the message is not a ForwardRequest")
+            case NothingPublished():
+                return cls(_Code.NOT_FOUND, "this trunk publishes no surrogate")
+            case DeadlinePassed():
+                return cls(_Code.DEADLINE_EXCEEDED, "the deadline passed while the call was waiting")
+            case TimeoutError():
+                return cls(_Code.DEADLINE_EXCEEDED, "the request was not sent within limits.receive-timeout-s")
+        logger.error("call %s failed: %s", call_id, type(error).__name__)
+        return cls(_Code.INTERNAL, f"the trunk failed on this call; its operator's log says more ({call_id})")
 
 
 @dataclass

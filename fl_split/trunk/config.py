@@ -72,6 +72,9 @@ class Limits(_Section):
     max_tokens: Positive = Field(8192, description="tokens in one call")
     max_sequence_length: Annotated[int, Field(ge=0)] = Field(0, description="tokens in one sequence; 0: the model's")
     queue_tokens: Positive = Field(65_536, description="tokens waiting, of all callers; beyond it calls are refused")
+    queue_s: Annotated[float, Field(gt=0)] = Field(
+        5.0, description="seconds of work waiting, at most: what waits longer than its caller does is wasted"
+    )
     calls: Positive = Field(512, description="calls at the same time, of all callers")
     calls_per_caller: Positive = Field(64, description="calls at the same time, of one caller")
     reading: Positive = Field(16, description="requests being received at the same time; the rest wait unread")

@@ -14,7 +14,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, TorchA
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from fl_split import __version__, wire
-from fl_split.checkpoint import config_digest, resolve_model, weights_digest
+from fl_split.checkpoint import config_digest, resolve_model, trunk_needs, weights_digest
 from fl_split.errors import ConfigError
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.split import boundaries_of, load_trunk, run_trunk
@@ -119,7 +119,8 @@ def hold_configured(config: Model) -> HeldLayers:
         options["device_map"] = device_map
     if config.quantization:
         options["quantization_config"] = _quantization(config.quantization)
-    folder = resolve_model(config.name, config.revision)
+    needs = trunk_needs(config.bottom_layers, config.top_layers)
+    folder = resolve_model(config.name, config.revision, needs)
     try:
         held = hold_layers(folder, config.bottom_layers, config.top_layers, getattr(torch, config.dtype), **options)
     except ImportError as error:

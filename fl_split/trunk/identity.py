@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 from fl_split import wire
 from fl_split.anatomy import examine
@@ -34,7 +34,7 @@ class Expected:
             SplitError: The model cannot be split here.
         """
         config = AutoConfig.from_pretrained(folder)
-        anatomy = examine(config)
+        anatomy = examine(config, AutoModel)  # whatever head the node puts on it
         cut = Boundaries.of(anatomy, bottom_layers, top_layers)
         digest = weights_digest(folder, cut.layers_name, cut.trunk)
         return cls(config_digest(config), digest, cut.first, cut.end, config.hidden_size)

@@ -15,31 +15,22 @@ from typing import Any
 
 import grpc
 import torch
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fl_split import wire
-from fl_split.errors import WireError
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.split import pull_back
-from fl_split.trunk.access import (
-    Gate,
-    TokenBook,
-    TooManyCalls,
-    Unauthenticated,
-    identify,
-    server_credentials,
-)
-from fl_split.trunk.batching import Batcher, DeadlinePassed, Job, QueueFull
+from fl_split.trunk.access import Gate, TokenBook, identify, server_credentials
+from fl_split.trunk.batching import Batcher, Job
 from fl_split.trunk.calls import Call, Refusal
 from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.held import HeldLayers, hold_layers, num_cpus
 from fl_split.trunk.layout import run_packed
 from fl_split.trunk.metrics import TrunkMetrics
-from fl_split.trunk.published import NothingPublished, Published
+from fl_split.trunk.published import Published
 
 __all__ = ["HeldLayers", "TrunkServer", "embedded", "hold_layers"]
 
@@ -71,7 +62,8 @@ class TrunkServer:
         )
         self._book = TokenBook(Path(config.security.tokens)) if config.security.tokens else None
         self._gate = Gate(config.limits)
-        self._batcher = Batcher(self._compute, held.allowed(config.batching), config.limits.queue_tokens)
+        limits = config.limits
+        self._batcher = Batcher(self._compute, held.allowed(config.batching), limits.queue_tokens, limits.queue_s)
         self._batcher.on_batch = self._count_batch
         self._health = health.aio.HealthServicer()
         self._server = self._build()
@@ -188,7 +180,7 @@ class TrunkServer:
                     call.finish(_Code.CANCELLED, self.metrics)
                     raise
                 except Exception as error:  # the outermost frame: callers learn nothing of the inside
-                    refusal = _refusal(error, call.id)
+                    refusal = Refusal.of(error, call.id)
                     call.finish(refusal.code, self.metrics)
                     # Not `abort`: its exception holds this frame, and with it the call's memory, until a collection.
                     context.set_code(refusal.code)
@@ -239,28 +231,6 @@ class TrunkServer:
         self.metrics.batch_calls.observe(len(jobs))
         self.metrics.batch_fill.observe(num_tokens / self._padded_tokens)
         self.metrics.queued_tokens.set(self._batcher.queued_tokens)
-
-
-def _refusal(error: Exception, call_id: str) -> Refusal:
-    """The one place where what went wrong becomes a status."""
-    match error:
-        case Unauthenticated():
-            return Refusal(_Code.UNAUTHENTICATED, "this trunk needs a valid bearer token: ask its operator for one")
-        case QueueFull():
-            return Refusal.later(str(error), error.retry_after_s)
-        case TooManyCalls():
-            return Refusal.later("too many calls at once: make fewer, or wait for some to end", 0.5)
-        case WireError() | DecodeError():
-            text = str(error) if isinstance(error, WireError) else "the message is not a ForwardRequest"
-            return Refusal(_Code.INVALID_ARGUMENT, text)
-        case NothingPublished():
-            return Refusal(_Code.NOT_FOUND, "this trunk publishes no surrogate")
-        case DeadlinePassed():
-            return Refusal(_Code.DEADLINE_EXCEEDED, "the deadline passed while the call was waiting")
-        case TimeoutError():
-            return Refusal(_Code.DEADLINE_EXCEEDED, "the request was not sent within limits.receive-timeout-s")
-    logger.error("call %s failed: %s", call_id, type(error).__name__)
-    return Refusal(_Code.INTERNAL, f"the trunk failed on this call; its operator's log says more ({call_id})")
 
 
 def _decode(data: bytes, limits: wire.Limits) -> tuple[pb.DType, wire.Packed]:

@@ -1,0 +1,143 @@
+"""Does a classifier federation whose nodes hold two ends reach what the same federation reaches with whole models?
+
+    python benchmarks/bench_classifier.py --bench DIR [--quick] [--json FILE] [--rounds N] [--steps N]
+
+DIR holds a model folder (the only one with a config.json) and ``medquad/<institution>.jsonl`` with `answer` and
+`topic`. Each institution is a node that learns to tell the topic of an answer; after each round the top's adapters are
+averaged, and the heads stay private. `whole` trains the full model, with LoRA on the same layers, on the same batches.
+The trunk runs in this process in float32, so that `exact` and `whole` differ by rounding only.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from fl_split import adapters, classification, data, train
+from fl_split.anatomy import examine
+from fl_split.config import Data, Lora, NodeConfig, Train
+from fl_split.split import Boundaries, LocalTrunk, load_client, load_trunk
+
+BOTTOM, TOP, BATCH, MAX_LENGTH = 2, 2, 8, 96
+KINDS = ("whole", "exact", "blocks", "identity", "none")
+
+
+def topics(files: list[Path]) -> list[str]:
+    return sorted({json.loads(line)["topic"] for file in files for line in file.read_text().splitlines()})
+
+
+def whole_model(folder: Path, labels: list[str]) -> PeftModel:
+    """The full model with LoRA on the layers that a node would hold, and the same start."""
+    torch.manual_seed(0)
+    full = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(labels), dtype=torch.float32)
+    anatomy = examine(full.config, AutoModelForSequenceClassification)
+    full.boundaries, full.head_modules = Boundaries.of(anatomy, BOTTOM, TOP), anatomy.head
+    full.config.use_cache = False
+    return adapters.attach(full.eval().requires_grad_(False), Lora(), train_bottom=True, seed=0)
+
+
+def make(kind: str, folder: Path, labels: list[str], trunk: LocalTrunk) -> PeftModel:
+    if kind == "whole":
+        return whole_model(folder, labels)
+    client = load_client(folder, BOTTOM, TOP, trunk, surrogate=kind, labels=labels)
+    return adapters.attach(client, Lora(), train_bottom=kind != "none", seed=0)
+
+
+def average(states: list[dict[str, Tensor]], weights: list[int]) -> dict[str, Tensor]:
+    return {
+        name: sum(state[name] * (w / sum(weights)) for state, w in zip(states, weights, strict=True))
+        for name in states[0]
+    }
+
+
+def federate(
+    models: list[PeftModel], nodes: list[data.Examples], tokenizer: object, config: Train, rounds: int
+) -> list[classification.Scores]:
+    """FedAvg of the tops; returns the scores of each node."""
+    optimizers = [train.make_optimizer(model, config) for model in models]
+    batches = [data.training_batches(node.train, tokenizer, BATCH, 0, 0) for node in nodes]
+    for number in range(rounds):
+        for model, optimizer, own in zip(models, optimizers, batches, strict=True):
+            part = islice(own, config.steps)
+            train.train_round(
+                model, optimizer, part, config, first_step=number * config.steps, total_steps=rounds * config.steps
+            )
+        tops = [adapters.shared_state(model, "top") for model in models]
+        shared = average(tops, [len(node.train) for node in nodes])
+        for model in models:
+            adapters.load_adapter_state(model, shared)
+    return [
+        classification.evaluate(model, data.heldout_batches(node.heldout, tokenizer, BATCH))
+        for model, node in zip(models, nodes, strict=True)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bench", type=Path, required=True)
+    parser.add_argument("--institutions", nargs="+", default=["niddk", "seniorhealth"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=50, help="per round")
+    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--quick", action="store_true", help="few steps: the shape of the table, not its numbers")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if not options.bench.is_dir():
+        parser.error(f"--bench {options.bench} is not a folder")
+    if options.quick:
+        options.rounds, options.steps = 2, 3
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+    folder = next(options.bench.resolve().glob("*/config.json")).parent
+    files = [options.bench.resolve() / "medquad" / f"{name}.jsonl" for name in options.institutions]
+    labels = topics(files)
+    tokenizer = data.prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
+    keys = {"text": "answer", "label": "topic", "labels": ",".join(labels), "max-length": MAX_LENGTH, "holdout": 0.2}
+    nodes = [
+        data.load_examples(Data.model_validate({"path": str(file), **keys}), NodeConfig(), tokenizer, 0)
+        for file in files
+    ]
+    config = Train.model_validate(
+        {"steps": options.steps, "bottom-lr": options.rate, "top-lr": options.rate, "scheduler": "linear"}
+    )
+    trunk = LocalTrunk(load_trunk(folder, BOTTOM, TOP))
+    sizes = ", ".join(f"{n}: {len(x.train)}" for n, x in zip(options.institutions, nodes, strict=True))
+    print(
+        f"{len(labels)} topics, {sizes} texts, "
+        f"{options.rounds} rounds of {options.steps} steps of {BATCH} x {MAX_LENGTH} tokens, rate {options.rate:g}"
+    )
+    for name, node in zip(options.institutions, nodes, strict=True):
+        classes = [example["labels"] for example in node.heldout]
+        commonest = classes.count(statistics.mode(classes)) / len(classes)
+        print(f"always the commonest topic of {name}: accuracy {commonest:.3f}")
+    figures: dict[str, float] = {}
+    print("kind       loss    accuracy  macro-F1")
+    for kind in KINDS:
+        models = [make(kind, folder, labels, trunk) for _ in nodes]
+        scores = federate(models, nodes, tokenizer, config, options.rounds)
+        row = {
+            "loss": statistics.mean(s.loss for s in scores),
+            "accuracy": statistics.mean(s.accuracy for s in scores),
+            "macro-f1": statistics.mean(s.macro_f1 for s in scores),
+        }
+        figures |= {f"{name}/{kind}": value for name, value in row.items()}
+        print(f"{kind:9}  {row['loss']:.4f}  {row['accuracy']:.3f}     {row['macro-f1']:.3f}", flush=True)
+    packages = ("torch", "transformers", "peft")
+    print({p: version(p) for p in packages} | {"python": platform.python_version(), "machine": platform.machine()})
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""What does each party's memory peak at, and is that what `fl-split plan` says from the configuration alone?
+
+    python benchmarks/bench_memory.py [--quick] [--json FILE] [--work DIR]
+
+A Llama with random weights is generated as float32 shards in a temporary folder. Client, trunk and the full model with
+LoRA on all of its layers load it and train one step, each in a process of its own. A peak is the high-water mark of
+resident memory (which counts mapped files) above what the process holds after its imports. The client talks to the
+trunk over loopback gRPC; the bytes of its requests are counted there.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.utils import logging as transformers_logging
+
+from fl_split import adapters, train
+from fl_split.checkpoint import read_config
+from fl_split.config import Lora, RunConfig
+from fl_split.data import Batch
+from fl_split.plan import make_plan
+from fl_split.split import load_client
+from fl_split.trunk.client import Expected, TrunkClient
+from fl_split.trunk.server import embedded, hold_layers
+
+BOTTOM, TOP = 2, 2
+BATCH, LENGTH = 4, 96
+CONSTANT = 64 * 2**20  # buffers of the allocator, of gRPC and of the loader that no weight explains
+SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8}
+
+
+def _status(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) * 1024
+
+
+class Watch:
+    """Resident memory above what there was when the watch began."""
+
+    def __init__(self) -> None:
+        torch.randn(256, 256) @ torch.randn(256, 256)  # libraries that load when they are first used
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        self._before = _status("VmRSS")
+        self.marks: dict[str, int] = {}
+
+    def mark(self, name: str) -> None:
+        self.marks[f"{name}-peak"] = _status("VmHWM") - self._before
+        self.marks[f"{name}-resident"] = _status("VmRSS") - self._before
+
+
+def run_config() -> RunConfig:
+    return RunConfig.from_flat(
+        {
+            "split.bottom-layers": BOTTOM,
+            "split.top-layers": TOP,
+            "surrogate.kind": "blocks",
+            "surrogate.layers": 2,
+            "train.batch-size": BATCH,
+            "train.steps": 1,
+            "data.max-length": LENGTH,
+        }
+    )
+
+
+def one_step(model: Any, vocab_size: int) -> None:
+    ids = torch.randint(vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    batch: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    config = run_config().train
+    train.train_round(model, train.make_optimizer(model, config), repeat(batch), config)
+
+
+def client(folder: Path, address: str) -> dict[str, int]:
+    watch = Watch()
+    config = run_config()
+    with TrunkClient(address, Expected.from_checkpoint(folder, BOTTOM, TOP), timeout_s=600) as trunk:
+        trunk.connect()
+        model = load_client(folder, BOTTOM, TOP, trunk, surrogate="blocks", surrogate_layers=2)
+        watch.mark("loading")
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        peft = adapters.attach(model, config.lora, train_bottom=True, seed=0)
+        one_step(peft, model.config.vocab_size)
+        watch.mark("training")
+        trained = sum(p.numel() * p.element_size() for p in peft.parameters() if p.requires_grad)
+        sent = {"bytes-sent": trunk.bytes_sent, "bytes-received": trunk.bytes_received}
+    return {**watch.marks, **sent, "weights": weights, "training-state": 4 * trained}
+
+
+def trunk(folder: Path, address: str) -> dict[str, int]:
+    watch = Watch()
+    held = hold_layers(folder, BOTTOM, TOP)
+    watch.mark("loading")
+    with embedded(held) as own:
+        print(own, flush=True)
+        sys.stdin.readline()  # until the client has done its step
+    watch.mark("training")
+    return {**watch.marks, "weights": sum(p.numel() * p.element_size() for p in held.model.parameters())}
+
+
+def full(folder: Path, address: str) -> dict[str, int]:
+    """LoRA on every layer of the whole model: what a node would need without a split."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    watch = Watch()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    watch.mark("loading")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    lora = Lora()
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
+    peft = get_peft_model(model, config)
+    optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=1e-3)
+    ids = torch.randint(model.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    peft.train()
+    peft(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    optimizer.step()
+    watch.mark("training")
+    return {**watch.marks, "weights": weights}
+
+
+PARTIES = {"client": client, "trunk": trunk, "full": full}
+
+
+def start(party: str, folder: Path, address: str = "") -> "subprocess.Popen[str]":
+    command = [sys.executable, __file__, "--party", party, "--folder", str(folder), "--address", address]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def result(process: "subprocess.Popen[str]") -> dict[str, int]:
+    out, _ = process.communicate("\n", timeout=1800)
+    if process.returncode:
+        raise RuntimeError("a party failed: its own output says why")
+    marks: dict[str, int] = json.loads(out.splitlines()[-1])
+    return marks
+
+
+def measure(folder: Path) -> dict[str, dict[str, int]]:
+    serving = start("trunk", folder)
+    address = serving.stdout.readline().strip() if serving.stdout else ""
+    return {
+        "client": result(start("client", folder, address)),
+        "trunk": result(serving),
+        "full": result(start("full", folder)),
+    }
+
+
+def generate(folder: Path, layers: int, vocab_size: int) -> int:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE, num_hidden_layers=layers, vocab_size=vocab_size)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="200MB")
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def summarize(runs: list[dict[str, dict[str, int]]], folder: Path, size: int) -> dict[str, Any]:
+    plan = make_plan(read_config(str(folder)), run_config())
+
+    def median(party: str, name: str) -> float:
+        return statistics.median(run[party][name] for run in runs)
+
+    def spread(party: str) -> float:
+        peaks = [run[party]["training-peak"] for run in runs]
+        return (max(peaks) - min(peaks)) / statistics.median(peaks)
+
+    share = median("client", "weights") + median("client", "training-state") + plan.node.activations
+    peak = median("client", "training-peak")
+    figures: dict[str, Any] = {
+        "checkpoint-bytes": size,
+        "constant-bytes": CONSTANT,
+        "client-load-peak-over-weights": median("client", "loading-peak") / median("client", "weights"),
+        "client-peak-over-share": (peak - CONSTANT) / share,
+        "client-peak-over-full-lora": peak / median("full", "training-peak"),
+        "trunk-peak-over-share": (median("trunk", "training-peak") - CONSTANT) / median("trunk", "weights"),
+        "plan-weights-error": abs(plan.node.weights - median("client", "weights")) / median("client", "weights"),
+        "plan-memory-error": abs(plan.node.total - peak) / peak,
+        "plan-bytes-error": max(
+            abs(plan.request_bytes - median("client", "bytes-sent")) / median("client", "bytes-sent"),
+            abs(plan.reply_bytes - median("client", "bytes-received")) / median("client", "bytes-received"),
+        ),
+        "plan/weights-bytes": plan.node.weights,
+        "plan/training-bytes": plan.node.training,
+        "plan/activations-bytes": plan.node.activations,
+    }
+    for party in PARTIES:
+        for name in ("weights", "loading-peak", "training-peak"):
+            figures[f"{party}/{name}-bytes"] = median(party, name)
+        figures[f"{party}/training-peak-spread"] = spread(party)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--work", type=Path, help="where the temporary folder goes; needs 1.5 GB")
+    parser.add_argument("--quick", action="store_true", help="a small checkpoint and one repeat: no meaningful numbers")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--party", choices=PARTIES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--address", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    if options.party:
+        print(json.dumps(PARTIES[options.party](options.folder, options.address)))
+        return
+    layers, vocab_size, repeats = (8, 4000, 1) if options.quick else (24, 32000, options.repeats)
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        size = generate(Path(folder), layers, vocab_size)
+        figures = summarize([measure(Path(folder)) for _ in range(repeats)], Path(folder), size)
+    print(
+        f"{size / 1e9:.2f} GB checkpoint, split {BOTTOM} + {layers - BOTTOM - TOP} + {TOP}, blocks-2, "
+        f"{BATCH} x {LENGTH} tokens"
+    )
+    for name, value in figures.items():
+        print(f"{name:36} {value / 1e6:10.1f} MB" if name.endswith("-bytes") else f"{name:36} {value:10.3f}")
+    packages = ("torch", "transformers", "peft")
+    about: dict[str, Any] = {p: version(p) for p in packages} | {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+    print(f"{about}, medians of {repeats}")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    about |= {"commit": commit, "cpus": os.cpu_count(), "seed": 0, "repeats": repeats}
+    if options.json:
+        options.json.write_text(json.dumps(figures | about, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""What does a round cost beyond training, in both of Flower's engines, and what does one more simulated node cost?
+
+    python benchmarks/bench_rounds.py --json results/rounds.json
+
+Deployment: a SuperLink, SuperNodes and a trunk on this machine, as `scripts/local_federation.py` starts them, on the
+demo; once with Flower's own executors (`cold`) and once with fl-split's (`warm`). The overhead of a round is the time
+from one finished round to the next, less the slowest node's training. Processor seconds are those of a ClientApp's
+process at its end: on a shared machine they say more than the clock. Simulation: Flower's engine on this machine;
+memory is the proportional set size (PSS) of the engine and all its children at its highest: shared pages count once.
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "scripts")]
+from federation import BIN, ROOT, Federation, demo_data, free_ports  # noqa: E402
+from kills import run_with_kills  # noqa: E402
+
+MB = 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("start", "deployment", "simulation", "kills"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--nodes", type=int, default=2, help="of the deployment")
+    parser.add_argument("--simulated", type=int, nargs="+", default=[2, 10, 50], help="nodes of the simulations")
+    parser.add_argument(
+        "--model-mb", type=int, default=200, help="of a generated model for the simulations; 0: the demo"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and nodes: no meaningful numbers")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.simulated, options.model_mb = 3, [2, 4], 20
+    figures: dict[str, Any] = {}
+    if options.only in (None, "start"):
+        command = [sys.executable, Path(__file__).with_name("client_start.py")]
+        figures |= json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    if options.only in (None, "deployment"):
+        for warm in (False, True):
+            figures |= measure_deployment(options.nodes, options.rounds, warm)
+    if options.only in (None, "simulation"):
+        figures |= measure_simulation(options.simulated, options.rounds, options.model_mb)
+    if options.only in (None, "kills"):
+        figures |= measure_kills(options.rounds)
+    width = max(len(name) for name in figures)
+    for name, value in figures.items():
+        print(f"{name:{width}}  {value:.3g}" if isinstance(value, float) else f"{name:{width}}  {value}")
+    if options.json:
+        options.json.write_text(json.dumps(figures | about(), indent=2) + "\n")
+
+
+def about() -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    versions = {name: version(name) for name in ("flwr", "ray", "torch", "transformers", "peft")}
+    return {"cpus": os.cpu_count(), "machine": platform.machine(), "commit": commit.strip(), "seed": 0, **versions}
+
+
+# ---------------------------------------------------------------------------------------------------- deployment
+
+
+def measure_deployment(num_nodes: int, rounds: int, warm: bool) -> dict[str, Any]:
+    kind = "warm" if warm else "cold"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        with Federation(folder, demo_data(folder, num_nodes), num_replicas=1, warm=warm) as federation:
+            run_id = federation.submit({"run.name": "x", "num-server-rounds": rounds, **SHORT})
+            with watch_client_apps(federation) as lives:
+                ends = follow(folder / "server" / "x", rounds, lambda: federation.end_of(run_id))
+            status = federation.wait(run_id)
+            if status[0] != "finished:completed":
+                raise SystemExit(f"the run ended as {status}\n{federation.superlink.tail(40)}")
+        training = slowest_training(folder / "server" / "x")
+    cpu = [life["cpu-s"] for life in lives.values() if life["cpu-s"] > 0.5]
+    wall = [life["wall-s"] for life in lives.values() if life["cpu-s"] > 0.5]
+    name = f"deployment/{kind}"
+    return {
+        f"round-overhead-s/{name}": median_overhead(ends, training),
+        f"training-s/{name}": statistics.median(training.values()),
+        f"client-app-cpu-s/{name}": statistics.median(cpu),
+        f"client-app-wall-s/{name}": statistics.median(wall),
+        f"load-average/{name}": os.getloadavg()[0],
+    }
+
+
+SHORT = {"train.steps": 10, "data.max-length": 64}
+
+
+def follow(run: Path, rounds: int, ended: Callable[[], object]) -> dict[int, float]:
+    """When each round was recorded."""
+    found: dict[int, float] = {}
+    while len(found) < rounds and not ended():
+        for path in (run / "checkpoints").glob("round-*"):
+            found.setdefault(int(path.name.removeprefix("round-")), time.monotonic())
+        time.sleep(0.1)
+    return found
+
+
+def slowest_training(run: Path) -> dict[int, float]:
+    """Of each round, the longest `train-s` of a node."""
+    found: dict[int, float] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if "train-s" in entry:
+            found[entry["round"]] = max(found.get(entry["round"], 0.0), entry["train-s"])
+    return found
+
+
+def median_overhead(ends: dict[int, float], training: dict[int, float]) -> float:
+    """Over all rounds but the first, which also starts the run."""
+    return statistics.median(ends[r] - ends[r - 1] - training[r] for r in ends if r - 1 in ends)
+
+
+@contextmanager
+def watch_client_apps(federation: Federation) -> Iterator[dict[int, dict[str, float]]]:
+    """Processor and clock seconds of every ClientApp's process, by its id; looked at five times a second."""
+    lives: dict[int, dict[str, float]] = {}
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.wait(0.2):
+            for part in (*federation.nodes, *federation.executors):
+                if part.pid < 0 or not psutil.pid_exists(part.pid):
+                    continue
+                try:
+                    below = psutil.Process(part.pid).children(recursive=True)
+                except psutil.Error:
+                    continue
+                for process in below:
+                    note(lives, process)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield lives
+    finally:
+        stop.set()
+        thread.join()
+
+
+def note(lives: dict[int, dict[str, float]], process: psutil.Process) -> None:
+    try:
+        words = process.cmdline()
+        forked = any("forkserver" in word for word in words) and process.parent() is not None
+        is_app = any(Path(word).name == "flwr-clientapp" for word in words)
+        if forked and not any("forkserver" in word for word in process.parent().cmdline()):
+            return  # the server of forks itself
+        if is_app or forked:
+            times = process.cpu_times()
+            lives[process.pid] = {
+                "cpu-s": times.user + times.system,
+                "wall-s": time.time() - process.create_time(),
+            }
+    except (psutil.Error, AttributeError):
+        return
+
+
+def measure_kills(rounds: int) -> dict[str, Any]:
+    """One kill -9 of a SuperNode, a trunk replica and the ServerApp each, at random moments."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        with Federation(folder, demo_data(folder, 2)) as federation:
+            storm = run_with_kills(federation, {"run.name": "x", "num-server-rounds": rounds, **SHORT}, seed=0)
+    return {"kills": len(storm.kills), "rounds-lost": storm.rounds_lost, "resumes": storm.num_resumes}
+
+
+# ---------------------------------------------------------------------------------------------------- simulation
+
+
+def measure_simulation(numbers: list[int], rounds: int, model_mb: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    memory: dict[int, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        model = make_model(Path(scratch) / "model", model_mb) if model_mb else "demo"
+        for nodes in numbers:
+            seconds, overhead, memory[nodes] = simulate(Path(scratch) / str(nodes), nodes, rounds, model)
+            figures[f"round-s/simulation/{nodes}-nodes"] = seconds
+            figures[f"round-overhead-s/simulation/{nodes}-nodes"] = overhead
+            figures[f"memory-mb/simulation/{nodes}-nodes"] = memory[nodes]
+    few, many = min(numbers), max(numbers)
+    figures["round-overhead-s/simulation"] = figures[f"round-overhead-s/simulation/{few}-nodes"]
+    figures["memory-per-extra-node-mb"] = (memory[many] - memory[few]) / (many - few)
+    figures["model-mb"] = model_mb
+    return figures
+
+
+def make_model(folder: Path, megabytes: int) -> str:
+    """A Llama of about this size with random weights and the demo's tokenizer: only its memory matters."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from fl_split import demo
+
+    config = AutoConfig.from_pretrained(demo.model_folder())
+    hidden = 512
+    config.hidden_size, config.intermediate_size, config.head_dim = hidden, 4 * hidden, 64
+    config.num_attention_heads = config.num_key_value_heads = hidden // 64
+    config.num_hidden_layers = max(6, round(megabytes * MB / 4 / (16 * hidden**2)))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(demo.model_folder()).save_pretrained(folder)
+    return str(folder)
+
+
+def simulate(folder: Path, nodes: int, rounds: int, model: str) -> tuple[float, float, float]:
+    """Seconds of a round, of that beyond training (all nodes' one after another, per actor), and peak memory in MB."""
+    folder.mkdir()
+    (port,) = free_ports(1)
+    (folder / "config.toml").write_text(
+        f'[superlink]\ndefault = "bench"\n\n[superlink.bench]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    environment = {
+        **os.environ,
+        "FLWR_HOME": str(folder),
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    command = ["--insecure", "--simulation", "--port", str(port), "--disable-runtime-dependency-installation"]
+    with (folder / "superlink.log").open("wb") as log:
+        superlink = subprocess.Popen(
+            [BIN / "flower-superlink", *command],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    config = {
+        **SHORT,
+        "model.name": model,
+        "num-server-rounds": rounds,
+        "data.partitioner": "iid",
+        "aggregation.min-nodes": nodes,
+        "run.dir": str(folder / "runs"),
+        "run.name": "x",
+    }
+    pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+    resources = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus={os.cpu_count()}"
+    submit = [BIN / "flwr", "run", ROOT, "bench", "-c", pairs, "--federation-config", resources]
+    peak = [0.0]
+    try:
+        for _ in range(60):
+            if subprocess.run(submit, env=environment, cwd=folder, capture_output=True).returncode == 0:
+                break
+            time.sleep(2)
+
+        def gone() -> bool:
+            peak[0] = max(peak[0], proportional_mb(superlink.pid))
+            return superlink.poll() is not None or b"exception" in (folder / "superlink.log").read_bytes().lower()
+
+        ends = follow(folder / "runs" / "x", rounds, gone)
+        if len(ends) < 2:
+            raise SystemExit(f"the simulation failed:\n{(folder / 'superlink.log').read_text()[-3000:]}")
+    finally:
+        below = psutil.Process(superlink.pid).children(recursive=True) if superlink.poll() is None else []
+        os.killpg(superlink.pid, signal.SIGTERM)
+        _, alive = psutil.wait_procs([*below, psutil.Process(superlink.pid)], timeout=20)
+        for process in alive:
+            process.kill()
+    rounds_s = statistics.median(ends[r] - ends[r - 1] for r in ends if r - 1 in ends)
+    training = total_training(folder / "runs" / "x")
+    actors = min(nodes, os.cpu_count() or 1)
+    return rounds_s, rounds_s - statistics.median(training.values()) / actors, peak[0]
+
+
+def total_training(run: Path) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if "train-s" in entry:
+            found[entry["round"]] = found.get(entry["round"], 0.0) + entry["train-s"]
+    return found
+
+
+def proportional_mb(pid: int) -> float:
+    """PSS of a process and all below it."""
+    total = 0
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        try:
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return total / MB
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Whether examples laid end to end are kept apart by a model: shown on the model at hand, never assumed."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fl_split.errors import SplitError
+from fl_split.split import remote_trunk_of
+
+_LENGTHS = (5, 9)  # tokens of two random examples
+_TOLERANCE = 0.1  # of the difference that sharing attention makes; what rounding makes is far below
+
+
+class _Nowhere:
+    """A trunk of no layers, in this process."""
+
+    def start(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> "Future[Tensor]":
+        done: Future[Tensor] = Future()
+        done.set_result(hidden_states.detach())
+        return done
+
+
+def check_packing(client: PreTrainedModel) -> None:
+    """Run two random examples through the node's own layers, alone and packed; nothing leaves the node.
+
+    The trunk needs no check: it gets packed examples as sequences of their own (`wire.pack_batch`).
+
+    Raises:
+        SplitError: The examples see each other.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(client.config.vocab_size, (1, sum(_LENGTHS)), generator=generator).to(client.device)
+    positions = torch.cat([torch.arange(n) for n in _LENGTHS])[None].to(client.device)
+
+    def last(**inputs: Tensor) -> Tensor:
+        return cast(Tensor, client(**inputs).logits)[0, -1].float()
+
+    alone = _offline(client, lambda: last(input_ids=ids[:, _LENGTHS[0] :]))
+    packed = _offline(client, lambda: last(input_ids=ids, position_ids=positions))
+    mixed = _offline(client, lambda: last(input_ids=ids))
+    if (packed - alone).norm() > _TOLERANCE * (mixed - alone).norm():
+        raise SplitError(
+            f"data.packing=true is not exact for {client.config.model_type}: packed examples would see each other; set "
+            "data.packing=false, and data.group-by-length=true for less padding"
+        )
+
+
+def _offline(client: nn.Module, call: Callable[[], Tensor]) -> Tensor:
+    remote, training = remote_trunk_of(client), client.training
+    trunk = remote.trunk
+    remote.trunk = _Nowhere()
+    client.eval()
+    try:
+        with torch.no_grad():
+            return call()
+    finally:
+        remote.trunk = trunk
+        client.train(training)

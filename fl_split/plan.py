@@ -1,0 +1,397 @@
+"""What a split costs before anything is downloaded: memory of each party, bytes on the wire, time per step.
+
+All of it from a model's configuration: the node's model is built on the meta device, which holds shapes and no numbers,
+and one training step on it counts what a real one would keep for the backward pass.
+"""
+
+import copy
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
+
+from fl_split import adapters, wire
+from fl_split.anatomy import Anatomy, Hole, examine
+from fl_split.checkpoint import read_config
+from fl_split.config import RunConfig
+from fl_split.errors import ConfigError, SplitError
+from fl_split.proto import trunk_pb2 as pb
+from fl_split.split import Boundaries
+from fl_split.surrogate import kept_layers
+
+logger = logging.getLogger(__name__)
+
+PROCESS_BYTES = (
+    800 * 10**6
+)  # of a process with torch, transformers, peft and datasets, before any model: an allowance, not a measurement
+_ATTENTION = "fl_split_plan"  # stands in for a fused kernel on the meta device
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A node's memory while it trains, in bytes; without the process itself, `PROCESS_BYTES`."""
+
+    weights: int  # frozen: its layers, embeddings and head, and its surrogate
+    training: int  # adapters, their gradients and AdamW's two moments; a distilled surrogate's too
+    activations: int  # kept for the backward pass, and the loss's own
+
+    @property
+    def total(self) -> int:
+        """All three."""
+        return self.weights + self.training + self.activations
+
+
+@dataclass(frozen=True)
+class Link:
+    """What lies between a node and its trunk, and what each computes; 0 FLOP/s: not counted."""
+
+    bits_per_s: float
+    round_trip_s: float
+    node_flops: float = 0.0
+    trunk_flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One split of one model under one run's configuration."""
+
+    bottom_layers: int
+    top_layers: int
+    trunk_layers: int
+    node: Memory
+    trunk_weights: int  # bytes, in the run's `model.dtype`
+    full_weights: int  # bytes of the whole model, for comparison
+    request_bytes: int  # of one micro-batch of full-length examples
+    reply_bytes: int
+    node_flop: float  # of one micro-batch, forward and backward
+    trunk_flop: float
+    accumulation: int
+    in_flight: int
+
+    def step_s(self, link: Link) -> float:
+        """Seconds of one optimizer step: transfers, and computation where the link says how fast it is.
+
+        Calls overlap with each other and with the node's computation as far as `trunk.in-flight` and
+        `train.accumulation` let them.
+        """
+        up, down = 8 * self.request_bytes / link.bits_per_s, 8 * self.reply_bytes / link.bits_per_s
+        away = up + down + link.round_trip_s + (self.trunk_flop / link.trunk_flops if link.trunk_flops else 0.0)
+        here = self.node_flop / link.node_flops if link.node_flops else 0.0
+        turns = min(self.in_flight, self.accumulation)
+        if turns == 1:
+            return self.accumulation * (away + here)
+        slowest = max(here, up, down, (away + here) / turns)
+        return away + here + (self.accumulation - 1) * slowest
+
+
+def auto_class(run: RunConfig) -> Any:
+    """What builds the model of a run's task."""
+    return AutoModelForSequenceClassification if run.task == "sequence-classification" else AutoModelForCausalLM
+
+
+def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
+    """Work out what the split of a run costs.
+
+    Args:
+        config: Of the full model; nothing else of it is read.
+        run: Its split, surrogate, adapters, batches and wire.
+
+    Raises:
+        SplitError: The model cannot be split, or not here.
+        ConfigError: Surrogate or adapters do not fit the model.
+    """
+    if run.task == "sequence-classification":
+        config = copy.deepcopy(config)
+        config.num_labels, config.pad_token_id = len(run.data.label_names), config.pad_token_id or 0
+    anatomy = examine(config, auto_class(run))
+    cut = Boundaries.of(anatomy, run.split.bottom_layers, run.split.top_layers)
+    kind = "blocks" if run.surrogate.kind == "matched" else run.surrogate.kind  # thin layers, of as many layers' size
+    kept = kept_layers(kind, run.surrogate.layers, cut.first, cut.end)
+    dtype = getattr(torch, run.model.dtype)
+    model = _on_meta(config, anatomy, dtype)
+    sizes = [_num_params(layer) for layer in _layers(model, anatomy)]
+    outside = _num_params(model) - sum(sizes)
+    own = [*cut.bottom, *kept, *cut.top]
+    kept_params = sum(sizes[i] for i in kept)
+    try:
+        training, activations = _train_on_meta(model, anatomy, cut, kept, run)
+    except RuntimeError:  # experts whose kernel is for bfloat16 only, on the meta device: half of float32
+        training, activations = _train_on_meta(_on_meta(config, anatomy, torch.bfloat16), anatomy, cut, kept, run)
+        activations = activations * dtype.itemsize // 2
+    if run.surrogate.kind == "distilled":
+        training += 3 * kept_params * dtype.itemsize
+    tokens = run.train.batch_size * run.data.max_length
+    attention = 4 * run.data.max_length * config.hidden_size  # FLOP of one layer, token and forward pass
+    head = outside - _num_params(model.get_input_embeddings())  # looked up, not multiplied; a tied head is, both ways
+    if getattr(config, "tie_word_embeddings", False) and run.task == "causal-lm":
+        head = outside
+    lengths = [run.data.max_length] * run.train.batch_size
+    return Plan(
+        bottom_layers=len(cut.bottom),
+        top_layers=len(cut.top),
+        trunk_layers=len(cut.trunk),
+        node=Memory((outside + sum(sizes[i] for i in own)) * dtype.itemsize, training, activations),
+        trunk_weights=sum(sizes[i] for i in cut.trunk) * dtype.itemsize,
+        full_weights=(outside + sum(sizes)) * dtype.itemsize,
+        request_bytes=request_bytes(lengths, wire.NAMES[run.trunk.wire_dtype], config.hidden_size),
+        reply_bytes=reply_bytes(lengths, wire.NAMES[run.trunk.wire_dtype], config.hidden_size),
+        node_flop=tokens * (4 * (head + sum(sizes[i] for i in own)) + 3 * attention * len(own)),
+        trunk_flop=tokens * (2 * sum(sizes[i] for i in cut.trunk) + attention * len(cut.trunk)),
+        accumulation=run.train.accumulation,
+        in_flight=run.trunk.in_flight,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+
+def _on_meta(config: PretrainedConfig, anatomy: Anatomy, dtype: torch.dtype) -> Any:
+    config = copy.deepcopy(config)
+    config._attn_implementation = _ATTENTION
+    config.use_cache = True  # without a cache, the mask code looks at position values, which meta tensors lack
+    with torch.device("meta"):
+        try:
+            model = anatomy.model_class(config)
+        except (ValueError, KeyError):  # a family whose attention is its own
+            config._attn_implementation = "eager"
+            model = anatomy.model_class(config)
+    nn.Module.to(model, dtype)
+    return model.requires_grad_(False)
+
+
+def _layers(model: Any, anatomy: Anatomy) -> nn.ModuleList:
+    layers: nn.ModuleList = model.base_model.get_submodule(anatomy.layers_path)
+    return layers
+
+
+def _num_params(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _train_on_meta(
+    model: Any, anatomy: Anatomy, cut: Boundaries, kept: tuple[int, ...], run: RunConfig
+) -> tuple[int, int]:
+    """Bytes of adapters in training, and of activations; mutates `model`."""
+    layers = _layers(model, anatomy)
+    for i in cut.trunk:
+        if i not in kept:
+            layers[i] = Hole(layers[i], anatomy.as_tuple)
+    model.boundaries, model.head_modules = cut, anatomy.head if run.task == "sequence-classification" else ()
+    with torch.device("meta"):
+        client = adapters.attach(model, run.lora, train_bottom=run.surrogate.kind != "none", seed=0).train()
+        trained = sum(p.numel() * p.element_size() for p in client.parameters() if p.requires_grad)
+        shape = (run.train.batch_size, run.data.max_length)
+        ids = torch.zeros(shape, dtype=torch.long)
+        labels = ids[:, 0] if run.task == "sequence-classification" else ids
+        saved = _Saved(client)
+        in_bottom: list[int] = []  # of a micro-batch that waits for the trunk
+        layers[cut.end].register_forward_pre_hook(lambda *_: in_bottom.append(saved.num_bytes))
+        with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda tensor: tensor):
+            out = client(input_ids=ids, labels=labels)
+    loss = 2 * 4 * out.logits.numel()  # float32: gradients of the softmax and of the logits, beside what is saved
+    waiting = min(run.trunk.in_flight, run.train.accumulation) - 1
+    return 4 * trained, saved.num_bytes + loss + waiting * in_bottom[0]
+
+
+class _Saved:
+    """Counts what autograd keeps for the backward pass, each storage once, weights not."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._storages: dict[int, Any] = {}
+        self._own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+
+    def note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._own:
+            self._storages[storage._cdata] = storage  # held, so that its address is not given to another
+        return tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages.values())
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what a fused attention kernel keeps: its three inputs, its output, and a number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, length, _ = query.shape
+        out = query.new_empty(batch, length, heads, value.shape[-1])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(batch, heads, length, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        raise NotImplementedError
+
+
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # with a padding mask, transformers repeats the heads of keys and values
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return _Attention.apply(query, key, value), None  # type: ignore[no-untyped-call]
+
+
+AttentionInterface.register(_ATTENTION, _attend)  # every family that can use a fused kernel can use this
+
+
+# --------------------------------------------------------------------------------------------------------- wire
+
+
+def request_bytes(lengths: list[int], dtype: pb.DType, hidden_size: int) -> int:
+    """Bytes of the request for sequences of these lengths; for int8 with as many outlier channels as may be."""
+    rows = bytes(sum(lengths) * wire.bytes_per_token(dtype, hidden_size))
+    return pb.ForwardRequest(
+        dtype=dtype, hidden_states=rows, lengths=lengths, outliers=_outliers(dtype, hidden_size)
+    ).ByteSize()
+
+
+def reply_bytes(lengths: list[int], dtype: pb.DType, hidden_size: int) -> int:
+    """Bytes of the reply to `request_bytes`."""
+    rows = bytes(sum(lengths) * wire.bytes_per_token(dtype, hidden_size))
+    reply = pb.ForwardReply(dtype=dtype, hidden_states=rows, outliers=_outliers(dtype, hidden_size), trunk_id=bytes(16))
+    return reply.ByteSize()
+
+
+def _outliers(dtype: pb.DType, hidden_size: int) -> list[int]:
+    return list(range(hidden_size - max(1, hidden_size // wire.GROUP), hidden_size)) if dtype == pb.INT8 else []
+
+
+# -------------------------------------------------------------------------------------------------------- choice
+
+
+def rows_of(run: RunConfig, wanted: list[str], link: Link) -> list[dict[str, str | float]]:
+    """`fl-split plan`: a row for each split, named and in units for people.
+
+    Args:
+        run: Model, surrogate, adapters, batches, wire; with `split.client-memory`, only the split that it chooses.
+        wanted: Splits such as ``4+2``; by default several depths.
+        link: For the time of a step.
+
+    Raises:
+        ConfigError: A split that is not written like that.
+        SplitError: The model cannot be split, or not there.
+    """
+    config = read_config(run.model.name, run.model.revision)
+    if wanted:
+        runs = [_at(run, text) for text in wanted]
+    else:
+        runs = [choose_split(run, config)] if run.split.client_memory else splits(config, run)
+    rows: list[dict[str, str | float]] = []
+    for candidate in runs:
+        plan = make_plan(config, candidate)
+        tokens = run.train.batch_size * run.data.max_length
+        rows.append(
+            {
+                "split": f"{plan.bottom_layers}+{plan.trunk_layers}+{plan.top_layers}",
+                "node GB": round((plan.node.total + PROCESS_BYTES) / 1e9, 2),
+                "weights": round(plan.node.weights / 1e9, 2),
+                "training": round(plan.node.training / 1e9, 2),
+                "activations": round(plan.node.activations / 1e9, 2),
+                "trunk GB": round(plan.trunk_weights / 1e9, 2),
+                "whole GB": round(plan.full_weights / 1e9, 2),
+                "up B/token": round(plan.request_bytes / tokens, 1),
+                "down": round(plan.reply_bytes / tokens, 1),
+                "s/step": round(plan.step_s(link), 3),
+            }
+        )
+    return rows
+
+
+def _at(run: RunConfig, text: str) -> RunConfig:
+    match = re.fullmatch(r"(\d+)\+(\d+)", text)
+    if not match:
+        raise ConfigError(f"--split {text!r}: expected layers of bottom and top, such as 4+2")
+    ends = {"bottom_layers": int(match[1]), "top_layers": int(match[2]), "client_memory": ""}
+    return run.model_copy(update={"split": run.split.model_copy(update=ends)})
+
+
+def splits(config: PretrainedConfig, run: RunConfig) -> list[RunConfig]:
+    """The run at several depths: 2 layers on the node, then twice as many, up to what leaves a trunk."""
+    count, most, found = 2, _most_layers(config, run), []
+    while count <= most:
+        found.append(with_split(run, count))
+        count *= 2
+    return found
+
+
+def with_split(run: RunConfig, count: int) -> RunConfig:
+    """The run with `count` layers on the node, half at each end; of an odd number, the bottom has one more."""
+    split = run.split.model_copy(
+        update={"bottom_layers": (count + 1) // 2, "top_layers": count // 2, "client_memory": ""}
+    )
+    return run.model_copy(update={"split": split})
+
+
+def _most_layers(config: PretrainedConfig, run: RunConfig) -> int:
+    """Layers on a node beside its surrogate's, so that there is at least one that it does not hold."""
+    kept = run.surrogate.layers if run.surrogate.kind in ("blocks", "distilled") else 0
+    return int(config.num_hidden_layers) - 1 - kept
+
+
+def choose_split(run: RunConfig, config: PretrainedConfig | None = None) -> RunConfig:
+    """Put the deepest split that fits `split.client-memory` into a run's configuration, if it asks for that.
+
+    Server and nodes come to the same split: it follows from the model's and the run's configuration, not the machine.
+
+    Raises:
+        ConfigError: Not even one layer at each end fits.
+    """
+    if not run.split.client_memory:
+        return run
+    limit = parse_size(run.split.client_memory)
+    config = config or read_config(run.model.name, run.model.revision)
+    most = _most_layers(config, run)
+    if most < 2:
+        raise SplitError(
+            f"split.client-memory={run.split.client_memory!r}: the model's {config.num_hidden_layers} layers leave no "
+            "trunk beside the surrogate: use fewer surrogate.layers"
+        )
+
+    def needed(count: int) -> int:
+        return make_plan(config, with_split(run, count)).node.total + PROCESS_BYTES
+
+    least = needed(2)
+    if least > limit:
+        raise ConfigError(
+            f"split.client-memory={run.split.client_memory!r}: one layer at each end needs {least / 1e9:.1f} GB with "
+            f"train.batch-size={run.train.batch_size} and data.max-length={run.data.max_length}; lower these, use "
+            "model.dtype='bfloat16' or fewer surrogate.layers, or allow more"
+        )
+    fits, too_many = 2, most + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if needed(middle) <= limit else (fits, middle)
+    chosen = with_split(run, fits)
+    logger.info(
+        "split.client-memory=%s: split.bottom-layers=%d and split.top-layers=%d of %d layers (about %.1f GB)",
+        run.split.client_memory,
+        chosen.split.bottom_layers,
+        chosen.split.top_layers,
+        config.num_hidden_layers,
+        needed(fits) / 1e9,
+    )
+    return chosen
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``4GB`` or ``512 MiB``.
+
+    Raises:
+        ConfigError: It is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if not match or match[2].upper() not in _UNITS:
+        raise ConfigError(f"split.client-memory={text!r}: expected a number and MB, GB, MiB or GiB, such as '4GB'")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

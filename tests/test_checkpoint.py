@@ -1,0 +1,116 @@
+"""Each party fetches and reads only the files that hold weights of its own part."""
+
+import fnmatch
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import CLASSIFIERS, DECODERS, LABELS, Family
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import safe_open
+
+from fl_split.checkpoint import INDEX, node_needs, resolve_model, trunk_needs, weights_digest
+from fl_split.errors import ConfigError, SplitError
+from fl_split.split import LocalTrunk, load_client, load_trunk
+
+Hub = Callable[[Path, Path], None]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """`hub(repo, cache)`: from now on the hub is a folder, and what is fetched from it is copied to another."""
+
+    def open_hub(repo: Path, cache: Path) -> None:
+        def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+            cache.mkdir(exist_ok=True)
+            for file in repo.iterdir():
+                if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+                    shutil.copy(file, cache / file.name)
+            return str(cache)
+
+        monkeypatch.setattr("fl_split.checkpoint.snapshot_download", download)
+
+    return open_hub
+
+
+def in_shards(family: Family, folder: Path) -> Path:
+    """A checkpoint with about a layer a file."""
+    family.save(folder / "once")
+    model = family.auto.from_pretrained(folder / "once")
+    model.save_pretrained(folder / "repo", max_shard_size="20KB")
+    return folder / "repo"
+
+
+def layers_in(folder: Path) -> set[str]:
+    keys: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            keys |= set(tensors.keys())
+    return keys
+
+
+@pytest.mark.parametrize(("name", "classifier"), [("llama", False), ("gpt2", False), ("mpnet", True), ("bert", True)])
+def test_parties_fetch_and_read_their_own_files_and_equal_the_full_model(
+    tmp_path: Path, hub: Hub, name: str, classifier: bool
+) -> None:
+    family = next(f for f in (CLASSIFIERS if classifier else DECODERS) if f.name == name)
+    repo = in_shards(family, tmp_path)
+    num_files = len(list(repo.glob("*.safetensors")))
+    assert num_files > 6
+
+    hub(repo, tmp_path / "trunk")
+    folder = resolve_model("owner/model", "", trunk_needs(1, 2))
+    assert folder == tmp_path / "trunk" and len(list(folder.glob("*.safetensors"))) < num_files
+    trunk = load_trunk(folder, 1, 2)
+    layers = {"llama": "layers", "gpt2": "h"}.get(name, "layer")
+    assert weights_digest(folder, layers, range(1, 4)) == weights_digest(repo, layers, range(1, 4)) is not None
+
+    hub(repo, tmp_path / "node")
+    folder = resolve_model("owner/model", "main", node_needs(1, 2, "blocks", 1))
+    assert len(list(folder.glob("*.safetensors"))) < num_files
+    weight_map = json.loads((repo / INDEX).read_text())["weight_map"]
+    own = {file for key, file in weight_map.items() if not any(f"{layers}.{i}." in key for i in (1, 3))}
+    assert {file.name for file in folder.glob("*.safetensors")} == own
+    assert weights_digest(folder, layers, range(1, 4)) is None  # it cannot check what it does not have
+    labels = LABELS if classifier else ()
+    client = load_client(folder, 1, 2, LocalTrunk(trunk), surrogate="blocks", surrogate_layers=1, labels=labels)
+    assert client.name_or_path == str(folder)
+
+    ids = torch.randint(3, 99, (2, 9))
+    with torch.no_grad():
+        full = family.auto.from_pretrained(repo).eval()
+        assert torch.equal(client(input_ids=ids).logits, full(input_ids=ids).logits)
+    with pytest.raises(SplitError, match="lacks weights"):
+        load_client(folder, 2, 1, LocalTrunk(trunk), surrogate="none", labels=labels)  # more than was fetched for
+
+
+def test_whole_checkpoint_is_fetched_for_those_who_need_it_and_where_it_is_one_file(tmp_path: Path, hub: Hub) -> None:
+    llama = next(f for f in DECODERS if f.name == "llama")
+    repo = in_shards(llama, tmp_path)
+    hub(repo, tmp_path / "all")
+    assert layers_in(resolve_model("owner/model", "")) == layers_in(repo)
+    hub(tmp_path / "once", tmp_path / "single")
+    assert layers_in(resolve_model("owner/model", "", trunk_needs(1, 2))) == layers_in(repo)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("owner/model", LocalEntryNotFoundError("offline"), "could not be fetched .* LocalEntryNotFoundError"),
+        ("a/b/c", None, "neither 'demo', nor an absolute"),
+        ("/nowhere", None, "no config.json in this folder"),
+    ],
+)
+def test_models_that_cannot_be_had_are_refused(
+    name: str, error: HfHubHTTPError | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> str:
+        raise error  # type: ignore[misc]
+
+    if error is not None:
+        monkeypatch.setattr("fl_split.checkpoint.snapshot_download", fail)
+    with pytest.raises(ConfigError, match=message):
+        resolve_model(name, "")

@@ -1,0 +1,184 @@
+"""The plan from the configuration alone, against models that are really loaded and really trained."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, MixtralConfig
+
+from fl_split import adapters, wire
+from fl_split.checkpoint import read_config
+from fl_split.config import RunConfig
+from fl_split.errors import ConfigError, SplitError
+from fl_split.plan import (
+    PROCESS_BYTES,
+    Link,
+    Plan,
+    choose_split,
+    make_plan,
+    parse_size,
+    request_bytes,
+    rows_of,
+    splits,
+)
+from fl_split.split import load_client, load_trunk
+
+BATCH, LENGTH = 3, 40
+FAMILIES = ("llama", "qwen2", "gpt2", "mistral")
+
+
+def run_config(**keys: Any) -> RunConfig:
+    small = {"train.batch-size": BATCH, "data.max-length": LENGTH, "surrogate.layers": 1}
+    return RunConfig.from_flat({**small, **keys})
+
+
+class Echo:
+    """A trunk of no layers that counts what a call would put on the wire."""
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = wire.NAMES[dtype]
+        self.sent = self.received = 0
+
+    def start(self, hidden_states: torch.Tensor, mask: Any, positions: Any) -> "Future[torch.Tensor]":
+        packed = wire.pack_batch(hidden_states, mask, positions)
+        request = wire.encode_request(packed, self.dtype)
+        reply = wire.encode_reply(packed.rows, self.dtype, bytes(16))
+        self.sent, self.received = request.ByteSize(), reply.ByteSize()
+        done: Future[torch.Tensor] = Future()
+        done.set_result(hidden_states.clone())
+        return done
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_weights_and_activations_are_those_of_a_real_step(checkpoint: Callable[[str], Path], family: str) -> None:
+    folder, run = checkpoint(family), run_config()
+    plan = make_plan(AutoConfig.from_pretrained(folder), run)
+    trunk = Echo(run.trunk.wire_dtype)
+    client = load_client(folder, 2, 2, trunk, surrogate="blocks", surrogate_layers=1)
+    assert plan.node.weights == sum(p.numel() * p.element_size() for p in client.parameters())
+    assert plan.trunk_weights == sum(p.numel() * p.element_size() for p in load_trunk(folder, 2, 2).parameters())
+    model = adapters.attach(client, run.lora, train_bottom=True, seed=0).train()
+    assert plan.node.training == 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Any] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    ids = torch.randint(99, (BATCH, LENGTH))
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logits = model(input_ids=ids, attention_mask=mask, labels=ids).logits
+    real = sum(storage.nbytes() for storage in kept.values()) + 8 * logits.numel()
+    assert abs(plan.node.activations - real) / real < 0.1
+    model(input_ids=ids)  # full length: what the plan counts
+    assert (trunk.sent, trunk.received) == (plan.request_bytes, plan.reply_bytes)
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [("float32", True), ("bfloat16", True), ("int8", False)])
+def test_request_bytes_are_exact_or_for_int8_a_close_bound(dtype: str, exact: bool) -> None:
+    lengths, code = [3, 200, 1], wire.NAMES[dtype]
+    rows = torch.randn(sum(lengths), 320)
+    sent = wire.encode_request(wire.Packed(rows, lengths, None), code).ByteSize()
+    bound = request_bytes(lengths, code, 320)
+    assert sent == bound if exact else sent <= bound <= 1.05 * sent
+
+
+def test_more_on_the_node_costs_more_and_micro_batches_in_flight_too(checkpoint: Callable[[str], Path]) -> None:
+    config = AutoConfig.from_pretrained(checkpoint("llama"))
+    plans = [make_plan(config, run) for run in splits(config, run_config())]
+    assert [(p.bottom_layers, p.trunk_layers, p.top_layers) for p in plans] == [(1, 4, 1), (2, 2, 2)]
+    assert plans[0].node.total < plans[1].node.total
+    whole = plans[0].full_weights
+    assert all(plan.node.weights < whole for plan in plans)
+    waiting = make_plan(config, run_config(**{"train.accumulation": 4, "trunk.in-flight": 3})).node.activations
+    assert 1.2 < waiting / plans[1].node.activations < 3
+    distilled = make_plan(config, run_config(**{"surrogate.kind": "distilled"})).node
+    layer = (distilled.training - plans[1].node.training) / 3
+    assert layer == plans[1].trunk_weights / 2
+
+
+def test_mixtures_of_experts_and_bfloat16_are_planned() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(**sizes, num_hidden_layers=5, vocab_size=99, num_local_experts=4)
+    single, half = (make_plan(config, run_config(**{"model.dtype": dtype})) for dtype in ("float32", "bfloat16"))
+    assert single.node.weights == 2 * half.node.weights
+    assert 0 < half.node.activations < single.node.activations
+
+
+def test_a_classifier_is_planned_with_its_head_in_training(checkpoint: Callable[[str], Path]) -> None:
+    config = AutoConfig.from_pretrained(checkpoint("llama"))
+    labels = {"task": "sequence-classification", "data.text": "note", "data.labels": "a,b,c"}
+    plan, causal = make_plan(config, run_config(**labels)), make_plan(config, run_config())
+    head = 16 * 3 * config.hidden_size
+    assert plan.node.training == causal.node.training + head
+    assert plan.node.activations < causal.node.activations
+
+
+def test_the_deepest_split_that_fits_is_chosen_and_said(
+    checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    config = AutoConfig.from_pretrained(checkpoint("llama"))
+    run = run_config(**{"model.name": str(checkpoint("llama"))})
+    assert choose_split(run) is run
+
+    def chosen(num_bytes: float) -> tuple[int, int]:
+        text = f"{num_bytes / 1e6:.3f}MB"
+        split = run.split.model_copy(update={"client_memory": text})
+        got = choose_split(run.model_copy(update={"split": split})).split
+        return got.bottom_layers, got.top_layers
+
+    needed = make_plan(config, run_config(**{"split.bottom-layers": 2, "split.top-layers": 1})).node.total
+    assert chosen(needed + PROCESS_BYTES + 1e4) == (2, 1)
+    assert chosen(needed + PROCESS_BYTES - 1e4) == (1, 1)
+    assert chosen(10e9) == (2, 2)  # one layer of the trunk is the surrogate's, one is nobody's but the trunk's
+    assert "split.bottom-layers=2 and split.top-layers=2 of 6 layers" in caplog.text
+    with pytest.raises(ConfigError, match=r"split\.client-memory='100\.000MB': one layer at each end needs"):
+        chosen(100e6)
+    all_kept = run.surrogate.model_copy(update={"layers": 4})
+    with pytest.raises(SplitError, match="leave no trunk beside the surrogate"):
+        run = run.model_copy(update={"surrogate": all_kept})
+        chosen(10e9)
+
+
+def test_sizes_splits_and_models_that_are_none_are_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    assert [parse_size(text) for text in ("4GB", "0.5 GiB", "300mb")] == [4 * 10**9, 2**29, 3 * 10**8]
+    for text in ("4", "GB", "4 apples", "1.2.3GB"):
+        with pytest.raises(ConfigError, match="expected a number and MB, GB"):
+            parse_size(text)
+    with pytest.raises(ConfigError, match=r"split\.client-memory='much': string should match"):
+        RunConfig.from_flat({"split.client-memory": "much"})
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no configuration can be read"):
+        read_config(str(tmp_path))
+    run = run_config(**{"model.name": str(checkpoint("llama"))})
+    with pytest.raises(ConfigError, match=r"--split '4': expected layers"):
+        rows_of(run, ["4"], Link(1e8, 0.02))
+    assert [row["split"] for row in rows_of(run, ["1+2", "3+1"], Link(1e8, 0.02))] == ["1+3+2", "3+2+1"]
+
+
+def test_a_step_takes_transfers_latency_and_computation_overlapped_as_far_as_they_can(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    config = AutoConfig.from_pretrained(checkpoint("llama"))
+
+    def plan(**keys: Any) -> Plan:
+        return make_plan(config, run_config(**keys))
+
+    one = plan()
+    link = Link(8e3, 0.5)  # 1 kB/s
+    assert one.step_s(link) == pytest.approx((one.request_bytes + one.reply_bytes) / 1e3 + 0.5)
+    busy = Link(8e12, 0.0, node_flops=one.node_flop, trunk_flops=one.trunk_flop / 3)
+    assert one.step_s(busy) == pytest.approx(4.0, rel=1e-3)
+    four = {"train.accumulation": 4}
+    assert plan(**four, **{"trunk.in-flight": 1}).step_s(busy) == pytest.approx(16.0, rel=1e-3)
+    assert plan(**four, **{"trunk.in-flight": 4}).step_s(busy) == pytest.approx(7.0, rel=1e-3)

@@ -1,0 +1,264 @@
+"""What is shared and how it is combined, through the whole app in this process."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import InProcessGrid
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import client_app
+import server_app
+from fl_split import strategy as strategies
+from fl_split.config import Aggregation, Dp, RunConfig
+from fl_split.errors import AggregationError, ConfigError
+
+Run = Callable[..., InProcessGrid]
+
+
+@pytest.fixture
+def run(demo_model: Path, tmp_path: Path) -> Run:
+    """Run the app in this process on the demo, with few short steps."""
+
+    def run(name: str = "x", *, nodes: int = 2, ranks: tuple[int, ...] = (), **changes: Any) -> InProcessGrid:
+        config = {
+            **RunConfig().to_flat(),
+            "num-server-rounds": 2,
+            "train.steps": 2,
+            "train.batch-size": 4,
+            "data.max-length": 32,
+            "data.holdout": 0.02,
+            "surrogate.kind": "identity",
+            "aggregation.share": "top",
+            "run.dir": str(tmp_path),
+            "run.name": name,
+            **changes,
+        }
+        grid = InProcessGrid(client_app.app, nodes, config)
+        for context, rank in zip(grid.contexts.values(), ranks, strict=False):
+            context.node_config["lora.rank"] = rank
+        server_app.app(grid=grid, context=Context(1, 1, {}, RecordDict(), config))
+        return grid
+
+    return run
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def shared(folder: Path, number: int = 2) -> dict[str, Tensor]:
+    return load_file(folder / "checkpoints" / f"round-{number:04d}" / "shared.safetensors")
+
+
+def sent(grid: InProcessGrid, number: int) -> list[dict[str, Tensor]]:
+    """What nodes shared in a round, by partition."""
+    replies = [r.content for r in grid.replies.values()][2 * (number - 1) : 2 * number]
+    replies.sort(key=lambda content: content["metrics"]["partition-id"])
+    return [content["arrays"].to_torch_state_dict() for content in replies]
+
+
+@pytest.mark.parametrize(("tensors", "private"), [("a-only", ".lora_B."), ("b-only", ".lora_A.")])
+def test_only_the_named_tensors_leave_the_node(run: Run, tmp_path: Path, tensors: str, private: str) -> None:
+    grid = run(**{"aggregation.tensors": tensors})
+    for reply in grid.replies.values():
+        names = set(reply.content["arrays"])
+        assert names and not any(private in name for name in names)
+    adapters = [load_file(tmp_path / "x" / "nodes" / str(i) / "adapter" / "adapter_model.safetensors") for i in (0, 1)]
+    same = {n for n in adapters[0] if torch.equal(adapters[0][n], adapters[1][n])}
+    top_a = {n for n in adapters[0] if ".lora_A." in n and ("layers.6" in n or "layers.7" in n)}
+    assert same == (top_a if tensors == "b-only" else set())  # FFA-LoRA: A stays where it began
+
+
+def effect(state: dict[str, Tensor], name: str, scaling: float) -> Tensor:
+    return scaling * state[name.replace("lora_A", "lora_B")].double() @ state[name].double()
+
+
+def test_svd_gives_nodes_of_different_ranks_the_mean_of_their_products(run: Run, tmp_path: Path) -> None:
+    grid = run(ranks=(4, 8), **{"aggregation.combine": "svd", "aggregation.weighting": "equal"})
+    a, b = sent(grid, 1)
+    name = next(n for n in a if ".lora_A." in n)
+    assert (len(a[name]), len(b[name])) == (4, 8)
+    mean = (effect(a, name, 16 / 4) + effect(b, name, 16 / 8)) / 2  # alpha = 16 on both
+    u, s, v = torch.linalg.svd(mean, full_matrices=False)
+    best = u[:, :8] @ torch.diag(s[:8]) @ v[:8]
+    received = grid.instructions[2].content["arrays"].to_torch_state_dict()
+    torch.testing.assert_close(effect(received, name, 1.0), best, rtol=1e-3, atol=1e-6)
+    assert metrics(tmp_path / "x")[-1]["shared-bytes"] > 0
+
+
+@pytest.mark.parametrize("combine", ["stack", "exact"])
+def test_export_carries_what_was_added_to_the_model(run: Run, tmp_path: Path, combine: str, demo_model: Path) -> None:
+    ranks = (4, 8) if combine == "stack" else ()
+    grid = run(ranks=ranks, **{"aggregation.combine": combine})
+    received = grid.instructions[2].content["arrays"].to_torch_state_dict()
+    residual = {n: x for n, x in received.items() if "residual" in n}
+    assert residual
+    folder = tmp_path / "x" / "nodes" / "0" / "adapter"
+    full = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(demo_model), folder).eval()
+    state = load_file(folder / "adapter_model.safetensors")
+    own = sent(grid, 2)[0]
+    name = next(n for n in own if ".lora_A." in n)
+    first = residual[name.replace("lora_A", "residual_A")], residual[name.replace("lora_A", "residual_B")]
+    scaling = 16 / len(own[name])
+    expected = effect(own, name, scaling) + first[1].double() @ first[0].double()
+    torch.testing.assert_close(effect(state, name, 1.0), expected, rtol=1e-3, atol=1e-6)
+    assert full.peft_config["default"].lora_alpha == full.peft_config["default"].r
+
+
+@pytest.mark.parametrize("strategy", ["fedavgm", "fedadam"])
+def test_resumed_run_equals_an_undisturbed_one_with_the_servers_own_optimizer(
+    run: Run, tmp_path: Path, strategy: str
+) -> None:
+    run(**{"aggregation.strategy": strategy})
+    whole = shared(tmp_path / "x")
+    assert whole and {value.dtype for value in whole.values()} == {torch.float32}  # FedAdam's are float64
+    shutil.rmtree(tmp_path / "x" / "checkpoints" / "round-0002")  # killed before its record of round 2
+    run(**{"aggregation.strategy": strategy, "run.resume": True})
+    again = shared(tmp_path / "x")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[n], again[n]) for n in whole)
+    state = load_file(tmp_path / "x" / "checkpoints" / "round-0002" / "server.safetensors")
+    assert any(value.abs().max() > 0 for value in state.values())
+
+
+def test_clipped_and_noised_updates_have_an_epsilon_that_resume_does_not_forget(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting", reason="the extra 'dp' is not installed")
+    changes = {"dp.mode": "client-fixed", "dp.clipping-norm": 0.05, "aggregation.weighting": "equal"}
+    grid = run(**changes, **{"num-server-rounds": 1})
+    start = grid.instructions[0].content["arrays"].to_torch_state_dict()
+    for state in sent(grid, 1):
+        moved = math.sqrt(sum(float((state[n] - start[n]).square().sum()) for n in state))
+        assert 0.04 < moved < 0.0501
+    run(**changes, **{"run.resume": True})
+    first, second = (e["epsilon"] for e in metrics(tmp_path / "x") if "epsilon" in e)
+    assert 0 < first < second
+
+
+def test_server_side_clipping_bounds_the_round(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting", reason="the extra 'dp' is not installed")
+    grid = run(**{"dp.mode": "server-fixed", "dp.clipping-norm": 1e-3, "dp.noise-multiplier": 1e-3,
+                  "aggregation.weighting": "equal", "num-server-rounds": 1})  # fmt: skip
+    start, end = grid.instructions[0].content["arrays"].to_torch_state_dict(), shared(tmp_path / "x", 1)
+    assert 1e-4 < math.sqrt(sum(float((end[n] - start[n]).square().sum()) for n in end)) < 1.2e-3
+
+
+def test_spent_privacy_budget_ends_the_run_and_keeps_its_rounds(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting", reason="the extra 'dp' is not installed")
+    changes = {"dp.mode": "client-fixed", "aggregation.weighting": "equal", "dp.max-epsilon": 6.0}
+    run(**changes, **{"num-server-rounds": 9, "train.steps": 1})
+    entries = metrics(tmp_path / "x")
+    assert 1 <= entries[-1]["round"] < 9 and entries[-1]["epsilon"] <= 6
+
+
+def test_adaptive_clipping_moves_its_norm_and_remembers_it(run: Run, tmp_path: Path) -> None:
+    run(
+        **{
+            "dp.mode": "client-adaptive",
+            "dp.clipping-norm": 0.05,
+            "dp.noise-multiplier": 0.1,
+            "aggregation.weighting": "equal",
+        }
+    )
+    state = load_file(tmp_path / "x" / "checkpoints" / "round-0002" / "server.safetensors")
+    assert state["clipping-norm"].item() != 0.05
+    assert "epsilon" not in metrics(tmp_path / "x")[-1]
+
+
+def test_evaluation_tells_the_base_the_shared_part_and_the_whole_apart(run: Run, tmp_path: Path) -> None:
+    run(**{"train.steps": 8})
+    first, second = (e for e in metrics(tmp_path / "x") if e.get("partition-id") == 0)
+    assert first["heldout-loss-base"] == first["heldout-loss-shared"] == first["heldout-loss-before"]
+    assert second["heldout-loss-base"] == first["heldout-loss-base"]  # measured once a run
+    assert second["heldout-loss-shared"] < second["heldout-loss-base"]  # the others helped
+    assert second["heldout-loss-before"] < second["heldout-loss-shared"]  # and so did the private bottom
+
+
+def test_different_ranks_are_refused_where_factors_are_averaged(run: Run) -> None:
+    with pytest.raises(AggregationError, match="alpha/rank is 2 on node .* use 'svd' or 'stack'"):
+        run(ranks=(4, 8))
+
+
+# ------------------------------------------------------------------------------------- strategies without an app
+
+
+def replies_of(*values: float) -> list[Message]:
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    messages = []
+    for i, value in enumerate(values):
+        asked = Message(RecordDict(), dst_node_id=i + 1, message_type="train")
+        asked.metadata.__dict__["_message_id"] = str(i)
+        content = RecordDict(
+            {
+                "arrays": ArrayRecord({"x": Array(np.full(3, value, dtype=np.float32))}),
+                "metrics": MetricRecord({"weight": 1, "partition-id": i, "num-examples": 1}),
+                "node": ConfigRecord({"scaling": 2.0}),
+            }
+        )
+        messages.append(Message(content, reply_to=asked))
+    return messages
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("fedmedian", [0, 1, 2, 3, 100], 2.0),
+        ("fedtrimmedavg", [0, 1, 2, 3, 100], 2.0),
+        ("krum", [0, 1, 1, 1, 100], 1.0),
+        ("multikrum", [1, 1, 1, 1, 100], 1.0),
+        ("bulyan", [1, 1, 1, 1, 1, 1, 100], 1.0),
+    ],
+)
+def test_robust_strategies_are_not_moved_by_a_node_that_lies(name: str, values: list[float], expected: float) -> None:
+    liars = 0 if name in ("fedmedian", "fedtrimmedavg") else 1
+    config = RunConfig.from_flat(
+        {"aggregation.share": "top", "aggregation.strategy": name, "aggregation.min-nodes": len(values),
+         "aggregation.malicious-nodes": liars}
+    ).aggregation  # fmt: skip
+    arrays, _ = strategies.flower_strategy(config, Dp()).aggregate_train(1, replies_of(*values))
+    assert arrays is not None and arrays["x"].numpy().tolist() == [expected] * 3
+
+
+def test_two_nodes_of_one_number_are_named() -> None:
+    strategies._check_numbers([{"partition-id": 0, "node": 7}, {"partition-id": 1, "node": 8}])
+    with pytest.raises(ConfigError, match="nodes 7 and 9 both have partition-id=0: give each SuperNode a number"):
+        strategies._check_numbers([{"partition-id": 0, "node": 7}, {"partition-id": 0, "node": 9}])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"aggregation.combine": "svd"}, "shares nothing"),
+        ({"aggregation.share": "top", "aggregation.combine": "svd", "aggregation.tensors": "a-only"}, "tensors='both'"),
+        ({"aggregation.share": "top", "aggregation.combine": "exact", "aggregation.strategy": "fedadam"}, "'fedavg'"),
+        ({"aggregation.share": "top", "aggregation.combine": "stack", "dp.mode": "client-fixed",
+          "aggregation.weighting": "equal"}, "dp.mode='off'"),
+        ({"aggregation.share": "top", "dp.mode": "client-fixed"}, "aggregation.weighting='equal'"),
+        ({"aggregation.share": "top", "dp.mode": "client-adaptive", "aggregation.weighting": "equal"}, "below 0.2"),
+        ({"aggregation.share": "top", "aggregation.strategy": "krum", "aggregation.malicious-nodes": 1}, "at least 5"),
+        ({"aggregation.share": "top", "aggregation.strategy": "bulyan"}, "at least 3"),
+        ({"aggregation.share": "top", "aggregation.strategy": "fedtrimmedavg"}, "cuts off nobody"),
+    ],
+)  # fmt: skip
+def test_combinations_without_sense_are_refused_at_start(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_flat(changes)
+
+
+def test_epsilon_without_its_package_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(config: object) -> None:
+        raise ImportError("dp-accounting")
+
+    monkeypatch.setattr(strategies, "RdpAccountant", absent)
+    with pytest.raises(ConfigError, match=r"pip install 'fl-split\[dp\]'"):
+        strategies.flower_strategy(Aggregation(share="top", weighting="equal"), Dp(mode="client-fixed"))
