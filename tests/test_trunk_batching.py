@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -208,23 +209,26 @@ def test_a_light_caller_is_served_while_a_heavy_one_floods() -> None:
 
 def test_work_whose_caller_is_gone_is_dropped() -> None:
     computed: list[int] = []
+    others_gone = threading.Event()
 
     def compute(requests: Sequence[Packed]) -> list[Tensor]:
         computed.extend(len(r.rows) for r in requests)
-        time.sleep(0.05)
+        assert others_gone.wait(30)
         return [r.rows for r in requests]
 
     async def main() -> None:
         batcher = Batcher(compute, Batching(max_wait_ms=0), 10_000)
         serving = asyncio.create_task(batcher.run())
         first = asyncio.create_task(batcher.submit("a", packed(1), 10.0))
-        await asyncio.sleep(0.02)  # the worker is busy with it
+        while not computed:  # then the worker is busy with it
+            await asyncio.sleep(0.005)
         gone = asyncio.create_task(batcher.submit("b", packed(2), 10.0))
         late = asyncio.create_task(batcher.submit("c", packed(3), 0.001))
         await asyncio.sleep(0.01)
         gone.cancel()
         await asyncio.sleep(0)
         assert batcher.queued_tokens == 3
+        others_gone.set()
         with pytest.raises(DeadlinePassed):
             await late
         await first

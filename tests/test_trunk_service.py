@@ -28,6 +28,7 @@ from fl_split.split import LocalTrunk
 from fl_split.trunk import held as holding
 from fl_split.trunk import server
 from fl_split.trunk.access import add_token
+from fl_split.trunk.batching import Batcher
 from fl_split.trunk.client import Expected, TrunkClient
 from fl_split.trunk.config import Model, TrunkConfig
 from fl_split.trunk.metrics import serve_metrics
@@ -41,15 +42,50 @@ def held(checkpoint: Callable[[str], Path]) -> server.HeldLayers:
     return server.hold_layers(checkpoint("llama"), 2, 2)
 
 
-def slow(held: server.HeldLayers, seconds: float) -> server.HeldLayers:
-    """The same layers, but each forward pass takes a while."""
+class Gated(server.HeldLayers):
+    """The same layers, but while `gate` is closed no forward pass ends; `lengths` are those of the passes so far."""
 
-    class Slow(server.HeldLayers):
-        def run(self, *args: Any) -> Tensor:
-            time.sleep(seconds)
-            return super().run(*args)
+    @classmethod
+    def of(cls, held: server.HeldLayers) -> "Gated":
+        gated = cls(held.model, held.identity, held.causal)
+        object.__setattr__(gated, "gate", threading.Event())
+        object.__setattr__(gated, "lengths", [])
+        gated.gate.set()
+        return gated
 
-    return Slow(held.model, held.identity, held.causal)
+    gate: threading.Event
+    lengths: list[int]
+
+    def run(self, hidden_states: Tensor, *args: Any) -> Tensor:
+        self.lengths.append(hidden_states.shape[1])
+        assert self.gate.wait(30)
+        return super().run(hidden_states, *args)
+
+    def close(self) -> int:
+        """Close the gate; returns how many passes there have been."""
+        self.gate.clear()
+        return len(self.lengths)
+
+
+@pytest.fixture
+def batchers(monkeypatch: pytest.MonkeyPatch) -> list[Batcher]:
+    """The batchers of all servers that this test starts."""
+    made: list[Batcher] = []
+
+    def make(*args: Any, **options: Any) -> Batcher:
+        made.append(Batcher(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(server, "Batcher", make)
+    return made
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Look again and again, for at most half a minute."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
 
 
 @contextmanager
@@ -229,17 +265,20 @@ def bearers(tmp_path: Path) -> tuple[Path, Any, Any]:
 
 
 def test_a_light_caller_is_served_while_a_heavy_one_waits(
-    held: server.HeldLayers, bearers: tuple[Path, Any, Any]
+    held: server.HeldLayers, bearers: tuple[Path, Any, Any], batchers: list[Batcher]
 ) -> None:
     file, heavy, light = bearers
     sections = {"security": {"tokens": str(file)}, "batching": {"max-batch-tokens": 40}, "limits": {"queue-s": 600.0}}
-    with serving(slow(held, 0.05), **sections) as channel:
-        flood = [forward(channel).future(request(40), timeout=30, metadata=heavy) for _ in range(40)]
-        flood[0].result()
-        forward(channel)(request(40), timeout=30, metadata=light)
-        assert sum(not call.done() for call in flood) > 20  # in order of arrival it would be none
-        for call in flood:
-            call.cancel()
+    gated = Gated.of(held)
+    with serving(gated, **sections) as channel:
+        before = gated.close()
+        flood = [forward(channel).future(request(40), timeout=60, metadata=heavy) for _ in range(40)]
+        wait_until(lambda: batchers[0].queued_tokens == 39 * 40)  # and one is being computed
+        late = forward(channel).future(request(39), timeout=60, metadata=light)
+        wait_until(lambda: batchers[0].queued_tokens == 39 * 40 + 39)
+        gated.gate.set()
+        assert {call.code() for call in (late, *flood)} == {_Code.OK}
+    assert gated.lengths[before:].index(39) <= 2  # in order of arrival it would be 40
 
 
 def test_slow_senders_of_one_caller_do_not_keep_others_out(
@@ -256,8 +295,8 @@ def test_slow_senders_of_one_caller_do_not_keep_others_out(
 
         call = channel.stream_unary(f"/{wire.SERVICE}/Forward")
         calls = [call.future(slowly(), timeout=20, metadata=heavy) for _ in range(6)]
-        time.sleep(0.2)  # all of them are open, none has sent anything
-        assert forward(channel)(request(), timeout=5, metadata=light)
+        time.sleep(0.2)  # by now all of them should be open; none has sent anything
+        assert forward(channel)(request(), timeout=10, metadata=light)
         assert not any(call.done() for call in calls)
         sent.set()
         assert {call.code() for call in calls} == {_Code.OK}
@@ -265,46 +304,46 @@ def test_slow_senders_of_one_caller_do_not_keep_others_out(
 
 def test_a_full_queue_refuses_with_a_time_to_come_back(held: server.HeldLayers) -> None:
     limits = {"max-tokens": 64, "queue-tokens": 64}
-    with serving(slow(held, 0.1), limits=limits, batching={"max-batch-tokens": 40}) as channel:
-        calls = [forward(channel).future(request(40), timeout=10) for _ in range(12)]
+    gated = Gated.of(held)
+    with serving(gated, limits=limits, batching={"max-batch-tokens": 40}) as channel:
+        gated.close()
+        calls = [forward(channel).future(request(40), timeout=30) for _ in range(12)]
+        wait_until(lambda: sum(call.done() for call in calls) == 10)  # one is computed, one waits
+        gated.gate.set()
         codes = [call.code() for call in calls]
-        assert codes.count(_Code.RESOURCE_EXHAUSTED) >= 5
-        assert codes.count(_Code.OK) >= 2
-        assert set(codes) == {_Code.OK, _Code.RESOURCE_EXHAUSTED}
+        assert (codes.count(_Code.OK), codes.count(_Code.RESOURCE_EXHAUSTED)) == (2, 10)
         for call in calls:
             if call.code() is _Code.RESOURCE_EXHAUSTED:
                 assert 0 < int(dict(call.trailing_metadata())[wire.PUSHBACK]) <= 10_000
 
 
 def test_too_many_calls_of_one_caller_are_refused(held: server.HeldLayers) -> None:
-    with serving(slow(held, 0.2), limits={"calls-per-caller": 2}) as channel:
-        calls = [forward(channel).future(request(), timeout=10) for _ in range(6)]
-        codes = [call.code() for call in calls]
-        assert codes.count(_Code.OK) == 2
+    gated = Gated.of(held)
+    with serving(gated, limits={"calls-per-caller": 2}) as channel:
+        gated.close()
+        calls = [forward(channel).future(request(), timeout=30) for _ in range(6)]
+        wait_until(lambda: sum(call.done() for call in calls) == 4)
+        gated.gate.set()
+        assert [call.code() for call in calls].count(_Code.OK) == 2
         assert "too many calls at once" in next(c for c in calls if c.code() is not _Code.OK).details()
 
 
-def test_cancelled_and_late_calls_are_not_computed(held: server.HeldLayers) -> None:
-    computed: list[int] = []
-
-    class Watched(server.HeldLayers):
-        def run(self, hidden_states: Tensor, *args: Any) -> Tensor:
-            computed.append(hidden_states.shape[1])
-            time.sleep(0.3 if hidden_states.shape[1] == 5 else 0)
-            return super().run(hidden_states, *args)
-
-    with serving(Watched(held.model, held.identity, held.causal)) as channel:
-        busy = forward(channel).future(request(5), timeout=10)
-        time.sleep(0.1)
-        late = forward(channel).future(request(6), timeout=0.05)
-        gone = forward(channel).future(request(7), timeout=10)
-        time.sleep(0.05)
+def test_cancelled_and_late_calls_are_not_computed(held: server.HeldLayers, batchers: list[Batcher]) -> None:
+    gated = Gated.of(held)
+    with serving(gated) as channel:
+        before = gated.close()
+        busy = forward(channel).future(request(5), timeout=30)
+        wait_until(lambda: gated.lengths[before:] == [5])
+        late = forward(channel).future(request(6), timeout=0.5)
+        gone = forward(channel).future(request(7), timeout=30)
+        wait_until(lambda: batchers[0].queued_tokens >= 7)
         gone.cancel()
         assert late.code() is _Code.DEADLINE_EXCEEDED
+        wait_until(lambda: batchers[0].queued_tokens == 0)
+        gated.gate.set()
         busy.result()
-        forward(channel)(request(8), timeout=10)
-    assert 5 in computed and 8 in computed
-    assert 6 not in computed and 7 not in computed
+        forward(channel)(request(8), timeout=30)
+    assert gated.lengths[before:] == [5, 8]
 
 
 # --------------------------------------------------------------------------------------------------- observability
@@ -327,7 +366,8 @@ def test_health_and_reflection(held: server.HeldLayers) -> None:
 
 def test_a_server_is_ready_only_when_warm_and_not_while_it_drains(held: server.HeldLayers) -> None:
     async def main() -> list[int]:
-        running = server.TrunkServer(slow(held, 0.3), TrunkConfig.model_validate({"server": {"port": 0}}))
+        gated = Gated.of(held)
+        running = server.TrunkServer(gated, TrunkConfig.model_validate({"server": {"port": 0}}))
         seen = []
         await running.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{running.port}") as channel:
@@ -340,9 +380,14 @@ def test_a_server_is_ready_only_when_warm_and_not_while_it_drains(held: server.H
             seen.append(await status())
             await running.warm_up()
             seen.append(await status())
-            open_call = call(request(), timeout=5)
-            await asyncio.sleep(0.1)
+            before = gated.close()
+            open_call = call(request(), timeout=30)
+            while len(gated.lengths) == before:
+                await asyncio.sleep(0.01)
             draining = asyncio.create_task(running.drain())
+            await asyncio.sleep(0.1)
+            assert not draining.done()
+            gated.gate.set()
             assert len(await open_call) > 0
             await draining
             with pytest.raises(grpc.aio.AioRpcError) as error:
