@@ -30,6 +30,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fl_split.anatomy import Anatomy, Hole, examine, owners
@@ -437,8 +438,8 @@ def _listen(base: nn.Module, anatomy: Anatomy, remote: RemoteTrunk) -> None:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
         given = signature.bind(module, *args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
-        cache = given.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
+        # by type: the argument is `past_key_values` up to transformers 5.23, `cache` from 5.24 on
+        if any(isinstance(value, Cache) and value.get_seq_length() > 0 for value in given.values()):
             raise SplitError("generation with a cache does not work across the split: pass use_cache=False")
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
