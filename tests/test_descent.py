@@ -38,8 +38,10 @@ def ratio_of(demo_model: Path, candidate: Candidate, batches: list[data.Batch]) 
 def test_ratio_of_a_small_update_is_about_one_for_the_exact_gradient_and_not_for_the_identity(
     demo_model: Path, batches: list[data.Batch]
 ) -> None:
-    assert ratio_of(demo_model, Candidate("exact"), batches) == pytest.approx(1, abs=0.15)
-    assert abs(ratio_of(demo_model, Candidate("identity"), batches) - 1) > 0.3
+    # the demo's model comes out a little different on every kind of processor: identity was seen at 0.71 and at 1.41,
+    # the exact gradient within 0.005 of 1
+    assert ratio_of(demo_model, Candidate("exact"), batches) == pytest.approx(1, abs=0.03)
+    assert abs(ratio_of(demo_model, Candidate("identity"), batches) - 1) > 0.1
 
 
 def test_probe_leaves_model_and_gradients_as_they_are(demo_model: Path, batches: list[data.Batch]) -> None:
