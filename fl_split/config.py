@@ -66,6 +66,11 @@ class Surrogate(_Section):
     file: str = Field("", description="made by `fl-split surrogate fit`, for the embedded trunk to publish")
     distill: bool = Field(False, description="train a `matched` surrogate on the node as well")
     distill_lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="AdamW's rate for the surrogate itself")
+    probe_every: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="while a surrogate is trained on the node: at every so many micro-batches ask the trunk about "
+        "randomly shifted hidden states, too, and fit the surrogate's slope to the answer; 0: never",
+    )
 
 
 class Lora(_Section):

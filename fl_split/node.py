@@ -277,7 +277,7 @@ def _build_model(
 def _make_distiller(config: RunConfig, model: PeftModel) -> Distiller | None:
     surrogate = config.surrogate
     if surrogate.kind == "distilled" or (surrogate.kind == "matched" and surrogate.distill):
-        return train.make_distiller(model, surrogate.distill_lr)
+        return train.make_distiller(model, surrogate.distill_lr, surrogate.probe_every)
     return None
 
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -36,7 +36,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fl_split.anatomy import Anatomy, Hole, examine, owners
 from fl_split.errors import SplitError
 from fl_split.pipeline import in_turn
-from fl_split.surrogate import Distiller, Kind, join, join_exact, kept_layers, read_thin_layers, thin_layer
+from fl_split.surrogate import Distiller, Kind, Probe, join, join_exact, kept_layers, read_thin_layers, thin_layer
 
 
 class Trunk(Protocol):
@@ -134,23 +134,37 @@ class RemoteTrunk:
         """Note what the model was called with: its layers see only a 4D mask made of it."""
         self._thread.context = (attention_mask, position_ids)
 
-    def start(self, hidden_states: Tensor) -> None:
+    def start(self, hidden_states: Tensor, training: bool) -> None:
         """Send ``[batch, seq, hidden]`` to the trunk; it computes while the surrogate does."""
-        self._thread.start = hidden_states
-        self._thread.pending = in_turn(self.trunk.start(hidden_states.detach(), *self._thread.context))
+        mine, h1 = self._thread, hidden_states.detach()
+        mine.start, mine.surrogate, mine.probe = hidden_states, [], None
+        mine.pending = in_turn(self.trunk.start(h1, *mine.context))
+        mine.distiller = self.distiller if training and hidden_states.requires_grad else None
+        if mine.distiller is not None and (step := mine.distiller.probe(h1, mine.context[0])) is not None:
+            mine.probe = (h1 + step, self.trunk.start(h1 + step, *mine.context))
+
+    def passed(self, layer: Callable[[Tensor], Tensor]) -> None:
+        """Note a layer of the surrogate as it was called, so that a probe can take the same way."""
+        if self._thread.probe is not None:
+            self._thread.surrogate.append(layer)
 
     def join(self, surrogate: Tensor) -> Tensor:
         """Wait for the trunk's output and give it the surrogate's Jacobian, ``[batch, seq, hidden]``."""
-        hidden_states: Tensor = self._thread.pending.result()
-        start, (mask, positions) = self._thread.start, self._thread.context
-        self._thread.pending = self._thread.start = None
+        mine = self._thread
+        hidden_states: Tensor = mine.pending.result()
+        start, (mask, positions) = mine.start, mine.context
+        if mine.distiller is not None:
+            probe = None
+            if mine.probe is not None:
+                moved, answer = mine.probe
+                probe = Probe(moved, reduce(lambda h, layer: layer(h), mine.surrogate, moved), answer.result())
+            mine.distiller.observe(start.detach(), surrogate, hidden_states, mask, probe)
+        mine.pending = mine.start = mine.surrogate = mine.probe = mine.distiller = None
         if self.kind == "none" or not start.requires_grad:
             return hidden_states
         if self.kind == "exact":
             trunk, h1 = cast(ExactTrunk, self.trunk), start.detach()
             return join_exact(start, hidden_states, lambda gradient: trunk.vjp(h1, mask, positions, gradient))
-        if self.distiller is not None:
-            self.distiller.observe(start.detach(), surrogate, hidden_states, mask)
         return join(surrogate, hidden_states)
 
 
@@ -168,13 +182,18 @@ class TrunkSlot(Hole):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """``[batch, seq, hidden]`` -> the same."""
         if self.first:
-            self.remote.start(hidden_states)
+            self.remote.start(hidden_states, self.training)
         if self.kept is not None and hidden_states.requires_grad:
-            out = self.kept(hidden_states, *args, **kwargs)
-            hidden_states = out[0] if self.as_tuple else out
+            layer = partial(self._keep, args, kwargs)
+            self.remote.passed(layer)
+            hidden_states = layer(hidden_states)
         if self.last:
             hidden_states = self.remote.join(hidden_states)
         return super().forward(hidden_states)
+
+    def _keep(self, args: Any, kwargs: Any, hidden_states: Tensor) -> Tensor:
+        out = cast(nn.Module, self.kept)(hidden_states, *args, **kwargs)
+        return cast(Tensor, out[0] if self.as_tuple else out)
 
 
 class Absent(nn.Module):

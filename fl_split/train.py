@@ -38,10 +38,10 @@ def make_optimizer(model: PeftModel, config: Train) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameter_groups(model, config.bottom_lr, config.top_lr), weight_decay=0.0)
 
 
-def make_distiller(model: PeftModel, lr: float) -> Distiller:
+def make_distiller(model: PeftModel, lr: float, probe_every: int = 0) -> Distiller:
     """Begin to train a client's surrogate, from now on, on what its trunk returns; mutates the client."""
     names = {name: p for name, p in model.named_parameters() if part_of(model, name) == "trunk"}
-    distiller = Distiller(names, lr)
+    distiller = Distiller(names, lr, probe_every)
     remote_trunk_of(model.get_base_model()).distiller = distiller
     return distiller
 

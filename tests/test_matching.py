@@ -20,7 +20,7 @@ from fl_split.cli import app
 from fl_split.config import Data, Lora, NodeConfig, Train
 from fl_split.errors import ConfigError, DataError, SurrogateError, TrunkRefused
 from fl_split.gradcheck import Candidate, bottom_gradient, build, gradcheck
-from fl_split.split import LocalTrunk, boundaries_of, load_trunk, pull_back, remote_trunk_of
+from fl_split.split import LocalTrunk, boundaries_of, load_trunk, pull_back, remote_trunk_of, run_trunk
 from fl_split.surrogate import read_card
 from fl_split.trunk import server
 from fl_split.trunk.client import Expected, TrunkClient
@@ -191,6 +191,7 @@ def test_model_writes_its_own_public_text(demo_model: Path) -> None:
 def value_error(model: Any, batches: list[data.Batch]) -> float:
     """||S(h1) - h2||^2 / ||h2 - h1||^2 as the surrogate stands."""
     distiller = train.make_distiller(model, 1e-9)
+    model.train()
     for batch in batches:
         train.accumulate(model, [batch])
     model.zero_grad(set_to_none=True)
@@ -230,8 +231,9 @@ def test_distillers_gradient_is_that_of_the_value_error_alone(demo_model: Path, 
         observe(*args)
 
     distiller.observe = spy  # type: ignore[method-assign]
+    model.train()
     train.accumulate(model, batches[:1])
-    start, _, value, mask = seen[0]
+    start, _, value, mask, _ = seen[0]
     real = mask.bool()
     cut = boundaries_of(model.get_base_model())
     kept = model.get_base_model().base_model.get_submodule(cut.layers_path)[4].kept
@@ -242,6 +244,87 @@ def test_distillers_gradient_is_that_of_the_value_error_alone(demo_model: Path, 
     expected = torch.autograd.grad(error, list(distiller.parameters.values()))
     for got, want in zip(distiller._gradients, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ probes
+
+
+class SpyingTrunk(LocalTrunk):
+    """A trunk in this process that keeps what it is sent."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(load_trunk(folder, 2, 2))
+        self.sent: list[Tensor] = []
+
+    def start(self, hidden_states: Tensor, *rest: Any) -> Any:
+        self.sent.append(hidden_states.clone())
+        return super().start(hidden_states, *rest)
+
+
+def test_probes_say_nothing_that_depends_on_labels_and_are_sent_in_training_only(
+    demo_model: Path, batches: list[data.Batch]
+) -> None:
+    sent = []
+    for labels in (batches[0]["labels"], batches[0]["input_ids"].roll(1, 1)):
+        trunk = SpyingTrunk(demo_model)
+        model = build(demo_model, 2, 2, trunk, Candidate("distilled", 2), Lora())
+        train.make_distiller(model, 1e-3, probe_every=2)
+        train.evaluate(model, batches[:1])
+        model.train()
+        torch.manual_seed(0)
+        train.accumulate(model, [{**batches[0], "labels": labels}] * 4)
+        sent.append(trunk.sent)
+    assert len(sent[0]) == 1 + 4 + 2
+    assert all(torch.equal(a, b) for a, b in zip(*sent, strict=True))
+    start, moved = sent[0][2:4]
+    real = batches[0]["attention_mask"].bool()
+    step = (moved - start)[real]
+    assert 0.02 < (step.norm(dim=-1) / start[real].norm(dim=-1)).median() < 0.1
+    assert abs(torch.nn.functional.cosine_similarity(step.flatten(), start[real].flatten(), dim=0)) < 0.05
+    assert torch.equal(moved[~real], start[~real])
+
+
+def test_probes_gradient_is_that_of_the_slopes_error(demo_model: Path, batches: list[data.Batch]) -> None:
+    model = build(demo_model, 2, 2, LocalTrunk(load_trunk(demo_model, 2, 2)), Candidate("distilled", 1), Lora())
+    distiller = train.make_distiller(model, 1e-3, probe_every=1)
+    seen: list[tuple[Any, ...]] = []
+    observe = distiller.observe
+
+    def spy(*args: Any) -> None:
+        seen.append(args)
+        observe(*args)
+
+    distiller.observe = spy  # type: ignore[method-assign]
+    model.train()
+    train.accumulate(model, batches[:1])
+    start, _, value, mask, probe = seen[0]
+    base = model.get_base_model().base_model
+    kept = base.get_submodule(boundaries_of(model.get_base_model()).layers_path)[4].kept
+    positions = torch.arange(start.shape[1])[None]
+    rotary = base.rotary_emb(start, positions)
+    here, there = (kept(x, position_embeddings=rotary, position_ids=positions) for x in (start, probe.moved))
+    real = mask.bool()
+    wanted = run_trunk(load_trunk(demo_model, 2, 2), probe.moved, mask, None) - value
+    error = (here - value)[real].square().sum() / (value - start)[real].square().sum()
+    error = error + (there - here - wanted)[real].square().sum() / (wanted - probe.moved + start)[real].square().sum()
+    expected = torch.autograd.grad(error, list(distiller.parameters.values()))
+    for got, want in zip(distiller._gradients, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+def test_probes_bring_the_bottoms_gradient_closer_to_the_exact_one_than_values_alone(
+    demo_model: Path, batches: list[data.Batch]
+) -> None:
+    trunk = LocalTrunk(load_trunk(demo_model, 2, 2))
+    exact = bottom_gradient(build(demo_model, 2, 2, trunk, Candidate("exact"), Lora()), batches)
+    cosines = []
+    for probe_every in (0, 1):
+        model = build(demo_model, 2, 2, trunk, Candidate("distilled", 2), Lora())
+        distiller = train.make_distiller(model, 1e-3, probe_every)
+        still = Train.model_validate({"steps": 40, "bottom-lr": 0.0, "top-lr": 0.0})
+        train.train_round(model, train.make_optimizer(model, still), iter(batches * 40), still, distiller=distiller)
+        cosines.append(torch.cosine_similarity(bottom_gradient(model, batches), exact, dim=0).item())
+    assert 1 - cosines[1] < 0.9 * (1 - cosines[0])
 
 
 # ------------------------------------------------------------------------------------------------------- exact
