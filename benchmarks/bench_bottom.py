@@ -3,8 +3,10 @@
     python benchmarks/bench_bottom.py --bench DIR [--quick] [--json FILE] [--plot FILE] [--work DIR] [--jobs N]
 
 DIR holds a model folder (the only one with a config.json) and ``medquad/<institution>.jsonl``. The trunk runs in this
-process. Each kind has its learning rate swept on the first institution and seed, then runs at its own best rate on all
-institutions and seeds. Gap closed = (top only - kind) / (top only - exact), of held-out losses.
+process. Each kind has its learning rates, one of each end, swept on the first institution and seed, then runs at its
+own best on all institutions and seeds. Gap closed = (top only - kind) / (top only - exact), of held-out losses.
+A matched surrogate is also shown trained further on the node: on the trunk's outputs alone (+distilled), and on random
+probes as well (+probes).
 
 The matched surrogates are fitted here, to public text only: by default the documentation that comes with Python and
 text sampled from the model itself, or ``--text FILES``. Nothing of the institutions' text goes into a fit.
@@ -31,6 +33,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -40,6 +43,7 @@ from fl_split.config import Data, Lora, NodeConfig, Train
 from fl_split.gradcheck import Candidate, build, gradcheck, surrogate_params
 from fl_split.matching import observe
 from fl_split.split import Boundaries, LocalTrunk, load_trunk, run_trunk
+from fl_split.surrogate import Distiller
 from fl_split.trunk import server
 from fl_split.trunk.cache import CachedTrunk
 from fl_split.trunk.client import TrunkClient
@@ -47,8 +51,8 @@ from fl_split.trunk.identity import Expected
 
 BOTTOM, TOP = 2, 2
 MAX_LENGTH, BATCH = 96, 8
-RATES = (4e-3, 8e-3, 1.6e-2)
-DISTILL_LR = 3e-4
+RATES = ("4e-3,8e-3", "8e-3,8e-3", "8e-3,1.6e-2", "1.6e-2,1.6e-2")  # of bottom and top
+DISTILL_LR, PROBE_LR = 3e-4, 1e-3  # of a surrogate that is trained on the node
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,44 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Method:
+    """A surrogate and how it is trained on the node, if at all."""
+
+    candidate: Candidate
+    distill_lr: float = 0.0
+    probe_every: int = 0
+
+    @property
+    def name(self) -> str:
+        """Such as ``matched-2+probes``."""
+        plain = self.candidate.name
+        if self.probe_every:
+            return f"{plain}+probes"
+        return f"{plain}+distilled" if self.distill_lr and self.candidate.kind == "matched" else plain
+
+    @property
+    def calls(self) -> float:
+        """Tensors of hidden states on the wire over those of a forward pass, 2."""
+        return 2.5 if self.candidate.kind == "exact" else 1 + (1 / self.probe_every if self.probe_every else 0)
+
+    def build(self, setting: Setting, trunk: LocalTrunk) -> tuple[PeftModel, Distiller | None]:
+        """A client around `trunk`."""
+        model = build(setting.model, BOTTOM, TOP, trunk, self.candidate, Lora())
+        return model, train.make_distiller(model, self.distill_lr, self.probe_every) if self.distill_lr else None
+
+
+@dataclass(frozen=True)
 class Task:
     """One training run."""
 
-    candidate: Candidate
+    method: Method
     institution: str
     seed: int
-    rate: float
+    rates: str  # of bottom and top
 
     @property
     def key(self) -> str:
-        return f"{self.candidate.name} {self.institution} {self.seed} {self.rate:g}"
+        return f"{self.method.name} {self.institution} {self.seed} {self.rates}"
 
 
 def python_documentation(out: Path) -> Path:
@@ -99,18 +130,13 @@ def run(setting: Setting, task: Task) -> float:
     transformers_logging.disable_progress_bar()
     private, tokenizer = examples(setting, task.institution, task.seed)
     trunk = LocalTrunk(load_trunk(setting.model, BOTTOM, TOP))
-    model = build(setting.model, BOTTOM, TOP, trunk, task.candidate, Lora())
+    model, distiller = task.method.build(setting, trunk)
+    bottom, top = map(float, task.rates.split(","))
     config = Train.model_validate(
-        {
-            "steps": setting.steps,
-            "batch-size": BATCH,
-            "bottom-lr": task.rate,
-            "top-lr": task.rate,
-            "scheduler": "linear",
-        }
+        {"steps": setting.steps, "batch-size": BATCH, "bottom-lr": bottom, "top-lr": top, "scheduler": "linear"}
     )
     optimizer = train.make_optimizer(model, config)
-    distiller = train.make_distiller(model, DISTILL_LR) if task.candidate.kind == "distilled" else None
+    torch.manual_seed(task.seed)  # of the probes
     batches = data.training_batches(private.train, tokenizer, BATCH, task.seed, 0)
     train.train_round(model, optimizer, batches, config, distiller=distiller)
     return train.evaluate(model, data.heldout_batches(private.heldout, tokenizer, 16))
@@ -179,15 +205,18 @@ def spsa_cosine(setting: Setting, batch: data.Batch, queries: int) -> float:
     return torch.cosine_similarity(estimate.flatten(), lesson.g1.flatten(), dim=0).item()
 
 
-def step_times(setting: Setting, candidates: list[Candidate], batches: list[data.Batch]) -> dict[str, float]:
-    """Median seconds per step of each kind, interleaved, over that of `none`."""
+def step_times(setting: Setting, methods: list[Method], batches: list[data.Batch]) -> dict[str, float]:
+    """Median seconds per step of each kind, interleaved, over that of `none`; the trunk's time is in it."""
     trunk = LocalTrunk(load_trunk(setting.model, BOTTOM, TOP))
-    models = {c.name: build(setting.model, BOTTOM, TOP, trunk, c, Lora()) for c in candidates}
+    models = {method.name: method.build(setting, trunk) for method in methods}
     times: dict[str, list[float]] = {name: [] for name in models}
     for batch in batches:
-        for name, model in models.items():
+        for name, (model, distiller) in models.items():
+            model.train()
             started = time.perf_counter()
             train.accumulate(model, [batch])
+            if distiller is not None:
+                distiller.step()
             model.zero_grad(set_to_none=True)
             times[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
@@ -241,7 +270,7 @@ def main() -> None:
     parser.add_argument("--institutions", nargs="+", default=["niddk", "ninds"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to sweep")
+    parser.add_argument("--rates", nargs="+", default=RATES, help="learning rates to sweep: bottom,top")
     parser.add_argument("--fit-steps", type=int, default=1000)
     parser.add_argument("--layers", type=int, nargs="*", default=[2], help="budgets of the matched surrogates")
     parser.add_argument("--blocks", type=int, nargs="*", default=[1, 2], help="numbers of trunk layers kept")
@@ -267,19 +296,20 @@ def main() -> None:
     model = next(options.bench.glob("*/config.json")).parent
     options.work.mkdir(parents=True, exist_ok=True)
     setting = Setting(model, options.bench / "medquad", options.steps, options.work)
-    matched = [
-        Candidate("matched", k, fit_surrogate(setting, options.text, k, options.fit_steps)) for k in options.layers
-    ]
-    none, exact = Candidate("none"), Candidate("exact")
-    blocks = [Candidate("blocks", k) for k in options.blocks]
-    others = [Candidate("identity"), *blocks, Candidate("distilled", 2), *matched]
+    files = {k: fit_surrogate(setting, options.text, k, options.fit_steps) for k in options.layers}
+    matched = [Candidate("matched", k, file) for k, file in files.items()]
+    none, exact = Method(Candidate("none")), Method(Candidate("exact"))
+    others = [Method(Candidate("identity")), *(Method(Candidate("blocks", k)) for k in options.blocks)]
+    for candidate in (Candidate("distilled", 2), *matched):
+        others += [Method(candidate)] if candidate.kind == "matched" else []
+        others += [Method(candidate, DISTILL_LR), Method(candidate, PROBE_LR, probe_every=1)]
     kinds = [c for c in (none, *others, exact) if not options.only or c.name in options.only]
 
     runs, first = Runs(setting, options.jobs), options.institutions[0]
-    runs.do(Task(c, first, 0, rate) for rate in rates for c in kinds)
-    best = {c: min(rates, key=lambda rate: runs.loss(Task(c, first, 0, rate))) for c in kinds}  # noqa: B023
+    runs.do(Task(c, first, 0, pair) for c in kinds for pair in rates)
+    best = {c: min(rates, key=lambda pair: runs.loss(Task(c, first, 0, pair))) for c in kinds}  # noqa: B023
     pairs = [(institution, seed) for seed in range(options.seeds) for institution in options.institutions]
-    runs.do(Task(c, i, s, best[c]) for i, s in pairs for c in kinds)
+    runs.do(Task(c, i, s, best[c]) for c in kinds for i, s in pairs)
 
     if none not in kinds or exact not in kinds:
         return  # the table is for whoever comes with the other kinds and the same --work
@@ -287,7 +317,8 @@ def main() -> None:
     losses = {c: [runs.loss(Task(c, i, s, best[c])) for i, s in pairs] for c in kinds}
     private, tokenizer = examples(setting, first, 0)
     batches = list(islice(data.training_batches(private.train, tokenizer, BATCH, 0, 0), 6))
-    agreement = {row.candidate: row for row in gradcheck(model, BOTTOM, TOP, batches, kinds[1:])}
+    candidates = list(dict.fromkeys(c.candidate for c in kinds if c is not none))
+    agreement = {row.candidate: row for row in gradcheck(model, BOTTOM, TOP, batches, candidates)}
     slower = step_times(setting, kinds, batches)
     trunk_model = load_trunk(model, BOTTOM, TOP)
     trunk = LocalTrunk(trunk_model)
@@ -296,31 +327,35 @@ def main() -> None:
     print(
         f"\n{options.steps} steps of {BATCH} x {MAX_LENGTH} tokens, {len(pairs)} runs per kind, LoRA r=8 on all linears"
     )
-    print("kind          rate    held-out (spread)   gap closed (spread)  cosine  norm   layers  memory  bytes   step")
+    print(
+        f"{'kind':20}{'rates':14}held-out (spread)   gap closed (spread)  cosine  norm   layers  memory  bytes   step"
+    )
     for c in kinds:
-        client = build(model, BOTTOM, TOP, trunk, c, Lora())
+        client, _ = c.build(setting, trunk)
         extra, whole = surrogate_params(client), sum(p.numel() for p in client.parameters())
         gaps = [(a - b) / (a - e) for a, b, e in zip(losses[none], losses[c], losses[exact], strict=True)]
         mean = {k: statistics.mean(v) for k, v in losses.items()}
         gap = (mean[none] - mean[c]) / (mean[none] - mean[exact])
-        row = agreement.get(c)
+        row = agreement.get(c.candidate)
         figures |= {
             f"heldout-loss/{c.name}": mean[c],
             f"heldout-loss-sd/{c.name}": statistics.pstdev(losses[c]),
             f"gap-closed/{c.name}": gap,
             f"gap-closed-sd/{c.name}": statistics.pstdev(gaps),
-            f"rate/{c.name}": best[c],
+            f"bottom-rate/{c.name}": float(best[c].split(",")[0]),
+            f"top-rate/{c.name}": float(best[c].split(",")[1]),
+            f"bytes-ratio/{c.name}": c.calls,
             f"surrogate-layers/{c.name}": extra / layer,
             f"memory-ratio/{c.name}": whole / (whole - extra),
             f"step-time-ratio/{c.name}": slower[c.name],
             **({f"cosine/{c.name}": row.cosine, f"norm-ratio/{c.name}": row.norm_ratio} if row else {}),
         }
         print(
-            f"{c.name:12}  {best[c]:.3f}   {mean[c]:.4f} ({statistics.pstdev(losses[c]):.3f})     "
+            f"{c.name:20}{best[c]:14}{mean[c]:.4f} ({statistics.pstdev(losses[c]):.3f})     "
             f"{100 * gap:6.1f} % ({100 * statistics.pstdev(gaps):4.1f})    "
             + (f"{row.cosine:6.3f}  {row.norm_ratio:5.2f}" if row else "     -      -")
             + f"  {extra / layer:6.2f}  {whole / (whole - extra):6.2f}"
-            + f"  x{2.5 if c is exact else 1:<4}  x{slower[c.name]:.2f}"
+            + f"  x{c.calls:<4g}  x{slower[c.name]:.2f}"
         )
     for queries in (1, 16):
         figures[f"cosine/spsa-{queries}"] = spsa_cosine(setting, batches[0], queries)
