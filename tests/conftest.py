@@ -13,10 +13,15 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+from peft import PeftModel
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 from transformers.utils import logging as transformers_logging
 
-from fl_split import demo
+from fl_split import adapters, demo
+from fl_split.config import RunConfig
+from fl_split.runs import NodeFolder
+from fl_split.split import LocalTrunk, load_client, load_trunk
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
@@ -83,6 +88,23 @@ def jsonl(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+def trained_node(run: Path, number: int, base: Path, received: dict[str, Tensor], rank: int = 8) -> PeftModel:
+    """The split model of node `number` as it was after its last round, at whose start it `received` arrays."""
+    about = json.loads((run / "run.json").read_text())
+    config = RunConfig.from_flat(about["config"])
+    ends = config.split.bottom_layers, config.split.top_layers
+    trunk, labels = LocalTrunk(load_trunk(base, *ends)), config.data.label_names
+    client = load_client(base, *ends, trunk, surrogate="identity", labels=labels)
+    client.config.pad_token_id = 0
+    lora = config.lora.model_copy(update={"rank": rank})
+    model = adapters.attach(client, lora, train_bottom=True, seed=0)
+    saved = NodeFolder(run / "nodes" / str(number), about["run-id"]).load_before(config.num_server_rounds + 1)
+    assert saved is not None
+    adapters.load_adapter_state(model, saved.adapter)
+    adapters.add_residual(model, {name: value for name, value in received.items() if ".residual_" in name})
+    return model.eval()
 
 
 class InProcessGrid(Grid):
