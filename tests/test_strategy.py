@@ -244,6 +244,8 @@ def test_two_nodes_of_one_number_are_named() -> None:
         ({"aggregation.share": "top", "aggregation.combine": "exact", "aggregation.strategy": "fedadam"}, "'fedavg'"),
         ({"aggregation.share": "top", "aggregation.combine": "stack", "dp.mode": "client-fixed",
           "aggregation.weighting": "equal"}, "dp.mode='off'"),
+        ({"aggregation.share": "top", "aggregation.combine": "stack", "lora.variant": "dora"}, "'dora' needs"),
+        ({"aggregation.share": "top", "aggregation.tensors": "a-only", "lora.variant": "dora"}, "and 'a-only': its"),
         ({"aggregation.share": "top", "dp.mode": "client-fixed"}, "aggregation.weighting='equal'"),
         ({"aggregation.share": "top", "dp.mode": "client-adaptive", "aggregation.weighting": "equal"}, "below 0.2"),
         ({"aggregation.share": "top", "aggregation.strategy": "krum", "aggregation.malicious-nodes": 1}, "at least 5"),
