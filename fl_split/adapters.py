@@ -185,7 +185,7 @@ def is_shared(model: PeftModel, name: str, how: Aggregation) -> bool:
         return False
     if _layer_of(model, name) is None:  # a classifier's head
         return how.share_head
-    return {"both": True, "a-only": ".lora_B." not in name, "b-only": ".lora_A." not in name}[how.tensors]
+    return {"both": True, "a-only": ".lora_A." in name, "b-only": ".lora_B." in name}[how.tensors]
 
 
 def shared_state(model: PeftModel, how: Aggregation) -> dict[str, Tensor]:

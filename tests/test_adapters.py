@@ -124,6 +124,15 @@ def test_shared_state_holds_the_named_part_only(
     assert all(".lora_A." in name or ".lora_B." in name for name in shared)
 
 
+@pytest.mark.parametrize(("tensors", "expected"), [("a-only", ".lora_A."), ("b-only", ".lora_B.")])
+def test_one_factor_shared_is_that_factor_and_nothing_else_that_a_variant_has(
+    checkpoint: Callable[[str], Path], tensors: str, expected: str
+) -> None:
+    model = client_with_adapter(checkpoint("llama"), Lora(variant="dora"))
+    shared = adapters.shared_state(model, Aggregation.model_validate({"share": "both", "tensors": tensors}))
+    assert shared and all(expected in name for name in shared)
+
+
 def test_without_a_surrogate_the_bottom_has_no_adapter(checkpoint: Callable[[str], Path]) -> None:
     model = client_with_adapter(checkpoint("llama"), train_bottom=False)
     assert {adapters.part_of(model, name) for name in adapters.adapter_state(model)} == {"top"}
