@@ -52,6 +52,7 @@ def main(grid: Grid, context: Context) -> None:
         restore_server_state(inner, run.server_state())
         strategy = SplitStrategy(
             inner,
+            lora=config.lora,
             min_nodes=config.aggregation.min_nodes,
             node_wait_s=config.run.node_wait_s,
             round_offset=run.num_finished,

@@ -29,8 +29,8 @@ from flwr.serverapp.strategy import (
 )
 from torch import Tensor
 
-from fl_split.aggregation import Combine, Update, check, combine
-from fl_split.config import Aggregation, Dp
+from fl_split.aggregation import Combine, Update, check, check_scaling, combine
+from fl_split.config import Aggregation, Dp, Lora
 from fl_split.errors import ConfigError, RoundFailed
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class SplitStrategy(Strategy):
 
     Args:
         inner: What combines the shared arrays, from `flower_strategy`.
+        lora: The run's adapters.
         min_nodes: Nodes that must be there and finish each round.
         node_wait_s: Seconds to wait for them at the start of a round.
         round_offset: Rounds finished before this start.
@@ -64,12 +65,13 @@ class SplitStrategy(Strategy):
         self,
         inner: Strategy,
         *,
+        lora: Lora,
         min_nodes: int,
         node_wait_s: float,
         round_offset: int,
         on_round: Callable[[FinishedRound], None],
     ) -> None:
-        self._inner, self._min_nodes, self._node_wait_s = inner, min_nodes, node_wait_s
+        self._inner, self._lora, self._min_nodes, self._node_wait_s = inner, lora, min_nodes, node_wait_s
         self._round_offset, self._on_round = round_offset, on_round
 
     def configure_train(
@@ -108,8 +110,10 @@ class SplitStrategy(Strategy):
         done.sort(key=_partition)  # replies come in any order, and sums round differently in another
         nodes = [_node_metrics(number, reply) for reply in done]
         _check_numbers(nodes)
-        if not isinstance(self._inner, ProductAveraging):
-            check(_updates(done), "mean")
+        updates = _updates(done)
+        check_scaling(updates, self._lora.alpha, self._lora.variant == "rslora")
+        if not isinstance(self._inner, ProductAveraging) and any(update.arrays for update in updates):
+            check(updates, "mean")
         arrays, metrics = self._inner.aggregate_train(number, done + failed)
         if arrays is None:
             raise RoundFailed(

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from transformers import AutoModelForCausalLM
 import client_app
 import server_app
 from fl_split import strategy as strategies
-from fl_split.config import Aggregation, Dp, RunConfig
+from fl_split.config import Aggregation, Dp, NodeConfig, RunConfig
 from fl_split.errors import AggregationError, ConfigError
+from fl_split.node import RoundResult
 
 Run = Callable[..., InProcessGrid]
 
@@ -188,6 +190,25 @@ def test_evaluation_tells_the_base_the_shared_part_and_the_whole_apart(run: Run,
 def test_different_ranks_are_refused_where_factors_are_averaged(run: Run) -> None:
     with pytest.raises(AggregationError, match="alpha/rank is 2 on node .* use 'svd' or 'stack'"):
         run(ranks=(4, 8))
+
+
+def test_different_ranks_are_no_matter_where_nothing_is_shared(run: Run, tmp_path: Path) -> None:
+    run(ranks=(4, 8), **{"aggregation.share": "none", "num-server-rounds": 1})
+    assert len(metrics(tmp_path / "x")) == 3
+
+
+@pytest.mark.parametrize("combine", ["mean", "svd", "stack"])
+def test_wrong_scaling_is_refused_by_the_name_of_its_node(
+    run: Run, combine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_round(config: RunConfig, node: NodeConfig, *args: Any) -> RoundResult:
+        result = node_round(config, node, *args)
+        return replace(result, scaling=1.0) if node.partition_id == 1 else result
+
+    node_round = client_app.run_round
+    monkeypatch.setattr(client_app, "run_round", run_round)
+    with pytest.raises(AggregationError, match=r"node 1001 says that alpha/rank is 1, but lora\.alpha=16 .*rank 8"):
+        run(**{"aggregation.combine": combine})
 
 
 # ------------------------------------------------------------------------------------- strategies without an app
