@@ -55,6 +55,7 @@ def main(grid: Grid, context: Context) -> None:
             lora=config.lora,
             min_nodes=config.aggregation.min_nodes,
             node_wait_s=config.run.node_wait_s,
+            round_timeout=config.run.round_timeout,
             round_offset=run.num_finished,
             on_round=partial(record_round, run),
         )

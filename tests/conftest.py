@@ -141,16 +141,19 @@ class InProcessGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = []
         for original in messages:
+            original.metadata.__dict__["_message_id"] = f"m{len(self.replies)}"  # in place, as Flower does
             message = copy.deepcopy(original)
-            message.metadata.__dict__["_message_id"] = f"m{len(self.replies)}"
             self.instructions.append(message)
-            try:
-                reply = self._app(message, self.contexts[message.metadata.dst_node_id])
-            except Exception as error:  # as Flower does
-                reply = Message(Error(2, f"{type(error)} {error}"), reply_to=message)
             ids.append(message.metadata.message_id)
-            self.replies[ids[-1]] = reply
+            self.replies[ids[-1]] = self.answer(message)
         return ids
+
+    def answer(self, message: Message) -> Message:
+        """What comes back for a message: the ClientApp's reply, or its error."""
+        try:
+            return self._app(message, self.contexts[message.metadata.dst_node_id])
+        except Exception as error:  # as Flower does
+            return Message(Error(2, f"{type(error)} {error}"), reply_to=message)
 
     def pull_messages(self, message_ids: Sequence[str]) -> list[Message]:
         return [self.replies[i] for i in message_ids]

@@ -3,37 +3,84 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from conftest import InProcessGrid, trained_node
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import strategy_utils
 from flwr.supercore.task_identity import TaskIdentity
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import client_app
 import server_app
+from fl_split import adapters, train
 from fl_split import strategy as strategies
 from fl_split.config import Aggregation, Dp, NodeConfig, RunConfig
-from fl_split.errors import AggregationError, ConfigError
+from fl_split.errors import AggregationError, ConfigError, RoundFailed
 from fl_split.node import RoundResult
 
 Run = Callable[..., InProcessGrid]
+
+
+class PoorGrid(InProcessGrid):
+    """One on which some nodes fail, never answer, or leave: round -> what becomes of which node."""
+
+    troubles: ClassVar[dict[int, dict[int, str]]] = {}  # round -> node -> "fails", "offline", "silent" or "leaves"
+    timeouts: ClassVar[list[float | None]] = []
+
+    def trouble(self, message: Message) -> str:
+        server_round = int(message.content["config"]["server-round"])
+        return self.troubles.get(server_round, {}).get(message.metadata.dst_node_id, "")
+
+    def get_node_ids(self) -> list[int]:
+        self.looks = getattr(self, "looks", 0) + 1
+        gone = self.troubles.get(0, {}) if self.looks > 1 else {}
+        return [node for node in self.contexts if node not in gone]
+
+    def answer(self, message: Message) -> Message:
+        trouble = self.trouble(message)
+        if trouble == "fails":
+            return Message(Error(2, "ValueError: the disk is full"), reply_to=message)
+        if trouble == "offline":  # an error that the SuperLink makes up: it comes from node 1, itself
+            reply = Message(Error(5, "Error: Node Unavailable"), reply_to=message)
+            reply.metadata.__dict__["_src_node_id"] = 1
+            return reply
+        return super().answer(message)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        asked = list(messages)
+        ids = self.push_messages(asked)
+        self.timeouts.append(timeout)
+        silent = {i for i, message in zip(ids, asked, strict=True) if self.trouble(message) == "silent"}
+        if silent and timeout is None:
+            raise AssertionError("an endless wait")
+        time.sleep(timeout if silent and timeout else 0)
+        return self.pull_messages([i for i in ids if i not in silent])
 
 
 @pytest.fixture
 def run(demo_model: Path, tmp_path: Path) -> Run:
     """Run the app in this process on the demo, with few short steps."""
 
-    def run(name: str = "x", *, nodes: int = 2, ranks: tuple[int, ...] = (), **changes: Any) -> InProcessGrid:
+    def run(
+        name: str = "x",
+        *,
+        nodes: int = 2,
+        ranks: tuple[int, ...] = (),
+        grid_class: type[InProcessGrid] = InProcessGrid,
+        **changes: Any,
+    ) -> InProcessGrid:
         config = {
             **RunConfig().to_flat(),
             "num-server-rounds": 2,
@@ -47,7 +94,7 @@ def run(demo_model: Path, tmp_path: Path) -> Run:
             "run.name": name,
             **changes,
         }
-        grid = InProcessGrid(client_app.app, nodes, config)
+        grid = grid_class(client_app.app, nodes, config)
         for context, rank in zip(grid.contexts.values(), ranks, strict=False):
             context.node_config["lora.rank"] = rank
         server_app.app(grid=grid, context=Context(1, 1, {}, RecordDict(), config))
@@ -209,6 +256,78 @@ def test_wrong_scaling_is_refused_by_the_name_of_its_node(
     monkeypatch.setattr(client_app, "run_round", run_round)
     with pytest.raises(AggregationError, match=r"node 1001 says that alpha/rank is 1, but lora\.alpha=16 .*rank 8"):
         run(**{"aggregation.combine": combine})
+
+
+# ---------------------------------------------------------------------------------------- nodes that fail or leave
+
+
+def poor_grid(**troubles: dict[int, str]) -> type[PoorGrid]:
+    """`PoorGrid` with troubles by round, such as ``round_2={1000: "fails"}``; ``round_0``: who leaves after a look."""
+    by_round = {int(name.removeprefix("round_")): who for name, who in troubles.items()}
+    return type("Grid", (PoorGrid,), {"troubles": by_round, "timeouts": []})
+
+
+THREE = {"data.partitioner": "iid"}  # the demo's two files for more nodes
+
+
+def test_nodes_that_fail_are_named_even_if_flower_answers_for_them(run: Run) -> None:
+    grid = poor_grid(round_1={1000: "fails", 1002: "offline"})
+    with pytest.raises(RoundFailed, match="1 nodes finished") as failed:
+        run(nodes=3, grid_class=grid, **THREE)
+    assert str(failed.value).splitlines()[1:] == [
+        "  node 1000: ValueError: the disk is full",
+        "  node 1002: Error: Node Unavailable",
+    ]
+
+
+def test_round_does_not_wait_longer_than_its_timeout_for_a_node_that_never_answers(run: Run, tmp_path: Path) -> None:
+    grid = poor_grid(round_1={1001: "silent"})
+    with pytest.raises(RoundFailed, match=r"node 1001: did not answer within run\.round-timeout=0\.25"):
+        run(grid_class=grid, **{"run.round-timeout": 0.25})
+    assert grid.timeouts == [0.25]
+    run("y", grid_class=grid, **{"run.round-timeout": 0.25, "aggregation.min-nodes": 1, "num-server-rounds": 1})
+    assert [entry.get("partition-id") for entry in metrics(tmp_path / "y")] == [0, None]
+
+
+def test_node_that_leaves_just_before_it_is_asked_is_not_waited_for_without_end(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleep(seconds: float) -> None:
+        raise AssertionError("Flower waits for a node without end")
+
+    monkeypatch.setattr(strategy_utils, "sleep", sleep)
+    with pytest.raises(RoundFailed, match="1 of the 2 nodes that aggregation.min-nodes asks for"):
+        run(grid_class=poor_grid(round_0={1001: "leaves"}), **{"run.node-wait-s": 0.0})
+    assert [entry["round"] for entry in metrics(tmp_path / "x")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("combine", ["mean", "svd", "stack"])
+def test_node_that_missed_a_round_catches_up(
+    run: Run, tmp_path: Path, combine: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    starts: list[dict[str, Tensor]] = []  # scaling * B A of the top's modules, when a node begins to train
+
+    def train_round(model: PeftModel, *args: Any, **options: Any) -> Any:
+        layers = {
+            n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapters.part_of(model, n) == "top"
+        }
+        starts.append({n: sum(m.get_delta_weight(a).detach() for a in m.active_adapters) for n, m in layers.items()})
+        return node_train_round(model, *args, **options)
+
+    node_train_round = train.train_round
+    monkeypatch.setattr(train, "train_round", train_round)
+    changes = {"aggregation.combine": combine, "num-server-rounds": 3, "data.holdout": 0.1}
+    run(nodes=3, grid_class=poor_grid(round_2={1002: "fails"}), **THREE, **changes)
+    nodes = [entry for entry in metrics(tmp_path / "x") if "partition-id" in entry]
+    assert [(e["round"], e["partition-id"], e["rounds-missed"]) for e in nodes] == [
+        (1, 0, 0), (1, 1, 0), (1, 2, 0), (2, 0, 0), (2, 1, 0), (3, 0, 0), (3, 1, 0), (3, 2, 1),
+    ]  # fmt: skip
+    assert "round 2 goes on without node 1002: ValueError: the disk is full" in caplog.text
+    first, *others = starts[-3:]
+    assert first and all(product.abs().max() > 0 for product in first.values())
+    for other in others:
+        for name, product in first.items():
+            torch.testing.assert_close(other[name], product, rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------- strategies without an app
