@@ -54,11 +54,14 @@ def diagnose(config: RunConfig, own: NodeConfig, max_rows: int | None = None) ->
 
 
 def _try(name: str, look: Callable[[], tuple[str, T]]) -> tuple[Check, T | None]:
-    """A check that passes with a text and what it found, or fails with the error's text, which holds the remedy."""
+    """A check that passes with a text and what it found, or fails with the error's text, which holds the remedy.
+
+    An error's notes are not for the server, but this is the node's own terminal.
+    """
     try:
         text, found = look()
     except FLSplitError as error:
-        return Check("fail", name, str(error)), None
+        return Check("fail", name, ": ".join((str(error), *getattr(error, "__notes__", ())))), None
     return Check("pass", name, text), found
 
 
