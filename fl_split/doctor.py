@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fl_split import data, node
 from fl_split.anatomy import examine
-from fl_split.checkpoint import read_config, resolve_model, weights_digest
+from fl_split.checkpoint import node_needs, read_config, resolve_model, weights_digest
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.errors import ConfigError, FLSplitError, SplitError
 from fl_split.plan import PROCESS_BYTES, auto_class, choose_split
@@ -91,8 +91,10 @@ def check_versions() -> Iterator[Check]:
 
 
 def _model(config: RunConfig) -> tuple[str, tuple[RunConfig, Path]]:
-    folder = resolve_model(config.model.name, config.model.revision)
     config = choose_split(config)
+    split, surrogate = config.split, config.surrogate
+    needs = node_needs(split.bottom_layers, split.top_layers, surrogate.kind, surrogate.layers)
+    folder = resolve_model(config.model.name, config.model.revision, needs)
     about = read_config(str(folder))
     cut = Boundaries.of(examine(about, auto_class(config)), config.split.bottom_layers, config.split.top_layers)
     if weights_digest(folder, cut.layers_name, range(cut.first)) is None or (
