@@ -198,6 +198,17 @@ def check(updates: Sequence[Update], how: Combine) -> None:
                 raise AggregationError(f"{module} of {update.node} has an A without a B of the same rank")
 
 
+def moved(new: Arrays, old: Arrays) -> dict[str, Tensor]:
+    """`new`, with one number moved by a hair if all equal `old`: Flower's clipping divides by the update's norm."""
+    same = new.keys() == old.keys() and all(torch.equal(value, old[name]) for name, value in new.items())
+    if not new or not same:
+        return dict(new)
+    name = next(iter(new))
+    flat = new[name].clone().flatten()
+    flat[0] += max(1e-6 * float(flat[0].abs()), 1e-12)
+    return {**new, name: flat.view_as(new[name])}
+
+
 def check_scaling(updates: Sequence[Update], alpha: float, by_root: bool) -> None:
     """Refuse an update whose scaling is not what the run's alpha and the node's rank make, naming the node.
 

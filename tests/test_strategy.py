@@ -203,6 +203,30 @@ def test_server_side_clipping_bounds_the_round(run: Run, tmp_path: Path) -> None
     assert 1e-4 < math.sqrt(sum(float((end[n] - start[n]).square().sum()) for n in end)) < 1.2e-3
 
 
+@pytest.mark.parametrize(
+    ("mode", "multiplier", "noise"),
+    [
+        ("client-fixed", 1.0, 1.0), ("server-fixed", 1.0, 1.0),
+        # Flower's count of clipped updates has noise of nodes / 20 = 0.1, and a part of the budget (arXiv 1905.03871)
+        ("client-adaptive", 0.1, (0.1**-2 - (2 * 0.1) ** -2) ** -0.5),
+        ("server-adaptive", 0.1, (0.1**-2 - (2 * 0.1) ** -2) ** -0.5),
+    ],
+)  # fmt: skip
+def test_noise_is_as_large_as_asked_for_and_an_update_of_nothing_is_no_error(
+    run: Run, tmp_path: Path, mode: str, multiplier: float, noise: float
+) -> None:
+    pytest.importorskip("dp_accounting", reason="the extra 'dp' is not installed")
+    still = {"train.bottom-lr": 0.0, "train.top-lr": 0.0, "num-server-rounds": 1, "train.steps": 1}
+    private = {"dp.mode": mode, "dp.noise-multiplier": multiplier, "aggregation.weighting": "equal"}
+    grid = run(**still, **private)
+    start, end = grid.instructions[0].content["arrays"].to_torch_state_dict(), shared(tmp_path / "x", 1)
+    for state in sent(grid, 1):
+        assert all((state[n] - start[n]).abs().max() < 1e-6 for n in start)
+    server = load_file(tmp_path / "x" / "checkpoints" / "round-0001" / "server.safetensors")
+    moved = torch.cat([(end[n] - start[n]).flatten() for n in end])
+    assert moved.std().item() == pytest.approx(noise * server["clipping-norm"].item() / 2, rel=0.05)
+
+
 def test_spent_privacy_budget_ends_the_run_and_keeps_its_rounds(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("dp_accounting", reason="the extra 'dp' is not installed")
     changes = {"dp.mode": "client-fixed", "aggregation.weighting": "equal", "dp.max-epsilon": 6.0}
@@ -223,6 +247,22 @@ def test_adaptive_clipping_moves_its_norm_and_remembers_it(run: Run, tmp_path: P
     state = load_file(tmp_path / "x" / "checkpoints" / "round-0002" / "server.safetensors")
     assert state["clipping-norm"].item() != 0.05
     assert "epsilon" not in metrics(tmp_path / "x")[-1]
+
+
+@pytest.mark.parametrize(("strategy", "expected"), [("fedprox", 0.5), ("fedavg", 0.0)])
+def test_proximal_mu_reaches_the_node(
+    run: Run, strategy: str, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def run_round(*args: Any) -> RoundResult:
+        seen.append(args[-1].proximal_mu)
+        return node_round(*args)
+
+    node_round = client_app.run_round
+    monkeypatch.setattr(client_app, "run_round", run_round)
+    run(**{"aggregation.strategy": strategy, "aggregation.proximal-mu": 0.5, "num-server-rounds": 1, "train.steps": 1})
+    assert seen == [expected, expected]
 
 
 def test_evaluation_tells_the_base_the_shared_part_and_the_whole_apart(run: Run, tmp_path: Path) -> None:
