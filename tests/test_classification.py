@@ -254,3 +254,26 @@ def test_classifier_takes_combined_products_and_its_export_has_head_and_all(
         expected = trained_node(tmp_path / "runs/x", 0, demo_model, received)(input_ids=ids).logits
         torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
     assert expected.argmax() == 2
+
+
+def test_encoder_goes_through_the_app_and_its_export_equals_the_split_model(
+    run: Callable[..., InProcessGrid], tmp_path: Path, demo_model: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    bert = tmp_path / "bert"
+    Family("bert", sizes, classifier=True).save(bert)
+    tokenizer.save_pretrained(bert)
+    split = {"model.name": str(bert), "split.bottom-layers": 1, "surrogate.layers": 1, "data.max-length": 32}
+    run("x", **split, **{"aggregation.share": "top", "train.bottom-lr": 1e-3, "train.top-lr": 1e-3})
+    entries = [json.loads(line) for line in (tmp_path / "runs/x/metrics.jsonl").read_text().splitlines()]
+    first, last = (entry for entry in entries if entry.get("partition-id") == 0)
+    assert last["heldout-loss-after"] < first["heldout-loss-base"] - 0.1
+    model = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3), tmp_path / "runs/x/nodes/0/adapter"
+    ).eval()
+    batch = tokenizer(["Anna has gout in the joint.", "Anna has asthma."], return_tensors="pt", padding=True)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = trained_node(tmp_path / "runs/x", 0, bert, {})(**inputs).logits
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=1e-5)

@@ -274,6 +274,18 @@ def test_evaluation_tells_the_base_the_shared_part_and_the_whole_apart(run: Run,
     assert second["heldout-loss-before"] < second["heldout-loss-shared"]  # and so did the private bottom
 
 
+def test_a_alone_is_the_base_and_takes_no_pass_of_its_own(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[float] = []
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: passes.append(evaluate(*args)) or passes[-1])
+    run(**{"aggregation.tensors": "a-only"})
+    assert len(passes) == 2 * (3 + 2)  # base, before and after on two nodes; base once a run
+    for entry in (entry for entry in metrics(tmp_path / "x") if "partition-id" in entry):
+        assert entry["heldout-loss-shared"] == entry["heldout-loss-base"]
+
+
 def test_different_ranks_are_refused_where_factors_are_averaged(run: Run) -> None:
     with pytest.raises(AggregationError, match="alpha/rank is 2 on node .* use 'svd' or 'stack'"):
         run(ranks=(4, 8))
