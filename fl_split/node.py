@@ -331,8 +331,12 @@ def _quality_before(
 
 
 def _base_quality(model: PeftModel, heldout: Callable[[], Quality]) -> Quality:
+    frozen = [p for p in model.parameters() if not p.requires_grad]
     with model.disable_adapter():
-        return heldout()
+        quality = heldout()
+    for p in frozen:  # PEFT has made all of every adapter trainable
+        p.requires_grad_(False)
+    return quality
 
 
 def _to_save(
