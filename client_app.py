@@ -19,6 +19,7 @@ from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod  # noqa: E402
 from flwr.clientapp.typing import ClientAppCallable  # noqa: E402
 
+from fl_split.aggregation import moved  # noqa: E402
 from fl_split.config import NodeConfig, RunConfig  # noqa: E402
 from fl_split.errors import FLSplitError  # noqa: E402
 from fl_split.node import Instructions, run_round  # noqa: E402
@@ -38,11 +39,12 @@ def clip(msg: Message, context: Context, call_next: ClientAppCallable) -> Messag
 def train(msg: Message, context: Context) -> Message:
     """Train this node's adapters for one round; the reply holds what `aggregation.share` names, and metrics."""
     instructions = msg.content.config_records["config"]
+    received = msg.content.array_records["arrays"].to_torch_state_dict()
     try:
         result = run_round(
             RunConfig.from_flat(context.run_config),
             NodeConfig.from_flat(context.node_config),
-            msg.content.array_records["arrays"].to_torch_state_dict(),
+            received,
             Instructions(
                 server_round=int(instructions["server-round"]),
                 run_name=str(instructions["run-name"]),
@@ -56,9 +58,10 @@ def train(msg: Message, context: Context) -> Message:
     except Exception as error:
         logger.exception("the round failed")
         raise FLSplitError(f"{type(error).__name__} on the node; its own log says more (data may be private)") from None
+    clipped = context.run_config.get("dp.mode", "off") != "off"  # here or on the server
     reply = RecordDict(
         {
-            "arrays": ArrayRecord(result.shared),
+            "arrays": ArrayRecord(moved(result.shared, received) if clipped else result.shared),
             "metrics": MetricRecord(result.metrics),
             "node": ConfigRecord({"adapter": str(result.adapter), "scaling": result.scaling}),
         }

@@ -15,6 +15,7 @@ from flwr.serverapp.exception import PrivacyBudgetExhausted
 from fl_split import __version__
 from fl_split.checkpoint import resolve_model, trunk_needs
 from fl_split.config import RunConfig
+from fl_split.doctor import check_versions
 from fl_split.node import starting_adapter
 from fl_split.plan import choose_split
 from fl_split.report import final_table, record_round
@@ -30,6 +31,9 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the rounds that are left to run."""
     logger = _show_log()
+    for check in check_versions():
+        if check.status == "fail":
+            logger.warning("%s: %s", check.name, check.text)
     config = choose_split(RunConfig.from_flat(context.run_config))
     packages = ("flwr", "torch", "transformers", "peft", "grpcio")
     versions = {"fl-split": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}
@@ -52,8 +56,10 @@ def main(grid: Grid, context: Context) -> None:
         restore_server_state(inner, run.server_state())
         strategy = SplitStrategy(
             inner,
+            lora=config.lora,
             min_nodes=config.aggregation.min_nodes,
             node_wait_s=config.run.node_wait_s,
+            round_timeout=config.run.round_timeout,
             round_offset=run.num_finished,
             on_round=partial(record_round, run),
         )

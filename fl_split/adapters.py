@@ -65,10 +65,9 @@ def attach(client: PreTrainedModel, lora: Lora, *, train_bottom: bool, seed: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cast(PeftModel, get_peft_model(client, config, low_cpu_mem_usage=client.device.type == "meta"))
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):  # PEFT makes LoRA float32 on a base in bfloat16, but not these
-            module.modules_to_save.float()
-            module.register_forward_pre_hook(_to_float32)
+    for module in _heads(model):  # PEFT makes LoRA float32 on a base in bfloat16, but not these
+        module.modules_to_save.float()
+        module.register_forward_pre_hook(_to_float32)
     if client.device.type != "meta":
         load_adapter_state(model, fresh_state(adapter_shapes(model), seed))
     return model
@@ -186,7 +185,7 @@ def is_shared(model: PeftModel, name: str, how: Aggregation) -> bool:
         return False
     if _layer_of(model, name) is None:  # a classifier's head
         return how.share_head
-    return {"both": True, "a-only": ".lora_B." not in name, "b-only": ".lora_A." not in name}[how.tensors]
+    return {"both": True, "a-only": ".lora_A." in name, "b-only": ".lora_B." in name}[how.tensors]
 
 
 def shared_state(model: PeftModel, how: Aggregation) -> dict[str, Tensor]:
@@ -221,7 +220,10 @@ def add_residual(model: PeftModel, residual: Mapping[str, Tensor]) -> None:
         return
     rank = max(min(value.shape) for value in residual.values())
     own = cast(LoraConfig, model.peft_config["default"])
-    model.add_adapter("residual", replace(own, r=rank, lora_alpha=rank, lora_dropout=0.0, use_rslora=False))
+    plain = replace(
+        own, r=rank, lora_alpha=rank, lora_dropout=0.0, use_rslora=False, use_dora=False, modules_to_save=None
+    )
+    PeftModel.add_adapter(model, "residual", plain)  # not a classifier's own method, which adds a second head
     state = {}
     for name, value in residual.items():
         wide = (0, 0, 0, rank - len(value)) if ".residual_A." in name else (0, rank - value.shape[1])
@@ -281,6 +283,10 @@ def export(model: PeftModel, folder: Path, base_model: str, revision: str, card:
         cast(LoraModel, model.base_model).add_weighted_adapter(
             ["default", "residual"], [1.0, 1.0], name, combination_type="cat"
         )
+        model.peft_config[name].use_rslora = False  # type: ignore[attr-defined]  # "cat" has scaled A already
+        for head in _heads(model):
+            head.update(name)  # type: ignore[no-untyped-call]
+            head.modules_to_save[name].load_state_dict(head.modules_to_save["default"].state_dict())
     config = model.peft_config[name]
     config.base_model_name_or_path, config.revision = base_model, revision or None
     folder.mkdir(parents=True, exist_ok=True)
@@ -290,4 +296,10 @@ def export(model: PeftModel, folder: Path, base_model: str, revision: str, card:
         for file in (*Path(scratch).glob("*.*"), *Path(scratch, name).glob("*.*")):
             os.replace(file, folder / file.name)
     if name != "default":
+        for head in _heads(model):  # PEFT would make both LoRA adapters active here, and a head has one only
+            head.delete_adapter(name, ["default"])
         model.delete_adapter(name)
+
+
+def _heads(model: PeftModel) -> list[ModulesToSaveWrapper]:
+    return [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]

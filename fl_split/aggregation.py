@@ -14,6 +14,7 @@ What became part of the model travels as two more arrays a module, `residual_A` 
 so that a node that missed rounds is not behind.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -195,3 +196,37 @@ def check(updates: Sequence[Update], how: Combine) -> None:
                 or update.arrays[module + _A].shape[0] != (update.arrays[module + _B].shape[1])
             ):
                 raise AggregationError(f"{module} of {update.node} has an A without a B of the same rank")
+
+
+def moved(new: Arrays, old: Arrays) -> dict[str, Tensor]:
+    """`new`, with one number moved by a hair if all equal `old`: Flower's clipping divides by the update's norm."""
+    same = new.keys() == old.keys() and all(torch.equal(value, old[name]) for name, value in new.items())
+    if not new or not same:
+        return dict(new)
+    name = next(iter(new))
+    flat = new[name].clone().flatten()
+    flat[0] += max(1e-6 * float(flat[0].abs()), 1e-12)
+    return {**new, name: flat.view_as(new[name])}
+
+
+def check_scaling(updates: Sequence[Update], alpha: float, by_root: bool) -> None:
+    """Refuse an update whose scaling is not what the run's alpha and the node's rank make, naming the node.
+
+    Args:
+        updates: Ranks are taken from the shapes of their arrays.
+        alpha: `lora.alpha`, the same on all nodes.
+        by_root: Scaling is alpha / sqrt(rank), as in rsLoRA.
+
+    Raises:
+        AggregationError: The scaling is another.
+    """
+    for update in updates:
+        ranks = {value.shape[0] for name, value in update.arrays.items() if name.endswith(_A)}
+        ranks |= {value.shape[1] for name, value in update.arrays.items() if name.endswith(_B)}
+        for rank in sorted(ranks):
+            expected = alpha / (math.sqrt(rank) if by_root else rank)
+            if not math.isclose(update.scaling, expected, rel_tol=1e-6):
+                raise AggregationError(
+                    f"{update.node} says that alpha/rank is {update.scaling:g}, but lora.alpha={alpha:g} and its "
+                    f"adapter of rank {rank} make it {expected:g}: run the same version of fl-split on all nodes"
+                )

@@ -88,7 +88,7 @@ def _examine(config: PretrainedConfig, auto: Any) -> Anatomy:
             common = tuple(name for name, _ in base.named_parameters() if not name.startswith(apart))
             return Anatomy(type(model), path, len(layers), as_tuple, edges, common, _find_head(model, pools))
     raise SplitError(
-        f"{kind} cannot be split: its forward pass does not work with layers left out ({type(failure).__name__})"
+        f"{kind} cannot be split: its code does not work with layers left out ({type(failure).__name__})"
     ) from failure
 
 
@@ -115,7 +115,7 @@ def _shapes_only(base: PreTrainedModel, fake: bool) -> Iterator[None]:
     Code that looks at values (is anything padded?) fails on meta tensors; on fake ones transformers takes the way
     that it takes under compilation, and does not look. They are slow, so they come second.
     """
-    base.config.pad_token_id = None  # else some models look for padding
+    object.__setattr__(base.config, "pad_token_id", None)  # else some look for padding; past configs that want a number
     base.config.use_cache = not fake  # on meta, without a cache, the mask code looks at position values
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -191,6 +191,7 @@ def _find_edges(base: PreTrainedModel, path: str, as_tuple: bool) -> tuple[tuple
     try:
         for i, layer in enumerate(real):
             layers[i] = Hole(layer, as_tuple)
+        base._init_weights(base)  # some look into their layers here, when they are loaded
         handles.append(layers[-1].register_forward_hook(passed))
         out = base(input_ids=torch.zeros(batch, seq, dtype=torch.long, device=base.device))[0]
         if tuple(out.shape[:2]) != (batch, seq):

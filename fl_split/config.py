@@ -271,6 +271,12 @@ class RunConfig(_Section):
         if self.run.resume and not self.run.name:
             raise ValueError("run.resume=true needs run.name: the name of the run to go on with")
         _check_aggregation(self.aggregation, self.dp)
+        if self.lora.variant == "dora" and (self.aggregation.combine, self.aggregation.tensors) != ("mean", "both"):
+            raise ValueError(
+                "lora.variant='dora' needs aggregation.combine='mean' and aggregation.tensors='both', not "
+                f"{self.aggregation.combine!r} and {self.aggregation.tensors!r}: its update is not alpha/rank * B A, "
+                "and its magnitudes belong to A and B together"
+            )
         if self.surrogate.kind == "none" and self.aggregation.share in ("bottom", "both"):
             raise ValueError(
                 f"aggregation.share={self.aggregation.share!r} shares a bottom adapter, but surrogate.kind='none' "

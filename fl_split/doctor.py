@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fl_split import data, node
 from fl_split.anatomy import examine
-from fl_split.checkpoint import read_config, resolve_model, weights_digest
+from fl_split.checkpoint import node_needs, read_config, resolve_model, weights_digest
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.errors import ConfigError, FLSplitError, SplitError
 from fl_split.plan import PROCESS_BYTES, auto_class, choose_split
@@ -54,11 +54,14 @@ def diagnose(config: RunConfig, own: NodeConfig, max_rows: int | None = None) ->
 
 
 def _try(name: str, look: Callable[[], tuple[str, T]]) -> tuple[Check, T | None]:
-    """A check that passes with a text and what it found, or fails with the error's text, which holds the remedy."""
+    """A check that passes with a text and what it found, or fails with the error's text, which holds the remedy.
+
+    An error's notes are not for the server, but this is the node's own terminal.
+    """
     try:
         text, found = look()
     except FLSplitError as error:
-        return Check("fail", name, str(error)), None
+        return Check("fail", name, ": ".join((str(error), *getattr(error, "__notes__", ())))), None
     return Check("pass", name, text), found
 
 
@@ -88,8 +91,10 @@ def check_versions() -> Iterator[Check]:
 
 
 def _model(config: RunConfig) -> tuple[str, tuple[RunConfig, Path]]:
-    folder = resolve_model(config.model.name, config.model.revision)
     config = choose_split(config)
+    split, surrogate = config.split, config.surrogate
+    needs = node_needs(split.bottom_layers, split.top_layers, surrogate.kind, surrogate.layers)
+    folder = resolve_model(config.model.name, config.model.revision, needs)
     about = read_config(str(folder))
     cut = Boundaries.of(examine(about, auto_class(config)), config.split.bottom_layers, config.split.top_layers)
     if weights_digest(folder, cut.layers_name, range(cut.first)) is None or (

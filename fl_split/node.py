@@ -318,7 +318,7 @@ def _quality_before(
     nothing_new = private == own.keys() and saved.number > 0
     quality = {"base": saved.quality["base"] if saved.number else _base_quality(model, heldout)}
     quality["before"] = saved.quality["after"] if nothing_new else heldout()
-    if private == own.keys():
+    if all(".lora_A." in name for name in own.keys() - private):  # nothing, or A alone: without its B it does nothing
         quality["shared"] = quality["base"]
     elif not private:
         quality["shared"] = quality["before"]
@@ -331,8 +331,12 @@ def _quality_before(
 
 
 def _base_quality(model: PeftModel, heldout: Callable[[], Quality]) -> Quality:
+    frozen = [p for p in model.parameters() if not p.requires_grad]
     with model.disable_adapter():
-        return heldout()
+        quality = heldout()
+    for p in frozen:  # PEFT has made all of every adapter trainable
+        p.requires_grad_(False)
+    return quality
 
 
 def _to_save(

@@ -135,6 +135,7 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     head = outside - _num_params(model.get_input_embeddings())  # looked up, not multiplied; a tied head is, both ways
     if getattr(config, "tie_word_embeddings", False) and run.task == "causal-lm":
         head = outside
+    passes = 3 if run.train.activation_checkpointing else 2  # through the node's layers: one more forward pass
     lengths = [run.data.max_length] * run.train.batch_size
     return Plan(
         bottom_layers=len(cut.bottom),
@@ -145,7 +146,7 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
         full_weights=(outside + sum(sizes)) * dtype.itemsize,
         request_bytes=request_bytes(lengths, wire.NAMES[run.trunk.wire_dtype], config.hidden_size),
         reply_bytes=reply_bytes(lengths, wire.NAMES[run.trunk.wire_dtype], config.hidden_size),
-        node_flop=tokens * (4 * (head + sum(sizes[i] for i in own)) + 3 * attention * len(own)),
+        node_flop=tokens * (4 * head + 2 * passes * sum(sizes[i] for i in own) + (passes + 1) * attention * len(own)),
         trunk_flop=tokens * (2 * sum(sizes[i] for i in cut.trunk) + attention * len(cut.trunk)),
         accumulation=run.train.accumulation,
         in_flight=run.trunk.in_flight,
@@ -194,13 +195,24 @@ def _train_on_meta(
         ids = torch.zeros(shape, dtype=torch.long)
         labels = ids[:, 0] if run.task == "sequence-classification" else ids
         saved = _Saved(client)
-        in_bottom: list[int] = []  # of a micro-batch that waits for the trunk
-        layers[cut.end].register_forward_pre_hook(lambda *_: in_bottom.append(saved.num_bytes))
+        held = [*cut.bottom, *kept, *cut.top]
+        marks: list[int] = []  # what is saved when each layer begins, and when it ends
+        for i in held:
+            layers[i].register_forward_pre_hook(lambda *_: marks.append(saved.num_bytes))
+            layers[i].register_forward_hook(lambda *_: marks.append(saved.num_bytes))
         with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda tensor: tensor):
             out = client(input_ids=ids, labels=labels)
     loss = 2 * 4 * out.logits.numel()  # float32: gradients of the softmax and of the logits, beside what is saved
+    begins, ends = marks[::2], marks[1::2]
+    num_early = len(cut.bottom) + len(kept)  # layers of a micro-batch that waits for the trunk
+    whole, early = saved.num_bytes, begins[num_early]
+    if run.train.activation_checkpointing:  # a layer keeps its input alone, and one at a time has all that it had
+        inside = [end - begin for begin, end in zip(begins, ends, strict=True)]
+        input_bytes = ids.numel() * model.config.hidden_size * model.dtype.itemsize
+        whole -= sum(inside) - len(held) * input_bytes - max(inside)
+        early -= sum(inside[:num_early]) - num_early * input_bytes
     waiting = min(run.trunk.in_flight, run.train.accumulation) - 1
-    return 4 * trained, saved.num_bytes + loss + waiting * in_bottom[0]
+    return 4 * trained, whole + loss + waiting * early
 
 
 class _Saved:

@@ -97,11 +97,17 @@ def _share(source: Source, node: NodeConfig, seed: int) -> Source:
 
 
 def _dealt(source: Source, config: Data, node: NodeConfig, seed: int) -> Source:
-    """Deal rows out as `data.partitioner` says; reads them twice, and keeps none."""
+    """Deal rows out as `data.partitioner` says; reads them twice, and keeps none.
+
+    Malformed rows have nothing to go by: they are node 0's, which counts them.
+    """
 
     def rows() -> Iterator[Row]:
-        dealt = owners((row.values or {} for row in source.rows), config, node.num_partitions, seed)
-        yield from (row for row, owner in zip(source.rows, dealt, strict=True) if owner == node.partition_id)
+        good = (row.values for row in source.rows if row.values is not None)
+        dealt = iter(owners(good, config, node.num_partitions, seed))
+        for row in source.rows:
+            if (0 if row.values is None else next(dealt)) == node.partition_id:
+                yield row
 
     return Source(_Again(rows), (*source.identity, node.partition_id, node.num_partitions, seed))
 
@@ -271,12 +277,20 @@ def _check_columns(where: str, rows: Iterable[Row], config: Data) -> Iterator[Ro
             checked = True
             for key, column in needed_columns(config).items():
                 if column not in row.values:
-                    raise DataError(f"{where} has no column {key}={column!r}: it has {_names(list(row.values), where)}")
+                    raise _no_column(f"{where} has no column {key}={column!r}", where, sorted(map(str, row.values)))
         yield row
 
 
-def _names(columns: Sequence[object], where: str) -> str:
-    """Names of columns, but not those of a CSV: without a header, its first row would be taken for them."""
+def _no_column(text: str, where: str, columns: Sequence[str]) -> DataError:
+    """The error for a column that is not there: it goes to the server, and its note, if any, only to `fl-split doctor`.
+
+    Names of columns are of a schema, but for a CSV without a header (its first row would be taken for them) and for
+    JSON (its keys may be data, such as a person's name).
+    """
     if where.endswith(".csv"):
-        return f"{len(columns)} others; the first line of a .csv must name them"
-    return ", ".join(sorted(map(str, columns)))
+        return DataError(f"{text}: it has {len(columns)} others; the first line of a .csv must name them")
+    if not where.endswith((".jsonl", ".json")):
+        return DataError(f"{text}: it has {', '.join(columns)}")
+    error = DataError(f"{text}: its first row has {len(columns)} others, which 'fl-split doctor' names on the node")
+    error.add_note(", ".join(columns))
+    return error

@@ -34,7 +34,8 @@ from fl_split.errors import NodeStateError
 _TENSORS = ("adapter", "optimizer", "surrogate", "surrogate_optimizer")  # of SavedRound, a file each
 _KEPT_ROUNDS = 2  # the server may have lost the last one, and then asks for it again
 Quality = dict[str, float]  # on held-out examples: `loss`, and of a classifier `accuracy` and `macro_f1`
-_MAY_CHANGE = ("num-server-rounds", "run.", "trunk.", "aggregation.min-nodes")
+_MAY_CHANGE = ("num-server-rounds", "run.", "trunk.")
+_MAY_NOT = ("trunk.wire-dtype",)  # what the trunk is given, so the numbers that come out
 
 
 def cache_folder() -> Path:
@@ -50,6 +51,18 @@ def write_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder last through a power cut, where the system can (POSIX)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Rounds:
@@ -72,10 +85,13 @@ class Rounds:
             save_file(tensors, file)
             with file.open("rb") as written:
                 os.fsync(written.fileno())
+        _sync(scratch)
         target = self._path(number)
         if target.exists():
             shutil.rmtree(target)
         scratch.rename(target)
+        _sync(self._folder)
+        _sync(self._folder.parent)  # that this folder is there, and a run's metrics
         for old in self.finished():
             if old > number or old <= number - keep:
                 shutil.rmtree(self._path(old))
@@ -228,7 +244,7 @@ class RunFolder:
 
 
 def _check_same(saved: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:
-    changed = [k for k in now if saved.get(k) != now[k] and not k.startswith(_MAY_CHANGE)]
+    changed = [k for k in now if saved.get(k) != now[k] and (k in _MAY_NOT or not k.startswith(_MAY_CHANGE))]
     if changed:
         raise NodeStateError(
             "cannot resume with another configuration: "

@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.serverapp import Grid, NeighboringRelation, PrivacyConfig, RdpAccountant, SamplingMethod
 from flwr.serverapp.strategy import (
     Bulyan,
@@ -29,8 +30,8 @@ from flwr.serverapp.strategy import (
 )
 from torch import Tensor
 
-from fl_split.aggregation import Combine, Update, check, combine
-from fl_split.config import Aggregation, Dp
+from fl_split.aggregation import Combine, Update, check, check_scaling, combine
+from fl_split.config import Aggregation, Dp, Lora
 from fl_split.errors import ConfigError, RoundFailed
 
 logger = logging.getLogger(__name__)
@@ -54,8 +55,10 @@ class SplitStrategy(Strategy):
 
     Args:
         inner: What combines the shared arrays, from `flower_strategy`.
+        lora: The run's adapters.
         min_nodes: Nodes that must be there and finish each round.
         node_wait_s: Seconds to wait for them at the start of a round.
+        round_timeout: Seconds that Flower waits for replies, for messages.
         round_offset: Rounds finished before this start.
         on_round: Called with each finished round.
     """
@@ -64,27 +67,33 @@ class SplitStrategy(Strategy):
         self,
         inner: Strategy,
         *,
+        lora: Lora,
         min_nodes: int,
         node_wait_s: float,
+        round_timeout: float,
         round_offset: int,
         on_round: Callable[[FinishedRound], None],
     ) -> None:
-        self._inner, self._min_nodes, self._node_wait_s = inner, min_nodes, node_wait_s
-        self._round_offset, self._on_round = round_offset, on_round
+        self._inner, self._lora, self._min_nodes, self._node_wait_s = inner, lora, min_nodes, node_wait_s
+        self._round_timeout, self._round_offset, self._on_round = round_timeout, round_offset, on_round
+        self._asked: list[Metadata] = []  # of this round's messages; Flower gives them their ids in place
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask nodes for the round; Flower's strategies would wait for missing nodes without end."""
         deadline = time.monotonic() + self._node_wait_s
-        while (num_nodes := len(list(grid.get_node_ids()))) < self._min_nodes:
+        while len(nodes := list(grid.get_node_ids())) < self._min_nodes:
             if time.monotonic() > deadline:
                 raise RoundFailed(
-                    f"{num_nodes} of the {self._min_nodes} nodes that aggregation.min-nodes asks for came within "
-                    f"run.node-wait-s={self._node_wait_s:g}: start the missing nodes, or lower aggregation.min-nodes"
+                    f"{len(nodes)} of the {self._min_nodes} nodes that aggregation.min-nodes asks for came within "
+                    f"run.node-wait-s={self._node_wait_s:g}: start the missing nodes, or a run with fewer"
                 )
             time.sleep(0.5)
-        return self._inner.configure_train(server_round + self._round_offset, arrays, config, grid)
+        seen = cast(Grid, SimpleNamespace(get_node_ids=lambda: nodes))  # of those one may leave, and Flower would wait
+        messages = list(self._inner.configure_train(server_round + self._round_offset, arrays, config, seen))
+        self._asked = [message.metadata for message in messages]
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -99,17 +108,22 @@ class SplitStrategy(Strategy):
         number, replies = server_round + self._round_offset, list(replies)
         failed = [reply for reply in replies if reply.has_error()]
         done = [reply for reply in replies if not reply.has_error()]
+        missing = self._missing(replies)
         if len(done) < self._min_nodes:
-            reasons = "".join(f"\n  node {r.metadata.src_node_id}: {_last_line(r.error.reason)}" for r in failed)
+            reasons = "".join(f"\n  node {node}: {reason}" for node, reason in missing.items())
             raise RoundFailed(
                 f"round {number}: {len(done)} nodes finished, but aggregation.min-nodes is "
                 f"{self._min_nodes}; nothing of earlier rounds is lost, go on with run.resume=true{reasons}"
             )
+        for node, reason in missing.items():
+            logger.warning("round %d goes on without node %d: %s", number, node, reason)
         done.sort(key=_partition)  # replies come in any order, and sums round differently in another
         nodes = [_node_metrics(number, reply) for reply in done]
         _check_numbers(nodes)
-        if not isinstance(self._inner, ProductAveraging):
-            check(_updates(done), "mean")
+        updates = _updates(done)
+        check_scaling(updates, self._lora.alpha, self._lora.variant == "rslora")
+        if not isinstance(self._inner, ProductAveraging) and any(update.arrays for update in updates):
+            check(updates, "mean")
         arrays, metrics = self._inner.aggregate_train(number, done + failed)
         if arrays is None:
             raise RoundFailed(
@@ -120,6 +134,17 @@ class SplitStrategy(Strategy):
         state, epsilon = server_state(self._inner, list(shared)), privacy_spent(self._inner)
         self._on_round(FinishedRound(number, shared, nodes, state, epsilon))
         return ArrayRecord(shared), metrics
+
+    def _missing(self, replies: list[Message]) -> dict[int, str]:
+        """The nodes that were asked and have not finished, and why."""
+        asked = {metadata.message_id: metadata.dst_node_id for metadata in self._asked}
+        reasons = dict.fromkeys(asked.values(), f"did not answer within run.round-timeout={self._round_timeout:g}")
+        for reply in replies:  # one that Flower has made up for a node, such as "node unavailable", is not from it
+            node = asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+            reasons.pop(node, None)
+            if reply.has_error():
+                reasons[node] = _last_line(reply.error.reason)
+        return dict(sorted(reasons.items()))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

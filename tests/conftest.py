@@ -13,10 +13,15 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+from peft import PeftModel
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 from transformers.utils import logging as transformers_logging
 
-from fl_split import demo
+from fl_split import adapters, demo
+from fl_split.config import RunConfig
+from fl_split.runs import NodeFolder
+from fl_split.split import LocalTrunk, load_client, load_trunk
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
@@ -85,6 +90,23 @@ def jsonl(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+def trained_node(run: Path, number: int, base: Path, received: dict[str, Tensor], rank: int = 8) -> PeftModel:
+    """The split model of node `number` as it was after its last round, at whose start it `received` arrays."""
+    about = json.loads((run / "run.json").read_text())
+    config = RunConfig.from_flat(about["config"])
+    ends = config.split.bottom_layers, config.split.top_layers
+    trunk, labels = LocalTrunk(load_trunk(base, *ends)), config.data.label_names
+    client = load_client(base, *ends, trunk, surrogate="identity", labels=labels)
+    client.config.pad_token_id = 0
+    lora = config.lora.model_copy(update={"rank": rank})
+    model = adapters.attach(client, lora, train_bottom=True, seed=0)
+    saved = NodeFolder(run / "nodes" / str(number), about["run-id"]).load_before(config.num_server_rounds + 1)
+    assert saved is not None
+    adapters.load_adapter_state(model, saved.adapter)
+    adapters.add_residual(model, {name: value for name, value in received.items() if ".residual_" in name})
+    return model.eval()
+
+
 class InProcessGrid(Grid):
     """Flower without Ray and SuperLink: messages go straight to the ClientApp, errors become error replies."""
 
@@ -119,16 +141,19 @@ class InProcessGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = []
         for original in messages:
+            original.metadata.__dict__["_message_id"] = f"m{len(self.replies)}"  # in place, as Flower does
             message = copy.deepcopy(original)
-            message.metadata.__dict__["_message_id"] = f"m{len(self.replies)}"
             self.instructions.append(message)
-            try:
-                reply = self._app(message, self.contexts[message.metadata.dst_node_id])
-            except Exception as error:  # as Flower does
-                reply = Message(Error(2, f"{type(error)} {error}"), reply_to=message)
             ids.append(message.metadata.message_id)
-            self.replies[ids[-1]] = reply
+            self.replies[ids[-1]] = self.answer(message)
         return ids
+
+    def answer(self, message: Message) -> Message:
+        """What comes back for a message: the ClientApp's reply, or its error."""
+        try:
+            return self._app(message, self.contexts[message.metadata.dst_node_id])
+        except Exception as error:  # as Flower does
+            return Message(Error(2, f"{type(error)} {error}"), reply_to=message)
 
     def pull_messages(self, message_ids: Sequence[str]) -> list[Message]:
         return [self.replies[i] for i in message_ids]

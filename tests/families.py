@@ -132,6 +132,7 @@ DECODERS = [
     Family("helium", {"head_dim": 8}),
     Family("ministral", {"head_dim": 8}),
     Family("diffllama"),
+    Family("modernbert-decoder", {"local_attention": 4, "global_attn_every_n_layers": 2}),
 ]
 
 _DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 16}

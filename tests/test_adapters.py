@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from fl_split import adapters
 from fl_split.config import Aggregation, Lora
 from fl_split.errors import ConfigError, NodeStateError
+from fl_split.node import _base_quality
 from fl_split.split import LocalTrunk, load_client, load_trunk
 
 
@@ -122,6 +123,26 @@ def test_shared_state_holds_the_named_part_only(
     shared = adapters.shared_state(model, Aggregation.model_validate({"share": share}))
     assert {int(name.split(".layers.")[1].split(".")[0]) for name in shared} == layers
     assert all(".lora_A." in name or ".lora_B." in name for name in shared)
+
+
+@pytest.mark.parametrize(("tensors", "expected"), [("a-only", ".lora_A."), ("b-only", ".lora_B.")])
+def test_one_factor_shared_is_that_factor_and_nothing_else_that_a_variant_has(
+    checkpoint: Callable[[str], Path], tensors: str, expected: str
+) -> None:
+    model = client_with_adapter(checkpoint("llama"), Lora(variant="dora"))
+    shared = adapters.shared_state(model, Aggregation.model_validate({"share": "both", "tensors": tensors}))
+    assert shared and all(expected in name for name in shared)
+
+
+def test_what_is_frozen_stays_so_when_the_base_is_measured(checkpoint: Callable[[str], Path]) -> None:
+    model = client_with_adapter(checkpoint("llama"))
+    residual = {n.replace(".lora_", ".residual_"): value for n, value in adapters.adapter_state(model).items()}
+    adapters.add_residual(model, residual)
+    adapters.freeze_a(model, "top")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and not any(".residual." in name for name in trained)
+    _base_quality(model, lambda: {"loss": 0.0})
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
 
 
 def test_without_a_surrogate_the_bottom_has_no_adapter(checkpoint: Callable[[str], Path]) -> None:

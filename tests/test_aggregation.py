@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fl_split.aggregation import Combine, Update, combine, take, truncate
+from fl_split.aggregation import Combine, Update, check_scaling, combine, moved, take, truncate
 from fl_split.errors import AggregationError
 
 A, B = "m.lora_A.weight", "m.lora_B.weight"
@@ -157,6 +157,27 @@ def test_other_arrays_are_averaged_by_weight() -> None:
 def test_updates_that_do_not_belong_together_are_refused(updates: list[Update], how: Combine, message: str) -> None:
     with pytest.raises(AggregationError, match=message):
         combine(updates, how)
+
+
+def test_an_update_of_nothing_moves_by_a_hair_and_any_other_stays_as_it_is() -> None:
+    old = update(0).arrays
+    new = {name: value.clone() for name, value in old.items()}
+    norm = sum(float((moved(new, old)[n] - old[n]).square().sum()) for n in old) ** 0.5
+    assert 0 < norm < 1e-5 and all(torch.equal(new[n], old[n]) for n in old)
+    assert moved({A: torch.zeros(2, 2)}, {A: torch.zeros(2, 2)})[A].norm() > 0
+    new[B][0, 0] += 1
+    assert all(torch.equal(value, new[n]) for n, value in moved(new, old).items())
+    assert moved({}, {}) == {}
+
+
+def test_scaling_must_be_what_alpha_and_the_rank_make() -> None:
+    check_scaling([update(0, rank=2, scaling=8.0), update(1, rank=4, scaling=4.0)], 16.0, by_root=False)
+    check_scaling([update(0, rank=4, scaling=8.0)], 16.0, by_root=True)
+    check_scaling([Update({"score.weight": torch.ones(2, 3)}, 1.0, 7.0)], 16.0, by_root=False)
+    half = {"a-only": {A: update(0).arrays[A]}, "b-only": {B: update(0).arrays[B]}, "both": update(0).arrays}
+    for arrays in half.values():
+        with pytest.raises(AggregationError, match=r"clinic says that alpha/rank is 4, but lora\.alpha=16 .*rank 2"):
+            check_scaling([update(1, scaling=8.0), Update(arrays, 1.0, 4.0, "clinic")], 16.0, by_root=False)
 
 
 def test_only_ranks_may_differ() -> None:

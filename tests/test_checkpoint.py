@@ -13,6 +13,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 
 from fl_split.checkpoint import INDEX, node_needs, resolve_model, trunk_needs, weights_digest
+from fl_split.config import NodeConfig, RunConfig
+from fl_split.doctor import diagnose
 from fl_split.errors import ConfigError, SplitError
 from fl_split.split import LocalTrunk, load_client, load_trunk
 
@@ -94,6 +96,17 @@ def test_whole_checkpoint_is_fetched_for_those_who_need_it_and_where_it_is_one_f
     assert layers_in(resolve_model("owner/model", "")) == layers_in(repo)
     hub(tmp_path / "once", tmp_path / "single")
     assert layers_in(resolve_model("owner/model", "", trunk_needs(1, 2))) == layers_in(repo)
+
+
+def test_doctor_fetches_what_the_node_needs_and_no_more(tmp_path: Path, hub: Hub) -> None:
+    repo = in_shards(next(f for f in DECODERS if f.name == "llama"), tmp_path)
+    hub(repo, tmp_path / "node")
+    keys = {"model.name": "owner/model", "split.bottom-layers": 1, "surrogate.layers": 1, "run.dir": str(tmp_path)}
+    model = next(check for check in diagnose(RunConfig.from_flat(keys), NodeConfig()) if check.name == "model")
+    assert model.status == "pass", model.text
+    hub(repo, tmp_path / "needed")
+    needed = layers_in(resolve_model("owner/model", "", node_needs(1, 2, "blocks", 1)))
+    assert layers_in(tmp_path / "node") == needed < layers_in(repo)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import InProcessGrid
+from conftest import InProcessGrid, trained_node
 from families import CLASSIFIERS, DECODERS, LABELS, Family
 from flwr.app import Context, RecordDict
 from peft import PeftModel
@@ -238,3 +238,42 @@ def test_classifier_federation_keeps_heads_private_exports_and_resumes_them(
     resumed = load_file(tmp_path / "runs/cut/nodes/0/adapter/adapter_model.safetensors")
     whole = load_file(adapter / "adapter_model.safetensors")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("combine", ["svd", "stack", "exact"])
+def test_classifier_takes_combined_products_and_its_export_has_head_and_all(
+    run: Callable[..., InProcessGrid], tmp_path: Path, demo_model: Path, combine: str
+) -> None:
+    grid = run("x", **{"aggregation.share": "top", "aggregation.combine": combine, "surrogate.kind": "identity"})
+    received = grid.instructions[2].content["arrays"].to_torch_state_dict()
+    assert any(".residual_" in name for name in received) == (combine != "svd")
+    full = AutoModelForSequenceClassification.from_pretrained(demo_model, num_labels=3, pad_token_id=0)
+    model = PeftModel.from_pretrained(full, tmp_path / "runs/x/nodes/0/adapter").eval()
+    ids = AutoTokenizer.from_pretrained(demo_model)("Anna has measles on the skin.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = trained_node(tmp_path / "runs/x", 0, demo_model, received)(input_ids=ids).logits
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
+    assert expected.argmax() == 2
+
+
+def test_encoder_goes_through_the_app_and_its_export_equals_the_split_model(
+    run: Callable[..., InProcessGrid], tmp_path: Path, demo_model: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    bert = tmp_path / "bert"
+    Family("bert", sizes, classifier=True).save(bert)
+    tokenizer.save_pretrained(bert)
+    split = {"model.name": str(bert), "split.bottom-layers": 1, "surrogate.layers": 1, "data.max-length": 32}
+    run("x", **split, **{"aggregation.share": "top", "train.bottom-lr": 1e-3, "train.top-lr": 1e-3})
+    entries = [json.loads(line) for line in (tmp_path / "runs/x/metrics.jsonl").read_text().splitlines()]
+    first, last = (entry for entry in entries if entry.get("partition-id") == 0)
+    assert last["heldout-loss-after"] < first["heldout-loss-base"] - 0.1
+    model = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3), tmp_path / "runs/x/nodes/0/adapter"
+    ).eval()
+    batch = tokenizer(["Anna has gout in the joint.", "Anna has asthma."], return_tensors="pt", padding=True)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = trained_node(tmp_path / "runs/x", 0, bert, {})(**inputs).logits
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=1e-5)

@@ -177,7 +177,14 @@ def test_long_examples_are_cut_and_prompts_without_room_skipped(
     ("content", "message"),
     [
         (f'{{"question": "{SECRET}", "answer": ', r"0 usable .* found 1 malformed \(bad\.jsonl line 1\)"),
-        (json.dumps({"prompt": SECRET, "answer": SECRET}), r"no column data\.prompt='question': it has answer, prompt"),
+        (
+            json.dumps({"prompt": SECRET, "answer": SECRET}),
+            r"no column data\.prompt='question': its first row has 2 others, which",
+        ),
+        (
+            json.dumps({SECRET: 1, "answer": "x"}),
+            r"no column data\.prompt='question': its first row has 2 others, which",
+        ),
         (json.dumps({"question": SECRET, "answer": SECRET}), "1 usable examples of 1 rows"),
         (json.dumps({"question": [SECRET], "answer": 3}), "0 usable examples of 1 rows"),
     ],

@@ -202,6 +202,16 @@ def test_a_csv_without_a_header_does_not_give_its_first_row_away(load: Load, tmp
     assert SECRET not in str(error.value)
 
 
+def test_malformed_rows_of_what_is_dealt_out_are_counted_and_skipped_by_node_0(load: Load, tmp_path: Path) -> None:
+    path = tmp_path / "notes.jsonl"
+    good = [json.dumps({**row, "clinic": "ab"[i % 2]}) for i, row in enumerate(rows(12))]
+    path.write_text("\n".join([*good[:5], f'{{"{SECRET}', *good[5:]]))
+    by_column = {"partitioner": "column", "partition-by": "clinic"}
+    first, second = (load(path, NodeConfig(partition_id=i, num_partitions=2), **by_column) for i in (0, 1))
+    assert first.report.places == {"malformed": ["notes.jsonl line 6"]} and not second.report.places
+    assert len(everything(first)) == len(everything(second)) == 6
+
+
 def test_damaged_parquet_is_named_and_not_quoted(load: Load, tmp_path: Path) -> None:
     path = tmp_path / "notes.parquet"
     path.write_text(SECRET)

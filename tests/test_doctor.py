@@ -45,10 +45,11 @@ def test_bad_rows_and_cut_examples_are_warned_of(jsonl: Callable[..., Path], tmp
 
 
 def test_what_a_run_would_fail_for_fails_here(jsonl: Callable[..., Path], tmp_path: Path, demo_model: Path) -> None:
-    path = jsonl([{"note": SECRET}] * 3)
+    path = jsonl([{"note": SECRET, "ill": 1}] * 3)
     base = {"run.dir": str(tmp_path), "data.path": str(path), "trunk.timeout-s": 0.5}
     found = statuses(RunConfig.from_flat({**base, "trunk.address": "127.0.0.1:1"}))
     assert found["data"][0] == found["trunk"][0] == "fail"
+    assert found["data"][1].endswith("others, which 'fl-split doctor' names on the node: ill, note")
     assert "no column data.prompt='question'" in found["data"][1]
     assert "no trunk answers at 127.0.0.1:1" in found["trunk"][1]
     assert SECRET not in str(found)

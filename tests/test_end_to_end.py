@@ -158,6 +158,15 @@ def test_impossible_split_is_refused_before_anything_starts(run: Run) -> None:
         run(**{"split.bottom-layers": 6})
 
 
+def test_wrong_version_is_said_when_a_run_starts(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fl_split.doctor.requires", lambda name: ["torch>=999"])
+    with pytest.raises(RoundFailed):
+        run(nodes=0, **{"run.node-wait-s": 0.0})
+    assert "versions: torch>=999 is wanted" in caplog.text
+
+
 def test_missing_trunk_is_an_error_that_says_what_to_do(run: Run) -> None:
     with pytest.raises(RoundFailed, match=r"no trunk answers at 127\.0\.0\.1:9 .*fl-split trunk serve"):
         run(**{"trunk.address": "127.0.0.1:9", "trunk.timeout-s": 0.3})

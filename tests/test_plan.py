@@ -24,7 +24,7 @@ from fl_split.plan import (
     rows_of,
     splits,
 )
-from fl_split.split import load_client, load_trunk
+from fl_split.split import checkpoint_activations, load_client, load_trunk
 
 BATCH, LENGTH = 3, 40
 FAMILIES = ("llama", "qwen2", "gpt2", "mistral")
@@ -81,6 +81,40 @@ def test_bytes_weights_and_activations_are_those_of_a_real_step(checkpoint: Call
     assert abs(plan.node.activations - real) / real < 0.1
     model(input_ids=ids)  # full length: what the plan counts
     assert (trunk.sent, trunk.received) == (plan.request_bytes, plan.reply_bytes)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_activation_checkpointing_keeps_layer_inputs_and_one_layer_at_a_time(
+    checkpoint: Callable[[str], Path], family: str
+) -> None:
+    folder, again = checkpoint(family), {"train.activation-checkpointing": True}
+    config = AutoConfig.from_pretrained(folder)
+    plain, plan = (make_plan(config, run_config(**keys)).node.activations for keys in ({}, again))
+    client = load_client(folder, 2, 2, Echo("bfloat16"), surrogate="blocks", surrogate_layers=1)
+    checkpoint_activations(client)
+    model = adapters.attach(client, run_config().lora, train_bottom=True, seed=0).train()
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Any] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:  # not called within a layer that is to be computed again
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    ids = torch.randint(99, (BATCH, LENGTH))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logits = model(input_ids=ids, labels=ids).logits
+    outside = sum(storage.nbytes() for storage in kept.values()) + 8 * logits.numel()
+    inputs = 5 * BATCH * LENGTH * config.hidden_size * 4
+    one_layer = (plain - outside) / 5
+    assert abs(plan - outside - inputs - one_layer) / plan < 0.1
+    assert plan < 0.7 * plain
+    waiting = [
+        make_plan(config, run_config(**keys, **{"train.accumulation": 2, "trunk.in-flight": 2})).node.activations
+        for keys in ({}, again)
+    ]
+    assert plan < waiting[1] < plan + 0.5 * (waiting[0] - plain)
 
 
 @pytest.mark.parametrize(("dtype", "exact"), [("float32", True), ("bfloat16", True), ("int8", False)])

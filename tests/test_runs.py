@@ -1,6 +1,7 @@
 """What is on disk: complete or not there, and found again."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,20 @@ def test_text_is_replaced_whole(tmp_path: Path) -> None:
         write_atomic(tmp_path / "f", text)
     assert (tmp_path / "f").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders cannot be synced")
+def test_files_and_the_folders_that_name_them_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("os.fsync", lambda fd: synced.append(Path(os.readlink(f"/proc/self/fd/{fd}"))))
+    write_atomic(tmp_path / "f", "one")
+    assert synced[0].parent == synced[1] == tmp_path
+    synced.clear()
+    Rounds(tmp_path / "rounds").save(1, {"x": tensors(1)}, keep=2)
+    assert synced[0].name == "x.safetensors" and synced[1] == synced[0].parent
+    assert synced[2:] == [tmp_path / "rounds", tmp_path]
+    RunFolder.open(config(tmp_path), VERSIONS).finish_round(1, [{"round": 1}], tensors(1))
+    assert {tmp_path / "mine", tmp_path / "mine" / "checkpoints"} <= set(synced)
 
 
 def test_only_the_newest_rounds_are_kept(tmp_path: Path) -> None:
@@ -101,10 +116,21 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
         RunFolder.open(config(tmp_path), VERSIONS)
 
 
-def test_resume_with_another_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lora.rank", 4, r"lora\.rank was 8 and is 4"),
+        ("aggregation.min-nodes", 1, r"aggregation\.min-nodes was 2 and is 1"),
+        ("trunk.wire-dtype", "int8", r"trunk\.wire-dtype was 'bfloat16' and is 'int8'"),
+    ],
+)
+def test_resume_with_another_configuration_is_refused_key_by_key(
+    tmp_path: Path, key: str, value: object, message: str
+) -> None:
     RunFolder.open(config(tmp_path), VERSIONS)
-    with pytest.raises(NodeStateError, match=r"lora\.rank was 8 and is 4"):
-        RunFolder.open(config(tmp_path, **{"run.resume": True, "lora.rank": 4}), VERSIONS)
+    with pytest.raises(NodeStateError, match=message):
+        RunFolder.open(config(tmp_path, **{"run.resume": True, key: value}), VERSIONS)
+    RunFolder.open(config(tmp_path, **{"run.resume": True, "trunk.timeout-s": 9.0}), VERSIONS)
 
 
 def test_a_run_without_a_name_gets_one(tmp_path: Path) -> None:

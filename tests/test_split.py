@@ -106,6 +106,10 @@ def test_boundaries_without_a_trunk_are_refused_with_the_arithmetic() -> None:
         Boundaries.of(anatomy, 0, 2)
 
 
+SMALL = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "num_key_value_heads": 2}
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
@@ -113,8 +117,18 @@ def test_boundaries_without_a_trunk_are_refused_with_the_arithmetic() -> None:
         (AutoConfig.for_model("clip"), "clip"),
         (AlbertConfig(hidden_size=32, num_attention_heads=4, vocab_size=99), "albert .* no list of 12 separate layers"),
         (AutoConfig.for_model("xlm", n_layers=2, emb_dim=32, n_words=99), "xlm .* does not work with layers left out"),
+        (
+            AutoConfig.for_model("longformer", num_hidden_layers=2, attention_window=4, **SMALL),
+            "longformer .* left out",
+        ),
+        (AutoConfig.for_model("falcon_h1", num_hidden_layers=2, **MAMBA, **SMALL), "falcon_h1 .* left out"),
+        (AutoConfig.for_model("bart"), "bart has an encoder and a decoder"),
+        (AutoConfig.for_model("whisper"), "whisper has an encoder and a decoder"),
+        (AutoConfig.for_model("gemma3"), "gemma3 is a multimodal model"),
+        (AutoConfig.for_model("llama4"), "llama4 is a multimodal model"),
         (Gemma3nTextConfig(), "gemma3n_text shares keys and values"),
     ],
+    ids=lambda value: getattr(value, "model_type", ""),
 )
 def test_models_that_cannot_be_split_are_refused_by_name(config: PretrainedConfig, reason: str) -> None:
     with pytest.raises(SplitError, match=reason):
