@@ -48,7 +48,8 @@ SHORTEST = {"train.steps": 2, "train.batch-size": 2, "data.max-length": 32}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--rounds", type=int, default=4, help="of deployment and simulations; the first is not timed")
+    parser.add_argument("--rounds", type=int, default=6, help="of the deployment; the first is not timed")
+    parser.add_argument("--simulated-rounds", type=int, default=4, help="of the simulations; the first is not timed")
     parser.add_argument("--nodes", type=int, default=2, help="of the deployment")
     parser.add_argument("--simulated", type=int, nargs="+", default=[2, 10, 50], help="nodes of the simulations")
     parser.add_argument(
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here, added to those in it")
     options = parser.parse_args()
     if options.quick:
-        options.rounds, options.simulated, options.model_mb = 2, [2, 4], 20
+        options.rounds, options.simulated_rounds, options.simulated, options.model_mb = 2, 2, [2, 4], 20
         options.only = [part for part in options.only if part != "kills"]
     for part in options.only:
         started = time.monotonic()
@@ -82,7 +83,7 @@ def measure(part: str, options: argparse.Namespace) -> dict[str, Any]:
             figures |= measure_deployment(options.nodes, options.rounds, warm)
         return figures | {"round-overhead-s/deployment": figures["round-overhead-s/deployment/warm"]}
     if part == "simulation":
-        return measure_simulation(options.simulated, options.rounds, options.model_mb)
+        return measure_simulation(options.simulated, options.simulated_rounds, options.model_mb)
     return measure_kills(options.seeds)
 
 
@@ -104,8 +105,10 @@ def measure_deployment(num_nodes: int, rounds: int, warm: bool) -> dict[str, Any
     cpu = [life["cpu-s"] for life in lives.values() if life["cpu-s"] > 0.5]
     wall = [life["wall-s"] for life in lives.values() if life["cpu-s"] > 0.5]
     name = f"deployment/{kind}"
+    overheads = [ends[r] - ends[r - 1] - training[r] for r in ends if r - 1 in ends]  # the first also starts the run
     return {
-        f"round-overhead-s/{name}": median_overhead(ends, training),
+        f"round-overhead-s/{name}": statistics.median(overheads),
+        f"round-overhead-s-spread/{name}": max(overheads) - min(overheads),
         f"training-s/{name}": statistics.median(training.values()),
         f"client-app-cpu-s/{name}": statistics.median(cpu),
         f"client-app-wall-s/{name}": statistics.median(wall),
@@ -134,11 +137,6 @@ def slowest_training(run: Path) -> dict[int, float]:
         if "train-s" in entry:
             found[entry["round"]] = max(found.get(entry["round"], 0.0), entry["train-s"])
     return found
-
-
-def median_overhead(ends: dict[int, float], training: dict[int, float]) -> float:
-    """Over all rounds but the first, which also starts the run."""
-    return statistics.median(ends[r] - ends[r - 1] - training[r] for r in ends if r - 1 in ends)
 
 
 @contextmanager
@@ -217,9 +215,12 @@ def measure_simulation(numbers: list[int], rounds: int, model_mb: int) -> dict[s
     with tempfile.TemporaryDirectory() as scratch:
         model = make_model(Path(scratch) / "model", model_mb) if model_mb else "demo"
         for nodes in numbers:
-            seconds, overhead, memory[nodes] = simulate(Path(scratch) / str(nodes), nodes, rounds, model)
-            figures[f"round-s/simulation/{nodes}-nodes"] = seconds
-            figures[f"round-overhead-s/simulation/{nodes}-nodes"] = overhead
+            seconds, training, memory[nodes] = simulate(Path(scratch) / str(nodes), nodes, rounds, model)
+            overheads = [a - b for a, b in zip(seconds, training, strict=True)]
+            figures[f"round-s/simulation/{nodes}-nodes"] = statistics.median(seconds)
+            figures[f"round-overhead-s/simulation/{nodes}-nodes"] = statistics.median(overheads)
+            figures[f"round-overhead-s-spread/simulation/{nodes}-nodes"] = max(overheads) - min(overheads)
+            figures[f"load-average/simulation/{nodes}-nodes"] = os.getloadavg()[0]
             figures[f"memory-mb/simulation/{nodes}-nodes"] = memory[nodes]
     few, many = min(numbers), max(numbers)
     figures["round-overhead-s/simulation"] = figures[f"round-overhead-s/simulation/{few}-nodes"]
@@ -246,8 +247,8 @@ def make_model(folder: Path, megabytes: int) -> str:
     return str(folder)
 
 
-def simulate(folder: Path, nodes: int, rounds: int, model: str) -> tuple[float, float, float]:
-    """Seconds of a round, of that beyond training (all nodes' one after another, per actor), and peak memory in MB."""
+def simulate(folder: Path, nodes: int, rounds: int, model: str) -> tuple[list[float], list[float], float]:
+    """Seconds of each round but the first, of all nodes' training in it per actor, and peak memory in MB."""
     folder.mkdir()
     (port,) = free_ports(1)
     (folder / "config.toml").write_text(
@@ -309,13 +310,14 @@ def simulate(folder: Path, nodes: int, rounds: int, model: str) -> tuple[float, 
         _, alive = psutil.wait_procs([*below, psutil.Process(superlink.pid)], timeout=20)
         for process in alive:
             process.kill()
-    rounds_s = statistics.median(ends[r] - ends[r - 1] for r in ends if r - 1 in ends)
     training = total_training(folder / "runs" / "x")
     actors = min(nodes, os.cpu_count() or 1)
-    return rounds_s, rounds_s - statistics.median(training.values()) / actors, peak[0]
+    timed = [r for r in ends if r - 1 in ends]
+    return [ends[r] - ends[r - 1] for r in timed], [training[r] / actors for r in timed], peak[0]
 
 
 def total_training(run: Path) -> dict[int, float]:
+    """Of each round, `train-s` of all nodes together."""
     found: dict[int, float] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)

@@ -1,4 +1,4 @@
-"""Every benchmark script starts, prints its table and writes its figures; FL_SPLIT_BENCH names the folder for --bench."""
+"""Every benchmark script starts and writes its figures; the folder for --bench is what FL_SPLIT_BENCH names."""
 
 import json
 import os
