@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BENCH = os.environ.get("FL_SPLIT_BENCH", "")
+BENCH = os.path.abspath(os.environ["FL_SPLIT_BENCH"]) if os.environ.get("FL_SPLIT_BENCH") else ""
 needs_bench = pytest.mark.skipif(not BENCH, reason="FL_SPLIT_BENCH is not set: see benchmarks/README.md for the folder")
 CASES = {  # script: (arguments, a figure that it writes)
     "bench_bottom": (["--bench", BENCH, "--jobs", "1", "--work", "{tmp}"], "gap-closed/matched-2"),
