@@ -14,7 +14,7 @@ PACKAGES = ("torch", "transformers", "peft")
 
 
 def about(seed: int | str, *more_packages: str) -> dict[str, Any]:
-    """Versions, machine, seed and commit, flat; a ``+`` after the commit: code was changed since."""
+    """Versions, machine, seed and commit, flat, as they are when a run begins; ``+``: code differs from the commit."""
     return {
         **{name: version(name) for name in (*PACKAGES, *more_packages)},
         "python": platform.python_version(),

@@ -94,6 +94,7 @@ def main() -> None:
         parser.error(f"--bench {options.bench} is not a folder")
     if options.quick:
         options.rounds, options.steps = 2, 3
+    block = about(0)
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -138,7 +139,6 @@ def main() -> None:
             figures[f"accuracy-minus-whole/{kind}"] = figures[f"accuracy/{kind}"] - figures["accuracy/whole"]
             line += f"{figures[f'accuracy-minus-whole/{kind}']:+.3f}"
         print(f"{line:50}  {time.monotonic() - started:7.0f}", flush=True)
-    block = about(0)
     print(block)
     write(options.json, figures | block)
 

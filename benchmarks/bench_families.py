@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the first eight families only")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    block = about(0)
     count = Count(8 if options.quick else None)
     arguments = ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
     ended = pytest.main([*arguments, str(ROOT / "tests" / "test_families.py")], plugins=[count])
@@ -61,7 +62,6 @@ def main() -> None:
         "model-types-exact": len(types - inexact),
         "model-types-tested": len(types),
     }
-    block = about(0)
     for name, value in figures.items():
         print(f"{name:20} {value}")
     print(block)

@@ -261,6 +261,7 @@ def main() -> None:
         options.rounds, options.steps, options.modes = 2, 2, ["local", "both", "mixed-svd"]
         options.institutions, options.rates, options.seeds = options.institutions[:2], [8e-3], 1
 
+    block = about(" ".join(map(str, range(options.seeds))))
     bench = options.bench.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
     setting = Setting(
@@ -279,7 +280,6 @@ def main() -> None:
         f"\n{options.rounds} rounds of {options.steps} steps of 8 x 96 tokens, split 2 + 8 + 2, {options.seeds} seeds"
     )
     show(figures, modes, options.institutions)
-    block = about(f"0 to {options.seeds - 1}")
     print(block)
     write(options.json, figures | block)
 

@@ -218,6 +218,7 @@ def main() -> None:
         print(json.dumps(PARTIES[options.party](options.folder, options.address)))
         return
     layers, vocab_size, repeats = (8, 4000, 1) if options.quick else (24, 32000, options.repeats)
+    block = about(0) | {"repeats": repeats}
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         size = generate(Path(folder), layers, vocab_size)
         figures = summarize([measure(Path(folder)) for _ in range(repeats)], Path(folder), size)
@@ -227,7 +228,6 @@ def main() -> None:
     )
     for name, value in figures.items():
         print(f"{name:36} {value / 1e6:10.1f} MB" if name.endswith("-bytes") else f"{name:36} {value:10.3f}")
-    block = about(0) | {"repeats": repeats}
     print(f"medians of {repeats}; {block}")
     write(options.json, figures | block)
 

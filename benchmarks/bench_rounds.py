@@ -63,14 +63,13 @@ def main() -> None:
         options.rounds, options.simulated_rounds, options.simulated, options.model_mb = 2, 2, [2, 4], 20
         options.only = [part for part in options.only if part != "kills"]
     for part in options.only:
-        started = time.monotonic()
+        started, block = time.monotonic(), about(0, "flwr", "ray")
         figures = measure(part, options)
         print(f"\n{part} ({time.monotonic() - started:.0f} s)")
         for name, value in figures.items():
             print(f"  {name:44} {value:.4g}" if isinstance(value, float) else f"  {name:44} {value}", flush=True)
-        block = about(0, "flwr", "ray")
         write(options.json, figures | block | {f"commit/{part}": block["commit"]}, keep=True)
-    print(about(0, "flwr", "ray"))
+        print(f"  {block}", flush=True)
 
 
 def measure(part: str, options: argparse.Namespace) -> dict[str, Any]:
