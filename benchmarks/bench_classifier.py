@@ -1,6 +1,6 @@
 """Does a classifier federation whose nodes hold two ends reach what the same federation reaches with whole models?
 
-    python benchmarks/bench_classifier.py --bench DIR [--quick] [--json FILE] [--rounds N] [--steps N]
+    python benchmarks/bench_classifier.py --bench DIR [--quick] [--json FILE] [--rounds N] [--steps N] [--kinds ...]
 
 DIR holds a model folder (the only one with a config.json) and ``medquad/<institution>.jsonl`` with `answer` and
 `topic`. Each institution is a node that learns to tell the topic of an answer; after each round the top's adapters are
@@ -10,25 +10,26 @@ The trunk runs in this process in float32, so that `exact` and `whole` differ by
 
 import argparse
 import json
-import platform
 import statistics
-from importlib.metadata import version
+import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import torch
+from about import about, write
 from peft import PeftModel
-from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fl_split import adapters, classification, data, train
+from fl_split.aggregation import Update, combine
 from fl_split.anatomy import examine
-from fl_split.config import Data, Lora, NodeConfig, Train
+from fl_split.config import Aggregation, Data, Lora, NodeConfig, Train
 from fl_split.split import Boundaries, LocalTrunk, load_client, load_trunk
 
 BOTTOM, TOP, BATCH, MAX_LENGTH = 2, 2, 8, 96
-KINDS = ("whole", "exact", "blocks", "identity", "none")
+KINDS = ("whole", "exact", "blocks", "identity", "none")  # the same model unsplit, and split with each surrogate
 
 
 def topics(files: list[Path]) -> list[str]:
@@ -52,17 +53,11 @@ def make(kind: str, folder: Path, labels: list[str], trunk: LocalTrunk) -> PeftM
     return adapters.attach(client, Lora(), train_bottom=kind != "none", seed=0)
 
 
-def average(states: list[dict[str, Tensor]], weights: list[int]) -> dict[str, Tensor]:
-    return {
-        name: sum(state[name] * (w / sum(weights)) for state, w in zip(states, weights, strict=True))
-        for name in states[0]
-    }
-
-
 def federate(
     models: list[PeftModel], nodes: list[data.Examples], tokenizer: object, config: Train, rounds: int
 ) -> list[classification.Scores]:
-    """FedAvg of the tops; returns the scores of each node."""
+    """FedAvg of the tops, by the nodes' numbers of texts; returns the scores of each node."""
+    how = Aggregation(share="top")
     optimizers = [train.make_optimizer(model, config) for model in models]
     batches = [data.training_batches(node.train, tokenizer, BATCH, 0, 0) for node in nodes]
     for number in range(rounds):
@@ -71,8 +66,11 @@ def federate(
             train.train_round(
                 model, optimizer, part, config, first_step=number * config.steps, total_steps=rounds * config.steps
             )
-        tops = [adapters.shared_state(model, "top") for model in models]
-        shared = average(tops, [len(node.train) for node in nodes])
+        updates = [
+            Update(adapters.shared_state(model, how), len(node.train), adapters.scaling_of(model))
+            for model, node in zip(models, nodes, strict=True)
+        ]
+        shared = combine(updates, how.combine)
         for model in models:
             adapters.load_adapter_state(model, shared)
     return [
@@ -86,7 +84,8 @@ def main() -> None:
     parser.add_argument("--bench", type=Path, required=True)
     parser.add_argument("--institutions", nargs="+", default=["niddk", "seniorhealth"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=50, help="per round")
+    parser.add_argument("--steps", type=int, default=30, help="per round")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["whole", "exact", "blocks", "none"])
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--quick", action="store_true", help="few steps: the shape of the table, not its numbers")
     parser.add_argument("--json", type=Path)
@@ -95,6 +94,7 @@ def main() -> None:
         parser.error(f"--bench {options.bench} is not a folder")
     if options.quick:
         options.rounds, options.steps = 2, 3
+    block = about(0)
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -108,6 +108,8 @@ def main() -> None:
         data.load_examples(Data.model_validate({"path": str(file), **keys}), NodeConfig(), tokenizer, 0)
         for file in files
     ]
+    if options.quick:
+        nodes = [replace(node, heldout=node.heldout[:32]) for node in nodes]
     config = Train.model_validate(
         {"steps": options.steps, "bottom-lr": options.rate, "top-lr": options.rate, "scheduler": "linear"}
     )
@@ -117,26 +119,28 @@ def main() -> None:
         f"{len(labels)} topics, {sizes} texts, "
         f"{options.rounds} rounds of {options.steps} steps of {BATCH} x {MAX_LENGTH} tokens, rate {options.rate:g}"
     )
+    figures: dict[str, float] = {}
     for name, node in zip(options.institutions, nodes, strict=True):
         classes = [example["labels"] for example in node.heldout]
-        commonest = classes.count(statistics.mode(classes)) / len(classes)
-        print(f"always the commonest topic of {name}: accuracy {commonest:.3f}")
-    figures: dict[str, float] = {}
-    print("kind       loss    accuracy  macro-F1")
-    for kind in KINDS:
+        figures[f"accuracy-commonest/{name}"] = classes.count(statistics.mode(classes)) / len(classes)
+        print(f"always the commonest topic of {name}: accuracy {figures[f'accuracy-commonest/{name}']:.3f}")
+    print("kind       loss    accuracy  macro-F1  accuracy - whole's  seconds")
+    for kind in options.kinds:
+        started = time.monotonic()
         models = [make(kind, folder, labels, trunk) for _ in nodes]
         scores = federate(models, nodes, tokenizer, config, options.rounds)
-        row = {
-            "loss": statistics.mean(s.loss for s in scores),
-            "accuracy": statistics.mean(s.accuracy for s in scores),
-            "macro-f1": statistics.mean(s.macro_f1 for s in scores),
-        }
-        figures |= {f"{name}/{kind}": value for name, value in row.items()}
-        print(f"{kind:9}  {row['loss']:.4f}  {row['accuracy']:.3f}     {row['macro-f1']:.3f}", flush=True)
-    packages = ("torch", "transformers", "peft")
-    print({p: version(p) for p in packages} | {"python": platform.python_version(), "machine": platform.machine()})
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
+        for key, name in (("loss", "loss"), ("accuracy", "accuracy"), ("macro-f1", "macro_f1")):
+            values = [getattr(score, name) for score in scores]
+            figures[f"{key}/{kind}"] = statistics.mean(values)
+            figures |= {f"{key}/{kind}/{n}": v for n, v in zip(options.institutions, values, strict=True)}
+        line = f"{kind:9}  {figures[f'loss/{kind}']:.4f}  {figures[f'accuracy/{kind}']:.3f}     "
+        line += f"{figures[f'macro-f1/{kind}']:.3f}     "
+        if "accuracy/whole" in figures:
+            figures[f"accuracy-minus-whole/{kind}"] = figures[f"accuracy/{kind}"] - figures["accuracy/whole"]
+            line += f"{figures[f'accuracy-minus-whole/{kind}']:+.3f}"
+        print(f"{line:50}  {time.monotonic() - started:7.0f}", flush=True)
+    print(block)
+    write(options.json, figures | block)
 
 
 if __name__ == "__main__":

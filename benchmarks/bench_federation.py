@@ -1,35 +1,76 @@
 """What does it bring an institution to share, in which way, and at what price in bytes?
 
-    python benchmarks/bench_federation.py --bench DIR [--quick] [--json FILE] [--modes local top svd ...]
+    python benchmarks/bench_federation.py --bench DIR [--quick] [--json FILE] [--work DIR] [--jobs N] [--modes ...]
 
 DIR holds a model folder (the only one with a config.json) and ``medquad/<institution>.jsonl``, one node each. Every
 mode trains the same nodes on the same batches for the same rounds, through the code of a node's round and a real trunk
 on loopback, without Flower's messages around it. Two losses on each node's own held-out examples: of its adapter as it
 has trained it, and of what it gets from the server after the last round, before it trains on.
 
-The mixed modes give nodes ranks 4, 8, 16, 8. ``mixed-ignored`` leaves alpha / rank out, as is often done.
+Each mode has its learning rate swept with seed 0 (least mean loss as trained), then runs at its own best rate with all
+seeds; a seed sets adapters, order and held-out examples. The mixed modes give nodes ranks 4, 8, 16, 8;
+``mixed-ignored`` leaves alpha / rank out, as is often done.
+
+Runs are kept in ``--work`` and not repeated, so that an interrupted benchmark goes on; empty it when code has changed.
 """
 
 import argparse
 import json
-import platform
+import os
 import statistics
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from about import about, write
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from fl_split.aggregation import Combine, Update, combine
-from fl_split.config import NodeConfig, RunConfig
+from fl_split.config import NodeConfig, RunConfig, Scalar
 from fl_split.node import Instructions, RoundResult, run_round
 from fl_split.trunk import server
 
 RANKS = (4, 8, 16, 8)
+RATES = (4e-3, 8e-3, 1.6e-2)
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs have in common."""
+
+    model: Path
+    files: tuple[Path, ...]  # of the institutions
+    rounds: int
+    steps: int  # per round
+    surrogate: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.rounds}x{self.steps}-{self.surrogate}-{'-'.join(file.stem for file in self.files)}"
+
+    def config(self, task: "Task", work: Path) -> RunConfig:
+        values: dict[str, Scalar] = {
+            "model.name": str(self.model),
+            "data.max-length": 96,
+            "data.holdout": 0.06,
+            "train.steps": self.steps,
+            "train.bottom-lr": task.rate,
+            "train.top-lr": task.rate,
+            "train.scheduler": "linear",
+            "train.seed": task.seed,
+            "surrogate.kind": self.surrogate,
+            "num-server-rounds": self.rounds,
+            "run.dir": str(work),
+            "run.name": task.mode,
+        }
+        return RunConfig.from_flat(values | dict(MODES[task.mode].changes))
 
 
 @dataclass(frozen=True)
@@ -56,56 +97,147 @@ MODES = {
 }
 
 
+@dataclass(frozen=True)
+class Task:
+    """One federation."""
+
+    mode: str
+    seed: int
+    rate: float
+
+    @property
+    def key(self) -> str:
+        return f"{self.mode} {self.seed} {self.rate:g}"
+
+
 def size(arrays: Mapping[str, Tensor]) -> int:
     return sum(value.nbytes for value in arrays.values())
 
 
-def federate(
-    name: str, mode: Mode, base: dict[str, str | int | float], files: list[Path], rounds: int, work: Path, address: str
-) -> dict[str, float]:
-    """Losses per institution and bytes per round of one mode."""
-    config = RunConfig.from_flat(
-        {**base, **mode.changes, "num-server-rounds": rounds, "run.dir": str(work), "run.name": name}
-    )
+def run(setting: Setting, task: Task) -> Figures:
+    """Train one federation from its start, in this process."""
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as work, server.embedded(server.hold_layers(setting.model, 2, 2)) as address:
+        return federate(setting, task, Path(work), address)
+
+
+def federate(setting: Setting, task: Task, work: Path, address: str) -> Figures:
+    """Losses per institution, and bytes per round."""
+    config, mode = setting.config(task, work), MODES[task.mode]
     how: Combine = config.aggregation.combine
     nodes = [
         NodeConfig(
             partition_id=i,
-            num_partitions=len(files),
+            num_partitions=len(setting.files),
             data_path=str(file),
             out_dir=str(work / str(i)),
             lora_rank=RANKS[i % len(RANKS)] if mode.mixed else 0,
         )
-        for i, file in enumerate(files)
+        for i, file in enumerate(setting.files)
     ]
     received: dict[str, Tensor] = {}
-    sent_bytes: list[int] = []
+    up: list[int] = []
+    down: list[int] = []
 
     def ask(config: RunConfig, node: NodeConfig, number: int) -> RoundResult:
         alpha_over_rank = config.lora.alpha / (node.lora_rank or config.lora.rank)
         blind = 1.0 if mode.scaled else alpha_over_rank  # undoes what the node divides by
         arrays = {n: x * blind if ".lora_B." in n else x for n, x in received.items()}
-        return run_round(config, node, arrays, Instructions(number, name, "benchmark", address))
+        return run_round(config, node, arrays, Instructions(number, task.mode, "benchmark", address))
 
-    for number in range(1, rounds + 1):
+    for number in range(1, setting.rounds + 1):
         results = [ask(config, node, number) for node in nodes]
-        up = sum(size(result.shared) for result in results)
+        up.append(sum(size(result.shared) for result in results))
         if results[0].shared:
             updates = [
                 Update(r.shared, r.metrics["num-examples"], r.scaling if mode.scaled else 1.0, f"node {i}")
                 for i, r in enumerate(results)
             ]
             received = combine(updates, how, received)
-        sent_bytes.append(up + len(nodes) * size(received))
+        down.append(len(nodes) * size(received))
+    figures = {"sent": statistics.mean(up) / len(nodes), "bytes": statistics.mean(map(sum, zip(up, down, strict=True)))}
     probe = config.model_copy(update={"train": config.train.model_copy(update={"steps": 1})})
-    figures = {f"bytes-per-round/{name}": statistics.mean(sent_bytes)}
-    for file, node, result in zip(files, nodes, results, strict=True):
-        figures[f"heldout-loss-base/{file.stem}"] = float(result.metrics["heldout-loss-base"])
-        figures[f"heldout-loss/{name}/{file.stem}"] = result.metrics["heldout-loss-after"]
+    for file, node, result in zip(setting.files, nodes, results, strict=True):
+        figures[f"base/{file.stem}"] = float(result.metrics["heldout-loss-base"])
+        figures[f"own/{file.stem}"] = result.metrics["heldout-loss-after"]
         if received:
-            metrics = ask(probe, node, rounds + 1).metrics
-            figures[f"heldout-loss-combined/{name}/{file.stem}"] = metrics["heldout-loss-before"]
+            figures[f"combined/{file.stem}"] = ask(probe, node, setting.rounds + 1).metrics["heldout-loss-before"]
     return figures
+
+
+class Runs:
+    """Federations done so far, by key, in a file of one JSON object a line."""
+
+    def __init__(self, setting: Setting, work: Path, jobs: int) -> None:
+        self._file = work / f"runs-{setting.name}.jsonl"
+        self._setting, self._jobs = setting, jobs
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        self._done: dict[str, Figures] = {entry["key"]: entry["figures"] for entry in map(json.loads, lines)}
+
+    def do(self, tasks: Iterable[Task]) -> None:
+        todo = [task for task in dict.fromkeys(tasks) if task.key not in self._done]
+        with ProcessPoolExecutor(self._jobs, mp_context=get_context("spawn")) as pool:
+            started = time.monotonic()
+            waiting = {pool.submit(run, self._setting, task): task for task in todo}
+            for future in as_completed(waiting):
+                key = waiting[future].key
+                self._done[key] = future.result()
+                with self._file.open("a") as file:
+                    file.write(json.dumps({"key": key, "figures": self._done[key]}) + "\n")
+                print(f"  {key}: {self.loss(waiting[future]):.4f} at {time.monotonic() - started:.0f} s", flush=True)
+
+    def of(self, task: Task) -> Figures:
+        return self._done[task.key]
+
+    def loss(self, task: Task) -> float:
+        """Mean over the institutions, as trained."""
+        return statistics.mean(self.of(task)[f"own/{file.stem}"] for file in self._setting.files)
+
+
+def summarize(runs: Runs, names: list[str], rates: Mapping[str, float], seeds: int) -> Figures:
+    """Means over the seeds; gains are over training alone, of the same seed and so the same held-out examples."""
+    figures: Figures = {}
+    for mode, rate in rates.items():
+        done = [runs.of(Task(mode, seed, rate)) for seed in range(seeds)]
+        figures |= {
+            f"rate/{mode}": rate,
+            f"bytes-per-round/{mode}": statistics.mean(d["bytes"] for d in done),
+            f"sent-bytes-per-node/{mode}": statistics.mean(d["sent"] for d in done),
+        }
+        for name in names:
+            figures[f"heldout-loss-base/{name}"] = statistics.mean(d[f"base/{name}"] for d in done)
+            figures[f"heldout-loss/{mode}/{name}"] = statistics.mean(d[f"own/{name}"] for d in done)
+            if f"combined/{name}" in done[0]:
+                combined = statistics.mean(d[f"combined/{name}"] for d in done)
+                figures[f"heldout-loss-combined/{mode}/{name}"] = combined
+        losses = [statistics.mean(d[f"own/{name}"] for name in names) for d in done]
+        figures[f"heldout-loss/{mode}"] = statistics.mean(losses)
+        figures[f"heldout-loss-spread/{mode}"] = max(losses) - min(losses)
+        if mode == "local" or "local" not in rates:
+            continue
+        alone = [runs.of(Task("local", seed, rates["local"])) for seed in range(seeds)]
+        gains = {n: [a[f"own/{n}"] - d[f"own/{n}"] for a, d in zip(alone, done, strict=True)] for n in names}
+        means = [statistics.mean(each) for each in zip(*gains.values(), strict=True)]
+        figures |= {f"gain-over-local/{mode}/{n}": statistics.mean(each) for n, each in gains.items()}
+        figures[f"gain-over-local/{mode}"] = statistics.mean(means)
+        figures[f"gain-over-local-spread/{mode}"] = max(means) - min(means)
+    return figures
+
+
+def show(figures: Figures, modes: Iterable[str], names: list[str]) -> None:
+    print("held-out loss as trained / as received after the last round; gain over local: mean (spread over seeds)")
+    print(f"{'mode':14}{'rate':>6}" + "".join(f"{n:>16}" for n in names) + f"{'mean':>8}{'gain':>17}  MB a round")
+    for mode in modes:
+        own = [figures[f"heldout-loss/{mode}/{n}"] for n in names]
+        got = [figures.get(f"heldout-loss-combined/{mode}/{n}") for n in names]
+        cells = [f"{a:.3f} / " + ("  -  " if b is None else f"{b:.3f}") for a, b in zip(own, got, strict=True)]
+        gain = figures.get(f"gain-over-local/{mode}")
+        compared = "" if gain is None else f"{gain:+.3f} ({figures[f'gain-over-local-spread/{mode}']:.3f})"
+        line = f"{mode:14}{figures[f'rate/{mode}']:6.3f}" + "".join(f"{cell:>16}" for cell in cells)
+        line += f"{figures[f'heldout-loss/{mode}']:8.3f}{compared:>17}{figures[f'bytes-per-round/{mode}'] / 1e6:12.2f}"
+        print(line)
+    print("base: " + ", ".join(f"{n} {figures['heldout-loss-base/' + n]:.3f}" for n in names))
 
 
 def main() -> None:
@@ -114,9 +246,12 @@ def main() -> None:
     parser.add_argument("--institutions", nargs="+", default=["cdc", "niddk", "ninds", "seniorhealth"])
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=30, help="per round")
-    parser.add_argument("--rate", type=float, default=8e-3)
+    parser.add_argument("--steps", type=int, default=20, help="per round")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to sweep")
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--surrogate", default="blocks")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fl-split-bench-federation")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of one thread each")
     parser.add_argument("--quick", action="store_true", help="few steps and modes: the shape of the table")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -124,45 +259,29 @@ def main() -> None:
         parser.error(f"--bench {options.bench} is not a folder")
     if options.quick:
         options.rounds, options.steps, options.modes = 2, 2, ["local", "both", "mixed-svd"]
+        options.institutions, options.rates, options.seeds = options.institutions[:2], [8e-3], 1
 
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
-    model = next(options.bench.resolve().glob("*/config.json")).parent
-    files = [options.bench.resolve() / "medquad" / f"{name}.jsonl" for name in options.institutions]
-    base: dict[str, str | int | float] = {
-        "model.name": str(model),
-        "data.max-length": 96,
-        "data.holdout": 0.06,
-        "train.steps": options.steps,
-        "train.bottom-lr": options.rate,
-        "train.top-lr": options.rate,
-        "train.scheduler": "linear",
-        "surrogate.kind": options.surrogate,
-    }
-    figures: dict[str, float] = {}
-    names = [file.stem for file in files]
-    print(f"{options.rounds} rounds of {options.steps} steps of 8 x 96 tokens, rate {options.rate:g}, split 2 + 8 + 2")
-    print("held-out loss as trained / as received after the last round")
-    print(f"{'mode':14}" + "".join(f"{name:>18}" for name in names) + f"{'mean':>18}{'MB a round':>12}", flush=True)
-    with tempfile.TemporaryDirectory() as work, server.embedded(server.hold_layers(model, 2, 2)) as address:
-        for name in options.modes:
-            figures |= federate(name, MODES[name], base, files, options.rounds, Path(work), address)
-            own = [figures[f"heldout-loss/{name}/{n}"] for n in names]
-            got = [figures.get(f"heldout-loss-combined/{name}/{n}") for n in names]
-            figures[f"heldout-loss/{name}"] = statistics.mean(own)
-            cells = [f"{a:.3f} / " + ("  -  " if b is None else f"{b:.3f}") for a, b in zip(own, got, strict=True)]
-            print(
-                f"{name:14}"
-                + "".join(f"{cell:>18}" for cell in (*cells, f"{statistics.mean(own):.3f}"))
-                + f"{figures[f'bytes-per-round/{name}'] / 1e6:12.2f}",
-                flush=True,
-            )
-    packages = ("torch", "transformers", "peft")
-    about = {p: version(p) for p in packages} | {"python": platform.python_version(), "machine": platform.machine()}
-    losses = ", ".join(f"{n} {figures['heldout-loss-base/' + n]:.3f}" for n in names)
-    print(f"base: {losses}; {about}, seed 0")
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
+    block = about(" ".join(map(str, range(options.seeds))))
+    bench = options.bench.resolve()
+    options.work.mkdir(parents=True, exist_ok=True)
+    setting = Setting(
+        next(bench.glob("*/config.json")).parent,
+        tuple(bench / "medquad" / f"{name}.jsonl" for name in options.institutions),
+        options.rounds,
+        options.steps,
+        options.surrogate,
+    )
+    runs, modes = Runs(setting, options.work, options.jobs), options.modes
+    runs.do(Task(mode, 0, rate) for rate in options.rates for mode in modes)
+    rates = {mode: min(options.rates, key=lambda rate: runs.loss(Task(mode, 0, rate))) for mode in modes}  # noqa: B023
+    runs.do(Task(mode, seed, rate) for seed in range(1, options.seeds) for mode, rate in rates.items())
+    figures = summarize(runs, options.institutions, rates, options.seeds)
+    print(
+        f"\n{options.rounds} rounds of {options.steps} steps of 8 x 96 tokens, split 2 + 8 + 2, {options.seeds} seeds"
+    )
+    show(figures, modes, options.institutions)
+    print(block)
+    write(options.json, figures | block)
 
 
 if __name__ == "__main__":

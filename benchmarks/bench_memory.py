@@ -1,27 +1,29 @@
 """What does each party's memory peak at, and is that what `fl-split plan` says from the configuration alone?
 
-    python benchmarks/bench_memory.py [--quick] [--json FILE] [--work DIR]
+    python benchmarks/bench_memory.py [--quick] [--json FILE] [--work DIR] [--repeats N]
 
 A Llama with random weights is generated as float32 shards in a temporary folder. Client, trunk and the full model with
 LoRA on all of its layers load it and train one step, each in a process of its own. A peak is the high-water mark of
 resident memory (which counts mapped files) above what the process holds after its imports. The client talks to the
 trunk over loopback gRPC; the bytes of its requests are counted there.
+
+The client's share is its weights, its adapters in training (with gradients and optimizer) and its activations as
+planned; `client-peak-over-weights` leaves the activations out of it. A stated constant is taken off each peak before
+it is divided by a share; `-raw` figures take nothing off.
 """
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
+from about import about, write
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging as transformers_logging
 
@@ -170,15 +172,20 @@ def summarize(runs: list[dict[str, dict[str, int]]], folder: Path, size: int) ->
         peaks = [run[party]["training-peak"] for run in runs]
         return (max(peaks) - min(peaks)) / statistics.median(peaks)
 
-    share = median("client", "weights") + median("client", "training-state") + plan.node.activations
+    own = median("client", "weights") + median("client", "training-state")
+    share = own + plan.node.activations
     peak = median("client", "training-peak")
     figures: dict[str, Any] = {
         "checkpoint-bytes": size,
         "constant-bytes": CONSTANT,
         "client-load-peak-over-weights": median("client", "loading-peak") / median("client", "weights"),
         "client-peak-over-share": (peak - CONSTANT) / share,
+        "client-peak-over-share-raw": peak / share,
+        "client-peak-over-weights": (peak - CONSTANT) / own,
+        "client-peak-over-weights-raw": peak / own,
         "client-peak-over-full-lora": peak / median("full", "training-peak"),
         "trunk-peak-over-share": (median("trunk", "training-peak") - CONSTANT) / median("trunk", "weights"),
+        "trunk-peak-over-share-raw": median("trunk", "training-peak") / median("trunk", "weights"),
         "plan-weights-error": abs(plan.node.weights - median("client", "weights")) / median("client", "weights"),
         "plan-memory-error": abs(plan.node.total - peak) / peak,
         "plan-bytes-error": max(
@@ -211,6 +218,7 @@ def main() -> None:
         print(json.dumps(PARTIES[options.party](options.folder, options.address)))
         return
     layers, vocab_size, repeats = (8, 4000, 1) if options.quick else (24, 32000, options.repeats)
+    block = about(0) | {"repeats": repeats}
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         size = generate(Path(folder), layers, vocab_size)
         figures = summarize([measure(Path(folder)) for _ in range(repeats)], Path(folder), size)
@@ -220,16 +228,8 @@ def main() -> None:
     )
     for name, value in figures.items():
         print(f"{name:36} {value / 1e6:10.1f} MB" if name.endswith("-bytes") else f"{name:36} {value:10.3f}")
-    packages = ("torch", "transformers", "peft")
-    about: dict[str, Any] = {p: version(p) for p in packages} | {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
-    print(f"{about}, medians of {repeats}")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    about |= {"commit": commit, "cpus": os.cpu_count(), "seed": 0, "repeats": repeats}
-    if options.json:
-        options.json.write_text(json.dumps(figures | about, indent=1, sort_keys=True) + "\n")
+    print(f"medians of {repeats}; {block}")
+    write(options.json, figures | block)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,24 @@
 """What does a round cost beyond training, in both of Flower's engines, and what does one more simulated node cost?
 
-    python benchmarks/bench_rounds.py --json results/rounds.json
+    python benchmarks/bench_rounds.py [--only PART ...] [--quick] [--json FILE] [--seeds N ...]
 
-Deployment: a SuperLink, SuperNodes and a trunk on this machine, as `scripts/local_federation.py` starts them, on the
-demo; once with Flower's own executors (`cold`) and once with fl-split's (`warm`). The overhead of a round is the time
-from one finished round to the next, less the slowest node's training. Processor seconds are those of a ClientApp's
-process at its end: on a shared machine they say more than the clock. Simulation: Flower's engine on this machine;
-memory is the proportional set size (PSS) of the engine and all its children at its highest: shared pages count once.
+Parts: start, deployment, simulation, kills; the figures of each are added to those in the file.
+
+start: processor seconds until a ClientApp's process has loaded the app. deployment: a SuperLink, SuperNodes and a trunk
+on this machine, as `scripts/local_federation.py` starts them, on the demo; once with Flower's own executors (`cold`)
+and once with fl-split's (`warm`), which is also what ``round-overhead-s/deployment`` is. The overhead of a round is the
+time from one finished round to the next, less the slowest node's training. Processor seconds are those of a ClientApp's
+process at its end: on a shared machine they say more than the clock. simulation: Flower's engine on this machine, a
+generated model, two short steps a node; the overhead is what a round takes less all nodes' training, spread over Ray's
+actors; ``round-overhead-s/simulation`` is of the fewest nodes. Memory is the proportional set size (PSS) of the engine
+and all its children at its highest: shared pages count once. kills: a calm run, then one for each seed with a kill -9
+of a SuperNode, of a trunk replica and of the ServerApp at random moments, resumed until it is through; the trunk
+computes each call by itself, so that the arrays that are left have to equal the calm run's bit for bit.
 """
 
 import argparse
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -22,55 +28,62 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "scripts")]
+from about import about, write  # noqa: E402
 from federation import BIN, ROOT, Federation, demo_data, free_ports  # noqa: E402
-from kills import run_with_kills  # noqa: E402
+from kills import left_arrays, mend, run_with_kills  # noqa: E402
 
 MB = 1e6
+PARTS = ("start", "deployment", "simulation", "kills")
+SHORT = {"train.steps": 10, "data.max-length": 64}
+SHORTEST = {"train.steps": 2, "train.batch-size": 2, "data.max-length": 32}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("start", "deployment", "simulation", "kills"))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--rounds", type=int, default=6, help="of the deployment; the first is not timed")
+    parser.add_argument("--simulated-rounds", type=int, default=4, help="of the simulations; the first is not timed")
     parser.add_argument("--nodes", type=int, default=2, help="of the deployment")
     parser.add_argument("--simulated", type=int, nargs="+", default=[2, 10, 50], help="nodes of the simulations")
     parser.add_argument(
-        "--model-mb", type=int, default=200, help="of a generated model for the simulations; 0: the demo"
+        "--model-mb", type=int, default=100, help="of a generated model for the simulations; 0: the demo"
     )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and nodes: no meaningful numbers")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the kills: a run each")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and nodes, warm executors only, no kills")
+    parser.add_argument("--json", type=Path, help="write the figures here, added to those in it")
     options = parser.parse_args()
     if options.quick:
-        options.rounds, options.simulated, options.model_mb = 3, [2, 4], 20
-    figures: dict[str, Any] = {}
-    if options.only in (None, "start"):
+        options.rounds, options.simulated_rounds, options.simulated, options.model_mb = 2, 2, [2, 4], 20
+        options.only = [part for part in options.only if part != "kills"]
+    for part in options.only:
+        started, block = time.monotonic(), about(0, "flwr", "ray")
+        figures = measure(part, options)
+        print(f"\n{part} ({time.monotonic() - started:.0f} s)")
+        for name, value in figures.items():
+            print(f"  {name:44} {value:.4g}" if isinstance(value, float) else f"  {name:44} {value}", flush=True)
+        write(options.json, figures | block | {f"commit/{part}": block["commit"]}, keep=True)
+        print(f"  {block}", flush=True)
+
+
+def measure(part: str, options: argparse.Namespace) -> dict[str, Any]:
+    if part == "start":
         command = [sys.executable, Path(__file__).with_name("client_start.py")]
-        figures |= json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    if options.only in (None, "deployment"):
-        for warm in (False, True):
+        return dict(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
+    if part == "deployment":
+        figures: dict[str, Any] = {}
+        for warm in (True,) if options.quick else (False, True):
             figures |= measure_deployment(options.nodes, options.rounds, warm)
-    if options.only in (None, "simulation"):
-        figures |= measure_simulation(options.simulated, options.rounds, options.model_mb)
-    if options.only in (None, "kills"):
-        figures |= measure_kills(options.rounds)
-    width = max(len(name) for name in figures)
-    for name, value in figures.items():
-        print(f"{name:{width}}  {value:.3g}" if isinstance(value, float) else f"{name:{width}}  {value}")
-    if options.json:
-        options.json.write_text(json.dumps(figures | about(), indent=2) + "\n")
-
-
-def about() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    versions = {name: version(name) for name in ("flwr", "ray", "torch", "transformers", "peft")}
-    return {"cpus": os.cpu_count(), "machine": platform.machine(), "commit": commit.strip(), "seed": 0, **versions}
+        return figures | {"round-overhead-s/deployment": figures["round-overhead-s/deployment/warm"]}
+    if part == "simulation":
+        return measure_simulation(options.simulated, options.simulated_rounds, options.model_mb)
+    return measure_kills(options.seeds)
 
 
 # ---------------------------------------------------------------------------------------------------- deployment
@@ -91,8 +104,10 @@ def measure_deployment(num_nodes: int, rounds: int, warm: bool) -> dict[str, Any
     cpu = [life["cpu-s"] for life in lives.values() if life["cpu-s"] > 0.5]
     wall = [life["wall-s"] for life in lives.values() if life["cpu-s"] > 0.5]
     name = f"deployment/{kind}"
+    overheads = [ends[r] - ends[r - 1] - training[r] for r in ends if r - 1 in ends]  # the first also starts the run
     return {
-        f"round-overhead-s/{name}": median_overhead(ends, training),
+        f"round-overhead-s/{name}": statistics.median(overheads),
+        f"round-overhead-s-spread/{name}": max(overheads) - min(overheads),
         f"training-s/{name}": statistics.median(training.values()),
         f"client-app-cpu-s/{name}": statistics.median(cpu),
         f"client-app-wall-s/{name}": statistics.median(wall),
@@ -100,13 +115,13 @@ def measure_deployment(num_nodes: int, rounds: int, warm: bool) -> dict[str, Any
     }
 
 
-SHORT = {"train.steps": 10, "data.max-length": 64}
-
-
-def follow(run: Path, rounds: int, ended: Callable[[], object]) -> dict[int, float]:
+def follow(run: Path, rounds: int, ended: Callable[[], object], timeout_s: float = 1200) -> dict[int, float]:
     """When each round was recorded."""
     found: dict[int, float] = {}
+    deadline = time.monotonic() + timeout_s
     while len(found) < rounds and not ended():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{len(found)} of {rounds} rounds were done after {timeout_s:g} s")
         for path in (run / "checkpoints").glob("round-*"):
             found.setdefault(int(path.name.removeprefix("round-")), time.monotonic())
         time.sleep(0.1)
@@ -121,11 +136,6 @@ def slowest_training(run: Path) -> dict[int, float]:
         if "train-s" in entry:
             found[entry["round"]] = max(found.get(entry["round"], 0.0), entry["train-s"])
     return found
-
-
-def median_overhead(ends: dict[int, float], training: dict[int, float]) -> float:
-    """Over all rounds but the first, which also starts the run."""
-    return statistics.median(ends[r] - ends[r - 1] - training[r] for r in ends if r - 1 in ends)
 
 
 @contextmanager
@@ -172,13 +182,27 @@ def note(lives: dict[int, dict[str, float]], process: psutil.Process) -> None:
         return
 
 
-def measure_kills(rounds: int) -> dict[str, Any]:
-    """One kill -9 of a SuperNode, a trunk replica and the ServerApp each, at random moments."""
+def measure_kills(seeds: list[int]) -> dict[str, Any]:
+    """For each seed, one kill -9 of a SuperNode, a trunk replica and the ServerApp each, at random moments."""
+    calm = {**SHORT, "num-server-rounds": 3, "run.name": "calm", "aggregation.share": "top"}
+    figures = {"kills": 0, "resumes": 0, "rounds-lost": 0, "arrays-different": 0}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        with Federation(folder, demo_data(folder, 2)) as federation:
-            storm = run_with_kills(federation, {"run.name": "x", "num-server-rounds": rounds, **SHORT}, seed=0)
-    return {"kills": len(storm.kills), "rounds-lost": storm.rounds_lost, "resumes": storm.num_resumes}
+        with Federation(folder, demo_data(folder, 3), trunk={"batching.enabled": False}) as federation:
+            status = federation.wait(federation.submit(calm), 900)
+            if status[0] != "finished:completed":
+                raise SystemExit(f"the calm run ended as {status}\n{federation.superlink.tail(40)}")
+            expected = left_arrays(federation, "calm")
+            for seed in seeds:
+                mend(federation)
+                storm = run_with_kills(federation, {**calm, "run.name": f"storm-{seed}"}, seed)
+                found = left_arrays(federation, f"storm-{seed}")
+                same = {n for n in expected.keys() & found.keys() if torch.equal(expected[n], found[n])}
+                figures["kills"] += len(storm.kills)
+                figures["resumes"] += storm.num_resumes
+                figures["rounds-lost"] += storm.rounds_lost
+                figures["arrays-different"] += len((expected.keys() | found.keys()) - same)
+    return {**figures, "arrays-compared": len(expected) * len(seeds), "seed/kills": " ".join(map(str, seeds))}
 
 
 # ---------------------------------------------------------------------------------------------------- simulation
@@ -190,9 +214,12 @@ def measure_simulation(numbers: list[int], rounds: int, model_mb: int) -> dict[s
     with tempfile.TemporaryDirectory() as scratch:
         model = make_model(Path(scratch) / "model", model_mb) if model_mb else "demo"
         for nodes in numbers:
-            seconds, overhead, memory[nodes] = simulate(Path(scratch) / str(nodes), nodes, rounds, model)
-            figures[f"round-s/simulation/{nodes}-nodes"] = seconds
-            figures[f"round-overhead-s/simulation/{nodes}-nodes"] = overhead
+            seconds, training, memory[nodes] = simulate(Path(scratch) / str(nodes), nodes, rounds, model)
+            overheads = [a - b for a, b in zip(seconds, training, strict=True)]
+            figures[f"round-s/simulation/{nodes}-nodes"] = statistics.median(seconds)
+            figures[f"round-overhead-s/simulation/{nodes}-nodes"] = statistics.median(overheads)
+            figures[f"round-overhead-s-spread/simulation/{nodes}-nodes"] = max(overheads) - min(overheads)
+            figures[f"load-average/simulation/{nodes}-nodes"] = os.getloadavg()[0]
             figures[f"memory-mb/simulation/{nodes}-nodes"] = memory[nodes]
     few, many = min(numbers), max(numbers)
     figures["round-overhead-s/simulation"] = figures[f"round-overhead-s/simulation/{few}-nodes"]
@@ -219,8 +246,8 @@ def make_model(folder: Path, megabytes: int) -> str:
     return str(folder)
 
 
-def simulate(folder: Path, nodes: int, rounds: int, model: str) -> tuple[float, float, float]:
-    """Seconds of a round, of that beyond training (all nodes' one after another, per actor), and peak memory in MB."""
+def simulate(folder: Path, nodes: int, rounds: int, model: str) -> tuple[list[float], list[float], float]:
+    """Seconds of each round but the first, of all nodes' training in it per actor, and peak memory in MB."""
     folder.mkdir()
     (port,) = free_ports(1)
     (folder / "config.toml").write_text(
@@ -246,7 +273,7 @@ def simulate(folder: Path, nodes: int, rounds: int, model: str) -> tuple[float, 
             start_new_session=True,
         )
     config = {
-        **SHORT,
+        **SHORTEST,
         "model.name": model,
         "num-server-rounds": rounds,
         "data.partitioner": "iid",
@@ -257,15 +284,20 @@ def simulate(folder: Path, nodes: int, rounds: int, model: str) -> tuple[float, 
     pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
     resources = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus={os.cpu_count()}"
     submit = [BIN / "flwr", "run", ROOT, "bench", "-c", pairs, "--federation-config", resources]
-    peak = [0.0]
+    peak, looked = [0.0], [0.0]
     try:
-        for _ in range(60):
-            if subprocess.run(submit, env=environment, cwd=folder, capture_output=True).returncode == 0:
+        for _ in range(60):  # until the SuperLink answers
+            done = subprocess.run(submit, env=environment, cwd=folder, capture_output=True, text=True)
+            if done.returncode == 0:
                 break
             time.sleep(2)
+        else:
+            raise SystemExit(f"the simulation could not be started:\n{done.stdout}{done.stderr}")
 
         def gone() -> bool:
-            peak[0] = max(peak[0], proportional_mb(superlink.pid))
+            if time.monotonic() > looked[0] + 0.5:  # adding up pages takes time from the run
+                peak[0] = max(peak[0], proportional_mb(superlink.pid))
+                looked[0] = time.monotonic()
             return superlink.poll() is not None or b"exception" in (folder / "superlink.log").read_bytes().lower()
 
         ends = follow(folder / "runs" / "x", rounds, gone)
@@ -277,13 +309,14 @@ def simulate(folder: Path, nodes: int, rounds: int, model: str) -> tuple[float, 
         _, alive = psutil.wait_procs([*below, psutil.Process(superlink.pid)], timeout=20)
         for process in alive:
             process.kill()
-    rounds_s = statistics.median(ends[r] - ends[r - 1] for r in ends if r - 1 in ends)
     training = total_training(folder / "runs" / "x")
     actors = min(nodes, os.cpu_count() or 1)
-    return rounds_s, rounds_s - statistics.median(training.values()) / actors, peak[0]
+    timed = [r for r in ends if r - 1 in ends]
+    return [ends[r] - ends[r - 1] for r in timed], [training[r] / actors for r in timed], peak[0]
 
 
 def total_training(run: Path) -> dict[int, float]:
+    """Of each round, `train-s` of all nodes together."""
     found: dict[int, float] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)

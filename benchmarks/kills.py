@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from safetensors.torch import load_file
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from federation import Federation  # noqa: E402
@@ -60,7 +62,7 @@ def run_with_kills(
         print(f"  attempt {attempt}: {status[0]} after {len(records)} rounds; kills so far: {storm.kills}", flush=True)
         if status[0] == "finished:completed":
             break
-        _mend(federation)
+        mend(federation)
         storm.num_resumes += 1
         run_id = federation.submit({**config, "run.resume": True})
     final = _records(folder)
@@ -85,12 +87,22 @@ def kill(federation: Federation, kind: str, rng: random.Random) -> bool:
     return True
 
 
-def _mend(federation: Federation) -> None:
+def mend(federation: Federation) -> None:
     """Start what was killed, as a supervisor would."""
     for replica in federation.replicas:
         if not replica.running():
             replica.start()
     federation.wait_for_nodes()
+
+
+def left_arrays(federation: Federation, run_name: str) -> dict[str, Tensor]:
+    """Every array that a run has left: the nodes' adapters and what they share."""
+    folder, found = federation.folder, {}
+    for i in range(federation.num_nodes):
+        adapter = load_file(folder / f"node-{i}" / "out" / run_name / "adapter" / "adapter_model.safetensors")
+        found |= {f"node {i}: {name}": value for name, value in adapter.items()}
+    newest = max((folder / "server" / run_name / "checkpoints").glob("round-*"))
+    return found | {f"{newest.name}: {name}": value for name, value in load_file(newest / "shared.safetensors").items()}
 
 
 def _records(folder: Path) -> dict[int, list[str]]:

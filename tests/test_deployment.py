@@ -13,13 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
 from federation import MARK, Federation, FederationError, Part, demo_data  # noqa: E402
-from kills import run_with_kills  # noqa: E402
+from kills import left_arrays, run_with_kills  # noqa: E402
 
 SHORT = {"num-server-rounds": 3, "train.steps": 6, "data.max-length": 48, "data.holdout": 0.05}
 
@@ -33,19 +32,8 @@ def federation(demo_model: Path, tmp_path: Path) -> Iterator[Federation]:
     assert up.processes() == []
 
 
-def arrays(folder: Path, run_name: str) -> dict[str, torch.Tensor]:
-    """Every array that a run has left: the nodes' adapters and what they share."""
-    found = {}
-    for i in range(3):
-        adapter = load_file(folder / f"node-{i}" / "out" / run_name / "adapter" / "adapter_model.safetensors")
-        found |= {f"node {i}: {name}": value for name, value in adapter.items()}
-    newest = max((folder / "server" / run_name / "checkpoints").glob("round-*"))
-    return found | {f"{newest.name}: {name}": value for name, value in load_file(newest / "shared.safetensors").items()}
-
-
 @pytest.mark.slow
 def test_kills_of_node_trunk_and_server_app_lose_no_round_and_change_no_array(federation: Federation) -> None:
-    folder = federation.folder
     calm = {**SHORT, "run.name": "calm", "aggregation.share": "top"}
     assert federation.wait(federation.submit(calm), 900)[0] == "finished:completed"
     seed = random.randrange(10**6)
@@ -53,7 +41,7 @@ def test_kills_of_node_trunk_and_server_app_lose_no_round_and_change_no_array(fe
     storm = run_with_kills(federation, {**calm, "run.name": "stormy"}, seed)
     assert len(storm.kills) == 3, storm
     assert storm.rounds_lost == 0, storm
-    expected, found = arrays(folder, "calm"), arrays(folder, "stormy")
+    expected, found = left_arrays(federation, "calm"), left_arrays(federation, "stormy")
     assert found.keys() == expected.keys()
     assert any(name.startswith("round-0003") for name in found)
     different = [name for name in expected if not torch.equal(found[name], expected[name])]
