@@ -306,8 +306,10 @@ def main() -> None:
     kinds = [c for c in (none, *others, exact) if not options.only or c.name in options.only]
 
     runs, first = Runs(setting, options.jobs), options.institutions[0]
-    runs.do(Task(c, first, 0, pair) for c in kinds for pair in rates)
-    best = {c: min(rates, key=lambda pair: runs.loss(Task(c, first, 0, pair))) for c in kinds}  # noqa: B023
+    by_top = list({pair.split(",")[1]: pair for pair in rates}.values())  # a frozen bottom has no rate
+    sweep = [Task(c, first, 0, pair) for c in kinds for pair in (by_top if c is none else rates)]
+    runs.do(sweep)
+    best = {c: min((task for task in sweep if task.method is c), key=runs.loss).rates for c in kinds}
     pairs = [(institution, seed) for seed in range(options.seeds) for institution in options.institutions]
     runs.do(Task(c, i, s, best[c]) for c in kinds for i, s in pairs)
 

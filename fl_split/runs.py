@@ -34,8 +34,9 @@ from fl_split.errors import NodeStateError
 _TENSORS = ("adapter", "optimizer", "surrogate", "surrogate_optimizer")  # of SavedRound, a file each
 _KEPT_ROUNDS = 2  # the server may have lost the last one, and then asks for it again
 Quality = dict[str, float]  # on held-out examples: `loss`, and of a classifier `accuracy` and `macro_f1`
-_MAY_CHANGE = ("num-server-rounds", "run.", "trunk.")
+_MAY_CHANGE = ("num-server-rounds", "run.", "trunk.", "aggregation.min-nodes")
 _MAY_NOT = ("trunk.wire-dtype",)  # what the trunk is given, so the numbers that come out
+_MAY_NOT_WITH_DP = ("aggregation.min-nodes",)  # the noise of a node's part, which epsilon counts on
 
 
 def cache_folder() -> Path:
@@ -244,7 +245,8 @@ class RunFolder:
 
 
 def _check_same(saved: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:
-    changed = [k for k in now if saved.get(k) != now[k] and (k in _MAY_NOT or not k.startswith(_MAY_CHANGE))]
+    fixed = _MAY_NOT if now.get("dp.mode", "off") == "off" else _MAY_NOT + _MAY_NOT_WITH_DP
+    changed = [k for k in now if saved.get(k) != now[k] and (k in fixed or not k.startswith(_MAY_CHANGE))]
     if changed:
         raise NodeStateError(
             "cannot resume with another configuration: "

@@ -87,7 +87,7 @@ class SplitStrategy(Strategy):
             if time.monotonic() > deadline:
                 raise RoundFailed(
                     f"{len(nodes)} of the {self._min_nodes} nodes that aggregation.min-nodes asks for came within "
-                    f"run.node-wait-s={self._node_wait_s:g}: start the missing nodes, or a run with fewer"
+                    f"run.node-wait-s={self._node_wait_s:g}: start the missing nodes, or lower aggregation.min-nodes"
                 )
             time.sleep(0.5)
         seen = cast(Grid, SimpleNamespace(get_node_ids=lambda: nodes))  # of those one may leave, and Flower would wait

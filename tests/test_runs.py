@@ -120,7 +120,6 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     ("key", "value", "message"),
     [
         ("lora.rank", 4, r"lora\.rank was 8 and is 4"),
-        ("aggregation.min-nodes", 1, r"aggregation\.min-nodes was 2 and is 1"),
         ("trunk.wire-dtype", "int8", r"trunk\.wire-dtype was 'bfloat16' and is 'int8'"),
     ],
 )
@@ -131,6 +130,17 @@ def test_resume_with_another_configuration_is_refused_key_by_key(
     with pytest.raises(NodeStateError, match=message):
         RunFolder.open(config(tmp_path, **{"run.resume": True, key: value}), VERSIONS)
     RunFolder.open(config(tmp_path, **{"run.resume": True, "trunk.timeout-s": 9.0}), VERSIONS)
+
+
+def test_resume_with_fewer_nodes_is_refused_with_privacy_only(tmp_path: Path) -> None:
+    private = {"dp.mode": "client-fixed", "aggregation.share": "top", "aggregation.weighting": "equal"}
+    for name, options in (("plain", {}), ("private", private)):
+        RunFolder.open(config(tmp_path / name, **options), VERSIONS)
+    RunFolder.open(config(tmp_path / "plain", **{"run.resume": True, "aggregation.min-nodes": 1}), VERSIONS)
+    with pytest.raises(NodeStateError, match=r"aggregation\.min-nodes was 2 and is 1"):
+        RunFolder.open(
+            config(tmp_path / "private", **private, **{"run.resume": True, "aggregation.min-nodes": 1}), VERSIONS
+        )
 
 
 def test_a_run_without_a_name_gets_one(tmp_path: Path) -> None:
