@@ -31,7 +31,7 @@ def test_quick_run_writes_its_figures(script: str, tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", "--quick", "--json", tmp_path / "figures.json"]
     command += [word.format(tmp=tmp_path) for word in arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"[-5000:]
     assert isinstance(json.loads((tmp_path / "figures.json").read_text())[figure], int | float)
 
