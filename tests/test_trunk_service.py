@@ -148,6 +148,20 @@ def test_many_callers_at_once_get_what_each_would_get_alone(held: server.HeldLay
             torch.testing.assert_close(out, alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
 
 
+def test_exact_gradients_are_cut_as_calls_are(checkpoint: Callable[[str], Path], held: server.HeldLayers) -> None:
+    torch.manual_seed(0)
+    hidden_states, gradient = torch.randn(5, 8, HIDDEN), torch.randn(5, 8, HIDDEN)
+    mask = (torch.arange(8)[None] < torch.tensor([8, 3, 7, 8, 1])[:, None]).long()
+    gradient *= mask[..., None]
+    expected = Expected.from_checkpoint(checkpoint("llama"), 2, 2)
+    sections = {"server": {"exact-gradient": True}, "limits": {"max-tokens": 16}}
+    with server.embedded(held, config=TrunkConfig.model_validate(sections)) as address:
+        with TrunkClient(address, expected, wire_dtype="float32") as client:
+            pulled = client.vjp(hidden_states, mask, None, gradient)
+    right = LocalTrunk(held.model).vjp(hidden_states, mask, None, gradient)
+    torch.testing.assert_close(pulled[mask.bool()], right[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
 # ----------------------------------------------------------------------------------------------- hostile callers
 
 

@@ -248,7 +248,8 @@ def _pull(data: bytes, limits: wire.Limits, held: HeldLayers) -> bytes:
     mask = padded(torch.ones(sum(packed.lengths), dtype=torch.long))
     positions = None if packed.positions is None else padded(packed.positions)
     pulled = pull_back(held.model, padded(packed.rows.float()), mask, positions, padded(gradient.float()))
-    return wire.encode_pull_reply(wire.pack(pulled, mask)[0], request.forward.dtype).SerializeToString()
+    rows = wire.pack(pulled, mask)[0]
+    return wire.encode_pull_reply(rows, request.forward.dtype, held.identity.trunk_id).SerializeToString()
 
 
 def _encode(rows: Tensor, dtype: pb.DType, trunk_id: bytes) -> bytes:
