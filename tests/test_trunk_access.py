@@ -22,9 +22,10 @@ from cryptography.x509.oid import NameOID
 
 from fl_split.errors import ConfigError, TrunkRefused, TrunkUnavailable
 from fl_split.trunk import server
-from fl_split.trunk.access import Gate, TokenBook, TooManyCalls, Unauthenticated, add_token, read_tokens, revoke_tokens
+from fl_split.trunk.access import TokenBook, Unauthenticated, add_token, read_tokens, revoke_tokens
 from fl_split.trunk.client import Credentials, Expected, TrunkClient
 from fl_split.trunk.config import Limits, TrunkConfig
+from fl_split.trunk.gate import Gate, TooManyCalls
 
 NOW = datetime.datetime.now(datetime.UTC)
 DAY = datetime.timedelta(days=1)

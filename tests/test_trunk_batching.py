@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_split.trunk.batching import Batcher, DeadlinePassed, Done, FairQueue, Job, QueueFull
+from fl_split.trunk.batching import Batcher, DeadlinePassed, Done, FairQueue, ForwardFailed, Job, QueueFull
 from fl_split.trunk.config import Batching
 from fl_split.trunk.held import hold_layers
 from fl_split.trunk.layout import is_causal, passes, run_packed
@@ -263,12 +263,28 @@ def test_a_failed_batch_fails_its_calls_and_no_others() -> None:
     async def main() -> None:
         batcher = Batcher(compute, Batching(), 10_000)
         serving = asyncio.create_task(batcher.run())
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ForwardFailed, match="^RuntimeError > .*test_trunk_batching.py:[0-9]+ compute$"):
             await batcher.submit("a", packed(3), 10.0)
         await batcher.submit("a", packed(3), 10.0)
         serving.cancel()
 
     asyncio.run(main())
+
+
+def test_a_batch_that_fails_fails_only_whoever_makes_it_fail() -> None:
+    sizes: list[int] = []
+
+    def compute(requests: Sequence[Packed]) -> list[Tensor]:
+        sizes.append(len(requests))
+        if any(len(request.rows) == 7 for request in requests):
+            raise RuntimeError("tensor([0.123")
+        return double(requests)
+
+    requests = [("a", packed(3), 10.0), ("b", packed(7), 10.0), ("c", packed(4), 10.0)]
+    results = asyncio.run(submit_all(Batcher(compute, Batching(), 10_000), requests))
+    assert [type(result) for result in results] == [Done, ForwardFailed, Done]
+    assert "0.123" not in str(results[1])
+    assert sizes == [3, 1, 1, 1]
 
 
 # -------------------------------------------------------------------------------------------------------- layout

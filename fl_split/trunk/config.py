@@ -79,8 +79,12 @@ class Limits(_Section):
     calls_per_caller: Positive = Field(64, description="calls at the same time, of one caller")
     reading: Positive = Field(16, description="requests being received at the same time; the rest wait unread")
     reading_per_caller: Positive = Field(8, description="the same, of one caller")
+    unread_mb: Positive = Field(
+        256, description="MB of replies that one caller has yet to take; more calls are refused"
+    )
     receive_timeout_s: Seconds = Field(30.0, description="seconds that sending one request may take")
     connections: Positive = Field(1024, description="open connections")
+    idle_s: Seconds = Field(300.0, description="seconds after which a connection without calls is closed")
 
 
 class Security(_Section):
