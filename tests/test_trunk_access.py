@@ -125,6 +125,23 @@ def test_tokens_are_added_revoked_and_read_anew(tmp_path: Path) -> None:
     assert book.institution_of(fourth) == "c"
 
 
+def test_tokens_that_change_while_they_are_read_are_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tokens.json"
+    token = add_token(file, "a", None)
+
+    def read(name: Path) -> list[Any]:
+        tokens = read_tokens(name)
+        monkeypatch.undo()
+        revoke_tokens(file, "a")  # just after
+        return tokens
+
+    add_token(file, "b", None)
+    monkeypatch.setattr("fl_split.trunk.access.read_tokens", read)
+    book = TokenBook(file)
+    with pytest.raises(Unauthenticated):
+        book.institution_of(token)
+
+
 @pytest.mark.parametrize("token", ["", "fls_wrong", "x" * 10_000])
 def test_unknown_token_is_refused(tmp_path: Path, token: str) -> None:
     add_token(tmp_path / "t", "a", None)

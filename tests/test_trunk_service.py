@@ -22,10 +22,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from torch import Tensor
 
-from fl_split import wire
-from fl_split.errors import ConfigError, TrunkError, WireError
+from fl_split import adapters, train, wire
+from fl_split.config import Lora
+from fl_split.errors import ConfigError, SurrogateError, TrunkError, TrunkUnavailable, WireError
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.split import LocalTrunk
+from fl_split.split import LocalTrunk, load_client
 from fl_split.trunk import gate as gates
 from fl_split.trunk import held as holding
 from fl_split.trunk import messages, server
@@ -34,6 +35,7 @@ from fl_split.trunk.batching import Batcher
 from fl_split.trunk.client import Expected, TrunkClient
 from fl_split.trunk.config import Model, TrunkConfig
 from fl_split.trunk.metrics import serve_metrics
+from fl_split.trunk.published import fetch
 
 HIDDEN = 32
 _Code = grpc.StatusCode
@@ -170,6 +172,58 @@ def test_many_callers_at_once_get_what_each_would_get_alone(held: server.HeldLay
         for hidden_states, out in zip(inputs, threads.map(ask, inputs), strict=True):
             alone = LocalTrunk(held.model).start(hidden_states, None, None).result()
             torch.testing.assert_close(out, alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
+
+
+@pytest.mark.parametrize("batching", [False, True])
+def test_calls_in_flight_change_nothing(
+    checkpoint: Callable[[str], Path], held: server.HeldLayers, batching: bool
+) -> None:
+    """Bit for bit if each call runs alone, else up to the rounding of another batch size."""
+    folder, sizes = checkpoint("llama"), set[int]()
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for i in range(8):
+        ids = torch.randint(3, 99, (2, 9) if i % 2 else (1, 30), generator=generator)
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+
+    class Slow(server.HeldLayers):
+        def run(self, hidden_states: Tensor, *args: Any) -> Tensor:
+            time.sleep(0.02)  # so that calls meet
+            sizes.add(len(hidden_states))
+            return super().run(hidden_states, *args)
+
+    def step(in_flight: int) -> tuple[float, list[Tensor]]:
+        client = load_client(folder, 2, 2, trunk, surrogate="blocks", surrogate_layers=1)
+        model = adapters.attach(client, Lora(), train_bottom=True, seed=0)
+        model.train()
+        torch.manual_seed(1)
+        loss = train.accumulate(model, batches, in_flight)
+        return loss, [p.grad for p in model.parameters() if p.grad is not None]
+
+    slow, config = Slow(held.model, held.identity, held.causal), {"batching": {"enabled": batching}}
+    expected = Expected.from_checkpoint(folder, 2, 2)
+    with server.embedded(slow, config=TrunkConfig.model_validate(config)) as address:
+        with TrunkClient(address, expected, wire_dtype="float32", in_flight=8) as trunk:
+            loss, gradients = step(1)
+            sizes.clear()
+            loss_in_flight, gradients_in_flight = step(8)
+    assert (max(sizes) > 2) == batching
+    tolerance = 1e-4 if batching else 0.0
+    assert loss_in_flight == pytest.approx(loss, rel=tolerance, abs=0)
+    for a, b in zip(gradients_in_flight, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(b.abs().max()))
+
+
+def test_a_server_warms_up_what_it_may_run(held: server.HeldLayers) -> None:
+    forms: list[tuple[int, bool, bool]] = []
+
+    class Watched(server.HeldLayers):
+        def run(self, hidden_states: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+            forms.append((len(hidden_states), mask is not None, positions is not None))
+            return super().run(hidden_states, mask, positions)
+
+    with serving(Watched(held.model, held.identity, held.causal)):
+        assert forms == [(1, False, False), (2, False, False), (1, True, True)]
 
 
 def test_exact_gradients_are_cut_as_calls_are(checkpoint: Callable[[str], Path], held: server.HeldLayers) -> None:
@@ -341,6 +395,20 @@ def own_channel(address: str) -> grpc.Channel:
     return grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
 
 
+@pytest.mark.parametrize("failure", [TrunkUnavailable("gone"), None])
+def test_a_surrogate_that_does_not_come_whole_leaves_nothing_behind(tmp_path: Path, failure: Exception | None) -> None:
+    about = pb.DescribeReply(surrogate_digest=b"x" * 32, surrogate_bytes=10)
+
+    def piece(offset: int) -> bytes:
+        if failure is not None and offset:
+            raise failure
+        return b"12345"
+
+    with pytest.raises(TrunkUnavailable if failure else SurrogateError, match="gone" if failure else "came damaged"):
+        fetch(about, piece, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_connection_more_than_there_may_be_is_refused(held: server.HeldLayers) -> None:
     with server.embedded(held, config=TrunkConfig.model_validate({"limits": {"connections": 3}})) as address:
         with ExitStack() as stack:
@@ -505,6 +573,24 @@ def test_too_many_calls_of_one_caller_are_refused(held: server.HeldLayers) -> No
         gated.gate.set()
         assert [call.code() for call in calls].count(_Code.OK) == 2
         assert "too many calls at once" in next(c for c in calls if c.code() is not _Code.OK).details()
+
+
+def test_queued_tokens_are_right_while_nothing_is_computed(held: server.HeldLayers) -> None:
+    gated = Gated.of(held)
+    with running(gated) as (trunk, channel):
+        before = gated.close()
+        busy = forward(channel).future(request(5), timeout=30)
+        wait_until(lambda: gated.lengths[before:] == [5])
+        gone = forward(channel).future(request(7), timeout=30)
+
+        def queued() -> float | None:
+            return trunk.metrics.registry.get_sample_value("fl_split_trunk_queued_tokens")
+
+        wait_until(lambda: queued() == 7)
+        gone.cancel()
+        wait_until(lambda: queued() == 0)
+        gated.gate.set()
+        busy.result()
 
 
 def test_cancelled_and_late_calls_are_not_computed(held: server.HeldLayers, batchers: list[Batcher]) -> None:
@@ -703,6 +789,11 @@ def test_flags_come_before_the_file(tmp_path: Path) -> None:
     file.write_text('[server]\nport = 1\n[model]\nname = "/m"\n')
     config = TrunkConfig.load(file, ["server.port=2", "model.threads=3", "log.format=text"])
     assert (config.server.port, config.model.name, config.model.threads) == (2, "/m", 3)
+    file.write_text("model = 3")
+    with pytest.raises(
+        ConfigError, match=r"model=3 in the file: expected a section \[model\], for --set 'model.name=x'"
+    ):
+        TrunkConfig.load(file, ["model.name=x"])
     for damage in ("port = ", "\x00"):
         file.write_text(damage)
         with pytest.raises(ConfigError, match="cannot be read as TOML"):
@@ -784,8 +875,11 @@ def test_device_map_goes_to_transformers(checkpoint: Callable[[str], Path], monk
     assert plain.identity == mapped.identity
 
 
-def test_models_with_length_bound_rotary_tables_are_not_batched(held: server.HeldLayers) -> None:
+def test_models_whose_result_depends_on_the_batch_are_not_batched(held: server.HeldLayers) -> None:
     config = TrunkConfig().batching
     assert held.allowed(config).enabled
+    eight, four = (pb.DescribeReply(quantization=f"bitsandbytes-{bits}bit") for bits in (8, 4))
+    assert not replace(held, identity=eight).allowed(config).enabled
+    assert replace(held, identity=four).allowed(config).enabled
     model = type("M", (), {"config": type("C", (), {"rope_parameters": {"rope_type": "dynamic"}})})
     assert not replace(held, model=model).allowed(config).enabled  # type: ignore[arg-type]

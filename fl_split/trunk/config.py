@@ -191,7 +191,10 @@ def _override(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    values.setdefault(section, {})[name] = value
+    keys = values.setdefault(section, {})
+    if not isinstance(keys, dict):
+        raise ConfigError(f"{section}={keys!r} in the file: expected a section [{section}], for --set {override!r}")
+    keys[name] = value
 
 
 def _explain(error: Any) -> str:
