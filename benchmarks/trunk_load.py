@@ -24,7 +24,7 @@ from fl_split.config import Lora
 from fl_split.errors import TrunkUnavailable, WireError
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.split import LocalTrunk, load_client
-from fl_split.trunk import server
+from fl_split.trunk import messages, server
 from fl_split.trunk.access import add_token
 from fl_split.trunk.client import Expected, TrunkClient
 
@@ -245,7 +245,7 @@ def _absurd(rng: random.Random, message: bytes) -> bytes:
 
 def _decoded(message: bytes, limits: wire.Limits) -> str:
     try:
-        server._decode(message, limits)
+        messages.decode_forward(message, limits)
     except (WireError, DecodeError):
         return "refused"
     except Exception as error:

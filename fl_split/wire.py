@@ -282,9 +282,9 @@ def decode_pull(request: pb.PullRequest, limits: Limits) -> tuple[Packed, Tensor
     return packed, decode_rows(request.gradient, request.forward.dtype, (), len(packed.rows), limits.hidden_size)
 
 
-def encode_pull_reply(gradient: Tensor, dtype: pb.DType) -> pb.PullReply:
+def encode_pull_reply(gradient: Tensor, dtype: pb.DType, trunk_id: bytes = b"") -> pb.PullReply:
     """dL/dh1, ``[sum(lengths), hidden]``, in the dtype of the request."""
-    return pb.PullReply(dtype=dtype, gradient=encode_rows(gradient, dtype)[0])
+    return pb.PullReply(dtype=dtype, gradient=encode_rows(gradient, dtype)[0], trunk_id=trunk_id)
 
 
 def decode_pull_reply(reply: pb.PullReply, request: pb.PullRequest, hidden_size: int) -> Tensor:

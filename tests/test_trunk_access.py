@@ -22,9 +22,10 @@ from cryptography.x509.oid import NameOID
 
 from fl_split.errors import ConfigError, TrunkRefused, TrunkUnavailable
 from fl_split.trunk import server
-from fl_split.trunk.access import Gate, TokenBook, TooManyCalls, Unauthenticated, add_token, read_tokens, revoke_tokens
+from fl_split.trunk.access import TokenBook, Unauthenticated, add_token, read_tokens, revoke_tokens
 from fl_split.trunk.client import Credentials, Expected, TrunkClient
 from fl_split.trunk.config import Limits, TrunkConfig
+from fl_split.trunk.gate import Gate, TooManyCalls
 
 NOW = datetime.datetime.now(datetime.UTC)
 DAY = datetime.timedelta(days=1)
@@ -122,6 +123,23 @@ def test_tokens_are_added_revoked_and_read_anew(tmp_path: Path) -> None:
         book.institution_of(second)
     fourth = add_token(file, "c", None)
     assert book.institution_of(fourth) == "c"
+
+
+def test_tokens_that_change_while_they_are_read_are_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tokens.json"
+    token = add_token(file, "a", None)
+
+    def read(name: Path) -> list[Any]:
+        tokens = read_tokens(name)
+        monkeypatch.undo()
+        revoke_tokens(file, "a")  # just after
+        return tokens
+
+    add_token(file, "b", None)
+    monkeypatch.setattr("fl_split.trunk.access.read_tokens", read)
+    book = TokenBook(file)
+    with pytest.raises(Unauthenticated):
+        book.institution_of(token)
 
 
 @pytest.mark.parametrize("token", ["", "fls_wrong", "x" * 10_000])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_split.trunk.batching import Batcher, DeadlinePassed, Done, FairQueue, Job, QueueFull
+from fl_split.trunk.batching import Batcher, DeadlinePassed, Done, FairQueue, ForwardFailed, Job, QueueFull
 from fl_split.trunk.config import Batching
 from fl_split.trunk.held import hold_layers
 from fl_split.trunk.layout import is_causal, passes, run_packed
@@ -159,6 +159,29 @@ def test_a_lone_caller_never_waits() -> None:
     assert asyncio.run(main()) < 1.0
 
 
+def test_callers_who_were_here_just_now_are_waited_for() -> None:
+    sizes: list[int] = []
+
+    def compute(requests: Sequence[Packed]) -> list[Tensor]:
+        sizes.append(len(requests))
+        return [request.rows for request in requests]
+
+    async def main() -> float:
+        batcher = Batcher(compute, Batching(max_wait_ms=5000), 10_000)
+        serving = asyncio.create_task(batcher.run())
+        await asyncio.gather(*(batcher.submit(caller, packed(1), 10.0) for caller in "ab"))
+        sizes.clear()
+        started = time.monotonic()
+        first = asyncio.create_task(batcher.submit("a", packed(2), 10.0))
+        await asyncio.sleep(0.05)  # nobody else is there, but b was
+        await asyncio.gather(first, batcher.submit("b", packed(3), 10.0))
+        serving.cancel()
+        return time.monotonic() - started
+
+    assert asyncio.run(main()) < 2  # now all are there: no need for the rest of the five seconds
+    assert sizes == [2]
+
+
 def test_beyond_the_queue_calls_are_refused_with_a_time_to_come_back() -> None:
     results = asyncio.run(submit_all(Batcher(double, Batching(), 100), [("a", packed(40), 10.0)] * 6))
     refused = [result for result in results if isinstance(result, QueueFull)]
@@ -263,12 +286,28 @@ def test_a_failed_batch_fails_its_calls_and_no_others() -> None:
     async def main() -> None:
         batcher = Batcher(compute, Batching(), 10_000)
         serving = asyncio.create_task(batcher.run())
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ForwardFailed, match="^RuntimeError > .*test_trunk_batching.py:[0-9]+ compute$"):
             await batcher.submit("a", packed(3), 10.0)
         await batcher.submit("a", packed(3), 10.0)
         serving.cancel()
 
     asyncio.run(main())
+
+
+def test_a_batch_that_fails_fails_only_whoever_makes_it_fail() -> None:
+    sizes: list[int] = []
+
+    def compute(requests: Sequence[Packed]) -> list[Tensor]:
+        sizes.append(len(requests))
+        if any(len(request.rows) == 7 for request in requests):
+            raise RuntimeError("tensor([0.123")
+        return double(requests)
+
+    requests = [("a", packed(3), 10.0), ("b", packed(7), 10.0), ("c", packed(4), 10.0)]
+    results = asyncio.run(submit_all(Batcher(compute, Batching(), 10_000), requests))
+    assert [type(result) for result in results] == [Done, ForwardFailed, Done]
+    assert "0.123" not in str(results[1])
+    assert sizes == [3, 1, 1, 1]
 
 
 # -------------------------------------------------------------------------------------------------------- layout
@@ -311,11 +350,16 @@ def test_result_does_not_depend_on_who_shared_the_batch(
         assert torch.equal(alone, again)
 
 
-def test_positions_matter(checkpoint: Callable[[str], Path]) -> None:
-    held = hold_layers(checkpoint("gpt2"), 2, 2)
-    request = packed(6, hidden_size=32)
-    moved = Packed(request.rows, [6], torch.tensor([0, 3, 4, 9, 10, 11]))
-    assert run_packed(held.run, [moved], causal=True)[0][0].shape == (6, 32)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_positions_matter(checkpoint: Callable[[str], Path], family: str) -> None:
+    """Gaps, for rotary positions that are only shifted make no difference."""
+    held = hold_layers(checkpoint(family), 2, 2)
+    request, positions = packed(6, hidden_size=32), torch.tensor([0, 3, 4, 9, 10, 11])
+    plain = run_packed(held.run, [request], causal=True)[0][0]
+    moved = run_packed(held.run, [Packed(request.rows, [6], positions)], causal=True)[0][0]
+    right = held.run(request.rows[None], torch.ones(1, 6, dtype=torch.long), positions[None])[0]
+    torch.testing.assert_close(moved, right)
+    assert float((moved - plain).abs().max()) > 0.01 * float(plain.abs().max())
 
 
 def test_causality_is_found_out_by_trying() -> None:

@@ -13,6 +13,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -25,6 +26,7 @@ from fl_split.proto import trunk_pb2 as pb
 from fl_split.split import LocalTrunk, load_trunk
 from fl_split.trunk.client import Credentials, Expected, TrunkClient
 from fl_split.trunk.config import TrunkConfig
+from fl_split.trunk.server import TrunkServer
 
 ROOT = Path(__file__).parent.parent
 
@@ -114,7 +116,14 @@ def test_a_served_trunk_is_seen_used_and_drained(
     code, _, error = run("trunk", "describe", address)
     assert code == 1 and "UNAUTHENTICATED" in error
     code, text, _ = run("trunk", "describe", address, "--token-file", mine, "--json")
-    assert code == 0 and json.loads(text)["layers"] == "2-3"
+    about = json.loads(text)
+    assert code == 0 and about["layers"] == "2-3"
+    assert (about["dtype"], about["quantization"], about["exact-gradient"], about["surrogate"]) == (
+        "float32",
+        "none",
+        False,
+        "none",
+    )
 
     expected = Expected.from_checkpoint(checkpoint("llama"), 2, 2)
     with TrunkClient(address, expected, timeout_s=10, credentials=Credentials(token_file=str(mine))) as client:
@@ -162,8 +171,10 @@ def test_one_trunk_over_two_processes_equals_one_over_one(
             alone = held_locally.start(hidden_states, attention_mask, None).result()
             real = torch.ones(3, 9, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
             torch.testing.assert_close(out[real], alone[real], rtol=1e-4, atol=1e-4)
-    trunk.process.send_signal(signal.SIGTERM)
-    trunk.process.wait(30)
+    pid = trunk.process.pid
+    for rank in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        os.kill(int(rank), signal.SIGTERM)  # torchrun itself exits with 1 after a SIGTERM, whatever its processes do
+    assert trunk.process.wait(30) == 0
     assert "stopped" in trunk.lines[-1] or any('"stopped"' in line for line in trunk.lines)
 
 
@@ -196,6 +207,28 @@ def test_serve_says_when_its_port_is_taken(checkpoint: Callable[[str], Path], mo
         flags = (f"--set=server.port={taken.getsockname()[1]}", "--set=metrics.enabled=false")
         code, _, error = run("trunk", "serve", "--model", checkpoint("llama"), *flags)
     assert code == 1 and "server.port, metrics.host or metrics.port: cannot listen on 127.0.0.1" in error
+
+
+def test_serve_fails_when_it_can_serve_no_more(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: TrunkServer, jobs: list[Any], seconds: float) -> None:
+        raise ZeroDivisionError("tensor([0.123")
+
+    monkeypatch.setattr(TrunkServer, "_count_batch", broken)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    port, expected = free_port(), Expected.from_checkpoint(checkpoint("llama"), 2, 2)
+
+    def ask() -> None:
+        with TrunkClient(f"127.0.0.1:{port}", expected, timeout_s=30) as client:
+            client.start(torch.ones(1, 2, 32), None, None).result()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    flags = (f"--set=server.port={port}", "--set=metrics.enabled=false")
+    code, _, error = run("trunk", "serve", "--model", checkpoint("llama"), *flags)
+    asking.join()
+    assert code == 1 and "can serve no more (ZeroDivisionError" in error and "0.123" not in error
 
 
 def test_describe_ping_and_top_say_when_nobody_answers() -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fl_split.split import LocalTrunk, Trunk, load_client
 from fl_split.trunk import server
 from fl_split.trunk.client import Expected, TrunkClient
 from fl_split.trunk.config import TrunkConfig
+from fl_split.trunk.held import trunk_id
 from fl_split.trunk.layout import run_packed
 from fl_split.trunk.replicas import split_address
 
@@ -225,7 +227,78 @@ def test_a_reply_from_a_trunk_that_was_not_checked_is_not_used(held: server.Held
     assert calls == ["Describe", "Forward"] * 3
 
 
+def test_a_trunk_whose_replies_are_always_another_s_is_an_error(held: server.HeldLayers, expected: Expected) -> None:
+    def answer(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
+        return pb.ForwardReply(dtype=request.dtype, hidden_states=request.hidden_states, trunk_id=b"x" * 16)
+
+    with fake_trunk(held, answer) as (address, calls), TrunkClient(address, expected, timeout_s=20) as client:
+        with pytest.raises(TrunkMismatch, match="come from another trunk than the one that answered Describe"):
+            client.start(torch.ones(1, 2, HIDDEN), None, None).result()
+        assert client.num_retries == calls.count("Forward") - 1 == 3
+
+
+def test_replicas_of_different_trunks_do_not_mix(held: server.HeldLayers, expected: Expected) -> None:
+    blind = replace(expected, weights_digest=None)  # as of a node that has only its own part of the checkpoint
+    with fake_trunk(held, echo(held)) as (first, _), fake_trunk(held, echo(held), trunk_id=b"y" * 16) as (second, _):
+        with TrunkClient(f"{first},{second}", blind, timeout_s=5) as client:
+            client.connect()
+            with pytest.raises(TrunkMismatch, match=f"{second} is another one .*: start all replicas with the same"):
+                client.start(torch.ones(1, 2, HIDDEN), None, None).result()
+
+
+def test_a_trunk_of_another_precision_is_another_trunk(folder: Path, held: server.HeldLayers) -> None:
+    narrow = server.hold_layers(folder, 2, 2, torch.bfloat16).identity
+    assert (narrow.compute_dtype, held.identity.compute_dtype) == ("bfloat16", "float32")
+    assert narrow.weights_digest == held.identity.weights_digest and narrow.trunk_id != held.identity.trunk_id
+    assert narrow.trunk_id != trunk_id(pb.DescribeReply(quantization="torchao-int8", **_fields(narrow)))
+    assert narrow.trunk_id == trunk_id(pb.DescribeReply(**_fields(narrow)))
+
+
+def _fields(about: pb.DescribeReply) -> dict[str, Any]:
+    names = ("config_digest", "weights_digest", "first_layer", "end_layer", "compute_dtype")
+    return {name: getattr(about, name) for name in names}
+
+
 # ------------------------------------------------------------------------------------------------------- replicas
+
+
+def test_a_replica_lost_while_a_request_is_packed_costs_nothing(
+    held: server.HeldLayers, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another call may be lost at any moment between the check and the cut."""
+    pack = wire.pack_batch
+    with fake_trunk(held, echo(held), max_tokens=4) as (address, calls), TrunkClient(address, expected) as client:
+        client.connect()
+
+        def lose(*args: Any) -> Any:
+            client._put_off(client._replicas.pick(), _Lost(), 0.0)
+            return pack(*args)
+
+        monkeypatch.setattr(wire, "pack_batch", lose)
+        client.start(torch.ones(2, 4, HIDDEN), None, None).result()
+    assert calls.count("Forward") == 2  # cut at the size that was last known
+
+
+class _Lost(grpc.RpcError):
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_replica_that_hangs_does_not_lose_the_call(held: server.HeldLayers, expected: Expected) -> None:
+    hang = threading.Event()
+
+    def never(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
+        hang.wait(20)
+        return echo(held)(request, context)
+
+    with fake_trunk(held, never) as (first, calls), fake_trunk(held, echo(held)) as (second, _):
+        with TrunkClient(f"{first},{second}", expected, timeout_s=2) as client:
+            started = time.monotonic()
+            for _ in range(6):
+                client.start(torch.ones(1, 2, HIDDEN), None, None).result()
+            assert 0.9 < time.monotonic() - started < 1.9  # one share of the time, once
+        hang.set()
+    assert calls.count("Forward") == 1
 
 
 def test_replicas_are_taken_in_turns(held: server.HeldLayers, expected: Expected) -> None:

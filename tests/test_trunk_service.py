@@ -9,7 +9,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,25 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from grpc_health.v1 import health as health_names
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from torch import Tensor
 
-from fl_split import wire
-from fl_split.errors import ConfigError
+from fl_split import adapters, train, wire
+from fl_split.config import Lora
+from fl_split.errors import ConfigError, SurrogateError, TrunkError, TrunkUnavailable, WireError
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.split import LocalTrunk
+from fl_split.split import LocalTrunk, load_client
+from fl_split.trunk import gate as gates
 from fl_split.trunk import held as holding
-from fl_split.trunk import server
+from fl_split.trunk import messages, server
 from fl_split.trunk.access import add_token
 from fl_split.trunk.batching import Batcher
 from fl_split.trunk.client import Expected, TrunkClient
 from fl_split.trunk.config import Model, TrunkConfig
 from fl_split.trunk.metrics import serve_metrics
+from fl_split.trunk.published import fetch
 
 HIDDEN = 32
 _Code = grpc.StatusCode
@@ -91,8 +95,30 @@ def wait_until(condition: Callable[[], bool]) -> None:
 @contextmanager
 def serving(held: server.HeldLayers, **sections: dict[str, Any]) -> Iterator[grpc.Channel]:
     config = TrunkConfig.model_validate(sections)
-    with server.embedded(held, config=config) as address, grpc.insecure_channel(address) as channel:
+    options = [("grpc.http2.bdp_probe", 0)]  # else grpc may take a reply that nobody asks for
+    with server.embedded(held, config=config) as address, grpc.insecure_channel(address, options) as channel:
         yield channel
+
+
+@contextmanager
+def running(held: server.HeldLayers, **sections: dict[str, Any]) -> Iterator[tuple[server.TrunkServer, grpc.Channel]]:
+    """As `serving`, with the server itself."""
+    made: list[server.TrunkServer] = []
+    build = server.TrunkServer._build
+
+    def spy(self: server.TrunkServer) -> Any:
+        made.append(self)
+        return build(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server.TrunkServer, "_build", spy)
+        with serving(held, **sections) as channel:
+            yield made[0], channel
+
+
+def counted(trunk: server.TrunkServer, method: str, code: str, institution: str = "anonymous") -> float:
+    labels = {"method": method, "code": code, "institution": institution}
+    return trunk.metrics.registry.get_sample_value("fl_split_trunk_calls_total", labels) or 0.0
 
 
 def forward(channel: grpc.Channel) -> Any:
@@ -148,14 +174,80 @@ def test_many_callers_at_once_get_what_each_would_get_alone(held: server.HeldLay
             torch.testing.assert_close(out, alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
 
 
+@pytest.mark.parametrize("batching", [False, True])
+def test_calls_in_flight_change_nothing(
+    checkpoint: Callable[[str], Path], held: server.HeldLayers, batching: bool
+) -> None:
+    """Bit for bit if each call runs alone, else up to the rounding of another batch size."""
+    folder, sizes = checkpoint("llama"), set[int]()
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for i in range(8):
+        ids = torch.randint(3, 99, (2, 9) if i % 2 else (1, 30), generator=generator)
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+
+    class Slow(server.HeldLayers):
+        def run(self, hidden_states: Tensor, *args: Any) -> Tensor:
+            time.sleep(0.02)  # so that calls meet
+            sizes.add(len(hidden_states))
+            return super().run(hidden_states, *args)
+
+    def step(in_flight: int) -> tuple[float, list[Tensor]]:
+        client = load_client(folder, 2, 2, trunk, surrogate="blocks", surrogate_layers=1)
+        model = adapters.attach(client, Lora(), train_bottom=True, seed=0)
+        model.train()
+        torch.manual_seed(1)
+        loss = train.accumulate(model, batches, in_flight)
+        return loss, [p.grad for p in model.parameters() if p.grad is not None]
+
+    slow, config = Slow(held.model, held.identity, held.causal), {"batching": {"enabled": batching}}
+    expected = Expected.from_checkpoint(folder, 2, 2)
+    with server.embedded(slow, config=TrunkConfig.model_validate(config)) as address:
+        with TrunkClient(address, expected, wire_dtype="float32", in_flight=8) as trunk:
+            loss, gradients = step(1)
+            sizes.clear()
+            loss_in_flight, gradients_in_flight = step(8)
+    assert (max(sizes) > 2) == batching
+    tolerance = 1e-4 if batching else 0.0
+    assert loss_in_flight == pytest.approx(loss, rel=tolerance, abs=0)
+    for a, b in zip(gradients_in_flight, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(b.abs().max()))
+
+
+def test_a_server_warms_up_what_it_may_run(held: server.HeldLayers) -> None:
+    forms: list[tuple[int, bool, bool]] = []
+
+    class Watched(server.HeldLayers):
+        def run(self, hidden_states: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+            forms.append((len(hidden_states), mask is not None, positions is not None))
+            return super().run(hidden_states, mask, positions)
+
+    with serving(Watched(held.model, held.identity, held.causal)):
+        assert forms == [(1, False, False), (2, False, False), (1, True, True)]
+
+
+def test_exact_gradients_are_cut_as_calls_are(checkpoint: Callable[[str], Path], held: server.HeldLayers) -> None:
+    torch.manual_seed(0)
+    hidden_states, gradient = torch.randn(5, 8, HIDDEN), torch.randn(5, 8, HIDDEN)
+    mask = (torch.arange(8)[None] < torch.tensor([8, 3, 7, 8, 1])[:, None]).long()
+    gradient *= mask[..., None]
+    expected = Expected.from_checkpoint(checkpoint("llama"), 2, 2)
+    sections = {"server": {"exact-gradient": True}, "limits": {"max-tokens": 16}}
+    with server.embedded(held, config=TrunkConfig.model_validate(sections)) as address:
+        with TrunkClient(address, expected, wire_dtype="float32") as client:
+            pulled = client.vjp(hidden_states, mask, None, gradient)
+    right = LocalTrunk(held.model).vjp(hidden_states, mask, None, gradient)
+    torch.testing.assert_close(pulled[mask.bool()], right[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
 # ----------------------------------------------------------------------------------------------- hostile callers
 
 
 @pytest.mark.parametrize(
     ("message", "text"),
     [
-        (b"\xff\xff\xff", "the message is not a ForwardRequest"),
-        (request()[:-2], "the message is not a ForwardRequest"),
+        (b"\xff\xff\xff", "the message cannot be parsed"),
+        (request()[:-2], "the message cannot be parsed"),
         (b"", "lengths has 0 entries"),
         (request(lengths=[2**32 - 1]), "lengths holds 4294967295"),
         (request(lengths=[65]), "a sequence has at most 64 tokens"),
@@ -182,6 +274,62 @@ def test_messages_beyond_the_limit_and_compressed_ones_are_refused(held: server.
         assert forward(channel)(request(), timeout=5)
 
 
+def test_a_message_beyond_the_limit_is_counted_as_its_caller_sees_it(held: server.HeldLayers) -> None:
+    with running(held, limits={"max-tokens": 64}) as (trunk, channel):
+        assert refused(channel, bytes(100_000)).code() is _Code.RESOURCE_EXHAUSTED
+        wait_until(lambda: counted(trunk, "Forward", "RESOURCE_EXHAUSTED") == 1)
+        with pytest.raises(grpc.RpcError):
+            channel.stream_unary(f"/{wire.SERVICE}/Forward")(iter(()), timeout=5)
+        wait_until(lambda: counted(trunk, "Forward", "INVALID_ARGUMENT") == 1)
+
+
+@pytest.mark.parametrize("message", [pb.ForwardRequest(lengths=[1] * 9000), pb.ForwardRequest(outliers=[1] * 9000)])
+def test_many_small_numbers_are_refused_before_they_are_parsed(message: pb.ForwardRequest) -> None:
+    limits = wire.Limits(HIDDEN, 512, 64)
+    with pytest.raises(WireError, match=r"has at least 900\d bytes beside its tensors: expected at most 6240"):
+        messages.decode_forward(message.SerializeToString(), limits)
+    pull = pb.PullRequest(forward=message, gradient=bytes(100_000))
+    with pytest.raises(WireError, match=r"has at least 9\d{3} bytes beside its tensors"):
+        messages.decode_pull(pull.SerializeToString(), limits)
+    unpacked = b"\x18\x01" * 9000  # a tag before each number
+    with pytest.raises(WireError, match=r"beside its tensors"):
+        messages.decode_forward(unpacked, limits)
+
+
+def test_the_largest_request_is_not_refused_for_its_size() -> None:
+    limits = wire.Limits(HIDDEN, 512, 2**31)
+    packed = wire.Packed(torch.ones(512, HIDDEN), [1] * 512, torch.full((512,), 2**31 - 1))
+    for dtype in wire.NAMES.values():
+        data = wire.encode_request(packed, dtype).SerializeToString()
+        assert messages.decode_forward(data, limits)[1].lengths == packed.lengths
+    data = wire.encode_pull(packed, packed.rows, pb.FLOAT32).SerializeToString()
+    assert messages.decode_pull(data, limits)[1].rows.shape == (512, 2 * HIDDEN)
+
+
+def test_a_request_for_a_surrogate_is_a_few_bytes(held: server.HeldLayers) -> None:
+    with serving(held) as channel, pytest.raises(grpc.RpcError, match="has 17 bytes: expected at most 16") as error:
+        channel.unary_unary(f"/{wire.SERVICE}/Surrogate")(bytes([26, 15, *range(15)]), timeout=5)
+    assert error.value.code() is _Code.INVALID_ARGUMENT
+
+
+def test_exact_gradients_wait_in_a_bounded_queue(
+    held: server.HeldLayers, batchers: list[Batcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    run_pulls = messages.run_pulls
+    monkeypatch.setattr(server, "run_pulls", lambda *args: (gate.wait(30), run_pulls(*args))[1])
+    packed = wire.Packed(torch.ones(40, HIDDEN), [40], None)
+    message = wire.encode_pull(packed, packed.rows, pb.FLOAT32).SerializeToString()
+    sections = {"server": {"exact-gradient": True}, "limits": {"max-tokens": 64, "queue-tokens": 64}}
+    with serving(held, **sections) as channel:
+        call = channel.unary_unary(f"/{wire.EXACT_SERVICE}/Pull")
+        calls = [call.future(message, timeout=30) for _ in range(12)]
+        wait_until(lambda: sum(call.done() for call in calls) == 10)  # one is computed, one waits
+        gate.set()
+        codes = [call.code() for call in calls]
+    assert (codes.count(_Code.OK), codes.count(_Code.RESOURCE_EXHAUSTED)) == (2, 10)
+
+
 def test_errors_reveal_no_internals(held: server.HeldLayers, caplog: pytest.LogCaptureFixture) -> None:
     class Broken(server.HeldLayers):
         def run(self, *args: Any) -> Tensor:
@@ -194,7 +342,7 @@ def test_errors_reveal_no_internals(held: server.HeldLayers, caplog: pytest.LogC
     assert error.code() is _Code.INTERNAL
     assert "secret" not in error.details() and "request-12345678" in error.details()
     assert "secret" not in caplog.text
-    assert "request-12345678" in caplog.text
+    assert "call request-12345678 failed: RuntimeError > " in caplog.text and "layout.py:" in caplog.text
 
 
 def test_a_call_without_a_message_and_one_that_is_too_slow_are_refused(held: server.HeldLayers) -> None:
@@ -240,6 +388,48 @@ def test_a_surrogate_that_is_not_published_is_not_found(held: server.HeldLayers)
     with serving(held) as channel, pytest.raises(grpc.RpcError, match="publishes no surrogate") as error:
         channel.unary_unary(f"/{wire.SERVICE}/Surrogate")(b"", timeout=5)
     assert error.value.code() is _Code.NOT_FOUND
+
+
+def own_channel(address: str) -> grpc.Channel:
+    """A channel with a connection of its own."""
+    return grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
+
+
+@pytest.mark.parametrize("failure", [TrunkUnavailable("gone"), None])
+def test_a_surrogate_that_does_not_come_whole_leaves_nothing_behind(tmp_path: Path, failure: Exception | None) -> None:
+    about = pb.DescribeReply(surrogate_digest=b"x" * 32, surrogate_bytes=10)
+
+    def piece(offset: int) -> bytes:
+        if failure is not None and offset:
+            raise failure
+        return b"12345"
+
+    with pytest.raises(TrunkUnavailable if failure else SurrogateError, match="gone" if failure else "came damaged"):
+        fetch(about, piece, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_connection_more_than_there_may_be_is_refused(held: server.HeldLayers) -> None:
+    with server.embedded(held, config=TrunkConfig.model_validate({"limits": {"connections": 3}})) as address:
+        with ExitStack() as stack:
+            first = [stack.enter_context(own_channel(address)) for _ in range(3)]
+            for channel in first:
+                assert forward(channel)(request(), timeout=10)
+            with own_channel(address) as fourth:
+                assert refused(fourth, request()).code() is _Code.UNAVAILABLE
+                for channel in first:
+                    assert forward(channel)(request(), timeout=10)
+                first[0].close()
+                assert forward(fourth)(request(), timeout=20, wait_for_ready=True)
+
+
+def test_idle_connections_are_closed_and_make_room(held: server.HeldLayers) -> None:
+    limits = {"connections": 2, "idle-s": 1.0}
+    with server.embedded(held, config=TrunkConfig.model_validate({"limits": limits})) as address, ExitStack() as stack:
+        for channel in [stack.enter_context(own_channel(address)) for _ in range(2)]:
+            grpc.channel_ready_future(channel).result(5)  # a whole HTTP/2 connection, and nothing after
+        with own_channel(address) as late:
+            assert forward(late)(request(), timeout=20, wait_for_ready=True)
 
 
 @pytest.mark.slow
@@ -302,6 +492,63 @@ def test_slow_senders_of_one_caller_do_not_keep_others_out(
         assert {call.code() for call in calls} == {_Code.OK}
 
 
+def test_silent_senders_of_two_callers_do_not_keep_a_third_out(
+    held: server.HeldLayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "_IDLE_S", 0.2)
+    file = tmp_path / "tokens.json"
+    first, second, third = ((("authorization", f"Bearer {add_token(file, name, None)}"),) for name in "abc")
+    limits = {"reading": 4, "reading-per-caller": 2}
+    with running(held, security={"tokens": str(file)}, limits=limits) as (trunk, channel):
+        sent = threading.Event()
+
+        def silent() -> Iterator[bytes]:
+            sent.wait(20)
+            yield request()
+
+        call = channel.stream_unary(f"/{wire.SERVICE}/Forward")
+        calls = [call.future(silent(), timeout=30, metadata=who) for who in 3 * [first, second]]
+        wait_until(lambda: len(trunk._gate._reading) == 4 and len(trunk._gate._waiting) == 2)
+        started = time.monotonic()
+        assert forward(channel)(request(), timeout=10, metadata=third)
+        assert time.monotonic() - started < 5  # and not limits.receive-timeout-s
+        wait_until(lambda: sum(call.done() for call in calls) == 1)  # one gave its turn up, and may come again
+        [displaced] = [call for call in calls if call.done()]
+        assert displaced.code() is _Code.RESOURCE_EXHAUSTED and wire.PUSHBACK in dict(displaced.trailing_metadata())
+        sent.set()
+        assert {call.code() for call in calls if call is not displaced} == {_Code.OK}
+
+
+def test_replies_that_nobody_takes_count_as_open_calls(held: server.HeldLayers) -> None:
+    large = request(4096, lengths=[64] * 64)  # more than gRPC takes unasked
+    with running(held, limits={"calls-per-caller": 3}, server={"drain-s": 0.2}) as (trunk, channel):
+        call = channel.unary_stream(f"/{wire.SERVICE}/Forward")
+        taken = [call(large, timeout=60) for _ in range(3)]  # and never read
+        wait_until(lambda: sum(trunk._gate._unread.values()) > 3 * 4096 * HIDDEN * 4)
+        more = [call(large, timeout=60) for _ in range(4)]
+        assert {call.code() for call in more} == {_Code.RESOURCE_EXHAUSTED}
+        assert trunk._gate._open.total() == 3
+        assert counted(trunk, "Forward", "OK") == 0
+        assert len(next(taken[0])) > 4096 * HIDDEN * 4
+        for call in taken[1:]:
+            call.cancel()
+        wait_until(lambda: trunk._gate._open.total() == 0)
+        assert not trunk._gate._unread
+        wait_until(lambda: counted(trunk, "Forward", "OK") == 1 and counted(trunk, "Forward", "CANCELLED") == 2)
+
+
+def test_a_caller_with_replies_to_take_is_refused_more(held: server.HeldLayers) -> None:
+    large = request(8192, lengths=[64] * 128)  # replies of 1.05 MB
+    with running(held, limits={"unread-mb": 1}, server={"drain-s": 0.2}) as (trunk, channel):
+        call = channel.unary_stream(f"/{wire.SERVICE}/Forward")
+        unread = call(large, timeout=60)
+        wait_until(lambda: bool(trunk._gate._unread))
+        assert refused(channel, request()).code() is _Code.RESOURCE_EXHAUSTED
+        assert len(next(unread)) > 1_000_000
+        wait_until(lambda: not trunk._gate._unread)
+        assert forward(channel)(request(), timeout=5)
+
+
 def test_a_full_queue_refuses_with_a_time_to_come_back(held: server.HeldLayers) -> None:
     limits = {"max-tokens": 64, "queue-tokens": 64}
     gated = Gated.of(held)
@@ -326,6 +573,24 @@ def test_too_many_calls_of_one_caller_are_refused(held: server.HeldLayers) -> No
         gated.gate.set()
         assert [call.code() for call in calls].count(_Code.OK) == 2
         assert "too many calls at once" in next(c for c in calls if c.code() is not _Code.OK).details()
+
+
+def test_queued_tokens_are_right_while_nothing_is_computed(held: server.HeldLayers) -> None:
+    gated = Gated.of(held)
+    with running(gated) as (trunk, channel):
+        before = gated.close()
+        busy = forward(channel).future(request(5), timeout=30)
+        wait_until(lambda: gated.lengths[before:] == [5])
+        gone = forward(channel).future(request(7), timeout=30)
+
+        def queued() -> float | None:
+            return trunk.metrics.registry.get_sample_value("fl_split_trunk_queued_tokens")
+
+        wait_until(lambda: queued() == 7)
+        gone.cancel()
+        wait_until(lambda: queued() == 0)
+        gated.gate.set()
+        busy.result()
 
 
 def test_cancelled_and_late_calls_are_not_computed(held: server.HeldLayers, batchers: list[Batcher]) -> None:
@@ -364,6 +629,60 @@ def test_health_and_reflection(held: server.HeldLayers) -> None:
         assert b"ForwardRequest" in answer.file_descriptor_response.file_descriptor_proto[0]
 
 
+def test_health_and_reflection_take_little(held: server.HeldLayers) -> None:
+    """They need no token: neither large messages nor many open calls must get far."""
+    with running(held, server={"drain-s": 20.0}) as (trunk, channel):
+        health = health_pb2_grpc.HealthStub(channel)
+        with pytest.raises(grpc.RpcError, match="expected at most 4096") as error:
+            health.Check(health_pb2.HealthCheckRequest(service="x" * 200_000), timeout=5)
+        assert error.value.code() is _Code.INVALID_ARGUMENT
+        with pytest.raises(grpc.RpcError) as error:
+            health.Check(health_pb2.HealthCheckRequest(service="x"), timeout=5)
+        assert error.value.code() is _Code.NOT_FOUND
+        unknown = health.Watch(health_pb2.HealthCheckRequest(service="x"), timeout=30)
+        assert next(unknown).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        ask = reflection_pb2.ServerReflectionRequest(file_containing_symbol="x" * 200_000)
+        with pytest.raises(grpc.RpcError, match="expected at most 4096"):
+            list(stub.ServerReflectionInfo(iter([ask]), timeout=5))
+        watches = [health.Watch(health_pb2.HealthCheckRequest(), timeout=30) for _ in range(40)]
+        wait_until(lambda: sum(watch.done() for watch in watches) == 9)  # 32 calls of one caller, one is open
+        assert {watch.code() for watch in watches if watch.done()} == {_Code.RESOURCE_EXHAUSTED}
+        assert forward(channel)(request(), timeout=5)
+        started = time.monotonic()
+    assert time.monotonic() - started < 5  # watches do not make a drain longer
+
+
+def test_a_trunk_that_can_serve_no_more_says_so_and_ends(
+    held: server.HeldLayers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: server.TrunkServer, jobs: list[Any], seconds: float) -> None:
+        raise ZeroDivisionError("tensor([0.123")
+
+    async def main() -> None:
+        monkeypatch.setattr(server.TrunkServer, "_count_batch", broken)
+        trunk = server.TrunkServer(held, TrunkConfig.model_validate({"server": {"port": 0}}))
+        await trunk.start()
+        await trunk.warm_up()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{trunk.port}") as channel:
+            watch = channel.unary_stream(f"/{health_names.SERVICE_NAME}/Watch", None, None)(b"", timeout=30)
+            seen = [await watch.read()]
+            call = channel.unary_unary(f"/{wire.SERVICE}/Forward", None, None)
+            serving = asyncio.create_task(trunk.run_until(asyncio.Event().wait()))
+            await call(request(), timeout=5)
+            seen.append(await watch.read())
+            with pytest.raises(
+                TrunkError, match=r"can serve no more \(ZeroDivisionError > .* broken\): start it again$"
+            ):
+                await serving
+            with pytest.raises(grpc.aio.AioRpcError):
+                await call(request(), timeout=5)
+        statuses = [health_pb2.HealthCheckResponse.FromString(message).status for message in seen]
+        assert statuses == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]
+
+    asyncio.run(main())
+
+
 def test_a_server_is_ready_only_when_warm_and_not_while_it_drains(held: server.HeldLayers) -> None:
     async def main() -> list[int]:
         gated = Gated.of(held)
@@ -380,12 +699,15 @@ def test_a_server_is_ready_only_when_warm_and_not_while_it_drains(held: server.H
             seen.append(await status())
             await running.warm_up()
             seen.append(await status())
+            watch = health.Watch(health_pb2.HealthCheckRequest(service=wire.SERVICE), timeout=30)
+            assert (await watch.read()).status == seen[-1]
             before = gated.close()
             open_call = call(request(), timeout=30)
             while len(gated.lengths) == before:
                 await asyncio.sleep(0.01)
             draining = asyncio.create_task(running.drain())
-            await asyncio.sleep(0.1)
+            seen.append((await watch.read()).status)
+            assert await watch.read() is grpc.aio.EOF  # it does not wait for those who watch
             assert not draining.done()
             gated.gate.set()
             assert len(await open_call) > 0
@@ -399,7 +721,7 @@ def test_a_server_is_ready_only_when_warm_and_not_while_it_drains(held: server.H
         health_pb2.HealthCheckResponse.NOT_SERVING,
         health_pb2.HealthCheckResponse.SERVING,
     )
-    assert asyncio.run(main()) == [not_serving, is_serving]
+    assert asyncio.run(main()) == [not_serving, is_serving, not_serving]
 
 
 def test_calls_leave_a_line_and_counts_but_no_values(
@@ -467,6 +789,11 @@ def test_flags_come_before_the_file(tmp_path: Path) -> None:
     file.write_text('[server]\nport = 1\n[model]\nname = "/m"\n')
     config = TrunkConfig.load(file, ["server.port=2", "model.threads=3", "log.format=text"])
     assert (config.server.port, config.model.name, config.model.threads) == (2, "/m", 3)
+    file.write_text("model = 3")
+    with pytest.raises(
+        ConfigError, match=r"model=3 in the file: expected a section \[model\], for --set 'model.name=x'"
+    ):
+        TrunkConfig.load(file, ["model.name=x"])
     for damage in ("port = ", "\x00"):
         file.write_text(damage)
         with pytest.raises(ConfigError, match="cannot be read as TOML"):
@@ -548,8 +875,11 @@ def test_device_map_goes_to_transformers(checkpoint: Callable[[str], Path], monk
     assert plain.identity == mapped.identity
 
 
-def test_models_with_length_bound_rotary_tables_are_not_batched(held: server.HeldLayers) -> None:
+def test_models_whose_result_depends_on_the_batch_are_not_batched(held: server.HeldLayers) -> None:
     config = TrunkConfig().batching
     assert held.allowed(config).enabled
+    eight, four = (pb.DescribeReply(quantization=f"bitsandbytes-{bits}bit") for bits in (8, 4))
+    assert not replace(held, identity=eight).allowed(config).enabled
+    assert replace(held, identity=four).allowed(config).enabled
     model = type("M", (), {"config": type("C", (), {"rope_parameters": {"rope_type": "dynamic"}})})
     assert not replace(held, model=model).allowed(config).enabled  # type: ignore[arg-type]

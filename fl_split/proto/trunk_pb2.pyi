@@ -23,7 +23,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("config_digest", "weights_digest", "model_type", "first_layer", "end_layer", "hidden_size", "dtypes", "max_tokens", "max_sequence_length", "trunk_id", "max_message_bytes", "version", "surrogate_digest", "surrogate_bytes", "exact_gradient")
+    __slots__ = ("config_digest", "weights_digest", "model_type", "first_layer", "end_layer", "hidden_size", "dtypes", "max_tokens", "max_sequence_length", "trunk_id", "max_message_bytes", "version", "surrogate_digest", "surrogate_bytes", "exact_gradient", "compute_dtype", "quantization")
     CONFIG_DIGEST_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,8 @@ class DescribeReply(_message.Message):
     SURROGATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SURROGATE_BYTES_FIELD_NUMBER: _ClassVar[int]
     EXACT_GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     config_digest: str
     weights_digest: str
     model_type: str
@@ -54,7 +56,9 @@ class DescribeReply(_message.Message):
     surrogate_digest: bytes
     surrogate_bytes: int
     exact_gradient: bool
-    def __init__(self, config_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., model_type: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., max_tokens: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., trunk_id: _Optional[bytes] = ..., max_message_bytes: _Optional[int] = ..., version: _Optional[str] = ..., surrogate_digest: _Optional[bytes] = ..., surrogate_bytes: _Optional[int] = ..., exact_gradient: bool = ...) -> None: ...
+    compute_dtype: str
+    quantization: str
+    def __init__(self, config_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., model_type: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., max_tokens: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., trunk_id: _Optional[bytes] = ..., max_message_bytes: _Optional[int] = ..., version: _Optional[str] = ..., surrogate_digest: _Optional[bytes] = ..., surrogate_bytes: _Optional[int] = ..., exact_gradient: bool = ..., compute_dtype: _Optional[str] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
     __slots__ = ("dtype", "hidden_states", "lengths", "positions", "outliers")
@@ -103,9 +107,11 @@ class PullRequest(_message.Message):
     def __init__(self, forward: _Optional[_Union[ForwardRequest, _Mapping]] = ..., gradient: _Optional[bytes] = ...) -> None: ...
 
 class PullReply(_message.Message):
-    __slots__ = ("dtype", "gradient")
+    __slots__ = ("dtype", "gradient", "trunk_id")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    TRUNK_ID_FIELD_NUMBER: _ClassVar[int]
     dtype: DType
     gradient: bytes
-    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., gradient: _Optional[bytes] = ...) -> None: ...
+    trunk_id: bytes
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., gradient: _Optional[bytes] = ..., trunk_id: _Optional[bytes] = ...) -> None: ...

@@ -1,9 +1,8 @@
-"""Who may call a trunk: bearer tokens, TLS, and how many calls at once.
+"""Who may call a trunk: bearer tokens and TLS.
 
 On disk there are hashes only. A token is 256 random bits, so one SHA-256 is enough: there is nothing to guess.
 """
 
-import asyncio
 import hashlib
 import hmac
 import json
@@ -12,9 +11,6 @@ import re
 import secrets
 import ssl
 import time
-from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +19,7 @@ from filelock import FileLock
 
 from fl_split.errors import ConfigError
 from fl_split.runs import write_atomic
-from fl_split.trunk.config import Limits, Security
+from fl_split.trunk.config import Security
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +29,6 @@ _DAY_S = 86_400
 
 class Unauthenticated(Exception):
     """A caller without a valid token or certificate; the text says no more than that."""
-
-
-class TooManyCalls(Exception):
-    """A caller, or all of them together, have as many calls open as they may."""
 
 
 # -------------------------------------------------------------------------------------------------------- tokens
@@ -123,8 +115,8 @@ class TokenBook:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        self._stamp = self._stat()  # before it is read: a change in between is seen at the next call
         self._tokens = read_tokens(file)
-        self._stamp = self._stat()
 
     def _stat(self) -> tuple[int, ...] | None:
         try:
@@ -229,54 +221,3 @@ def _certificates(security: Security) -> grpc.ServerCertificateConfiguration:
 
 def _stamps(files: list[Path]) -> list[int]:
     return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
-
-
-# ---------------------------------------------------------------------------------------------------------- gate
-
-
-class Gate:
-    """Counts open calls, and lets a few requests at a time be received: what is not read stays with its sender."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._open: Counter[str] = Counter()
-        self._reading: Counter[str] = Counter()
-        self._freed = asyncio.Condition()
-
-    @asynccontextmanager
-    async def call(self, caller: str) -> AsyncIterator[None]:
-        """Count a call while it lasts.
-
-        Raises:
-            TooManyCalls: At once, before anything of the request is read.
-        """
-        if self._open.total() >= self._limits.calls or self._open[caller] >= self._limits.calls_per_caller:
-            raise TooManyCalls
-        self._open[caller] += 1
-        try:
-            yield
-        finally:
-            self._drop(self._open, caller)
-
-    @asynccontextmanager
-    async def reading(self, caller: str) -> AsyncIterator[None]:
-        """Wait for a turn to receive a request."""
-        async with self._freed:
-            await self._freed.wait_for(lambda: self._may_read(caller))
-            self._reading[caller] += 1
-        try:
-            yield
-        finally:
-            self._drop(self._reading, caller)
-            async with self._freed:
-                self._freed.notify_all()
-
-    def _may_read(self, caller: str) -> bool:
-        limits = self._limits
-        return self._reading.total() < limits.reading and self._reading[caller] < limits.reading_per_caller
-
-    @staticmethod
-    def _drop(counter: Counter[str], caller: str) -> None:
-        counter[caller] -= 1
-        if not counter[caller]:
-            del counter[caller]

@@ -9,8 +9,10 @@ a thousand calls gets the same share of the trunk as a caller with one.
 """
 
 import asyncio
+import logging
 import math
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,8 @@ from torch import Tensor
 
 from fl_split.trunk.config import Batching
 from fl_split.wire import Packed
+
+logger = logging.getLogger(__name__)
 
 _ACTIVE_S = 1.0  # a caller that called within this time is worth a short wait
 
@@ -34,6 +38,16 @@ class QueueFull(Exception):
 
 class DeadlinePassed(Exception):
     """The caller has stopped waiting."""
+
+
+class ForwardFailed(Exception):
+    """The layers raised; the text says where, and not what, which may quote a tensor."""
+
+
+def where(error: BaseException) -> str:
+    """An exception's type and frames, outermost first, without its message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return " > ".join([type(error).__name__, *(f"{f.filename}:{f.lineno} {f.name}" for f in frames[-12:])])
 
 
 @dataclass(eq=False)
@@ -67,15 +81,11 @@ class FairQueue:
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
+        self.num_tokens = 0  # waiting
         self._jobs: dict[str, deque[Job]] = {}
         self._waiting: dict[str, int] = {}  # tokens in the queue, per caller
         self._served: dict[str, int] = {}  # tokens taken, per caller, from a common start
         self._turn = 0  # `_served` of the caller whose turn was last: newcomers start there, not at zero
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens waiting."""
-        return sum(self._waiting.values())
 
     @property
     def callers(self) -> set[str]:
@@ -121,6 +131,7 @@ class FairQueue:
     def _append(self, job: Job) -> None:
         self._jobs.setdefault(job.caller, deque()).append(job)
         self._waiting[job.caller] = self._waiting.get(job.caller, 0) + job.num_tokens
+        self.num_tokens += job.num_tokens
 
     def remove(self, job: Job) -> None:
         """Take a job out that is in the queue; nothing happens if it is not."""
@@ -128,6 +139,7 @@ class FairQueue:
         if job in jobs:
             jobs.remove(job)
             self._waiting[job.caller] -= job.num_tokens
+            self.num_tokens -= job.num_tokens
             if not jobs:
                 del self._jobs[job.caller], self._waiting[job.caller]
 
@@ -196,6 +208,7 @@ class Batcher:
         Raises:
             QueueFull: No room.
             DeadlinePassed: `timeout_s` was over before the turn came.
+            ForwardFailed: The layers raised on this request.
         """
         now = time.monotonic()
         job = Job(caller, packed, now + timeout_s, asyncio.get_running_loop().create_future())
@@ -226,26 +239,35 @@ class Batcher:
 
     async def run(self) -> None:
         """Serve the queue until cancelled."""
-        loop = asyncio.get_running_loop()
         while True:
             batch = await self._next_batch()
             started = time.monotonic()
-            try:
-                outputs = await loop.run_in_executor(self._worker, self._compute, [job.packed for job in batch])
-            except Exception as error:  # a forward pass may fail in any way; the next one may not
-                for job in batch:
-                    if not job.done.done():
-                        job.done.set_exception(error)
-                continue
+            outputs = await self._run_batch(batch)
             seconds = time.monotonic() - started
             total = sum(job.num_tokens for job in batch)
             self._tokens_per_s = 0.8 * (self._tokens_per_s or total / seconds) + 0.2 * total / seconds
             worth = max(2 * self._settings.max_batch_tokens, self._queue_s * self._tokens_per_s)
             self._queue.max_tokens = int(min(self._queue_tokens, worth))
             for job, rows in zip(batch, outputs, strict=True):
-                if not job.done.done():
+                if job.done.done():
+                    continue
+                if isinstance(rows, ForwardFailed):
+                    job.done.set_exception(rows)
+                else:
                     job.done.set_result(Done(rows, started - job.arrived, seconds, total))
             self.on_batch(batch, seconds)
+
+    async def _run_batch(self, batch: list[Job]) -> list[Tensor | ForwardFailed]:
+        """Outputs by request; if a batch fails, whatever the reason, each request on its own."""
+        requests = [job.packed for job in batch]
+        try:
+            return list(await asyncio.get_running_loop().run_in_executor(self._worker, self._compute, requests))
+        except Exception as error:
+            text = where(error)  # and no more: an exception holds frames, and they hold the requests
+        if len(batch) == 1:
+            return [ForwardFailed(text)]
+        logger.warning("a batch of %d calls failed, each is run alone: %s", len(batch), text)
+        return [rows for job in batch for rows in await self._run_batch([job])]
 
     async def warm_up(self, packed: Packed) -> None:
         """Run one request in the worker, past the queue."""

@@ -12,8 +12,9 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from fl_split.errors import WireError
-from fl_split.trunk.access import TooManyCalls, Unauthenticated
-from fl_split.trunk.batching import DeadlinePassed, QueueFull
+from fl_split.trunk.access import Unauthenticated
+from fl_split.trunk.batching import DeadlinePassed, ForwardFailed, QueueFull, where
+from fl_split.trunk.gate import TooManyCalls
 from fl_split.trunk.metrics import TrunkMetrics
 from fl_split.trunk.published import NothingPublished
 from fl_split.wire import PUSHBACK, REQUEST_ID
@@ -22,6 +23,14 @@ logger = logging.getLogger(__name__)
 
 _Code = grpc.StatusCode
 _ID = re.compile(r"[A-Za-z0-9-]{8,64}")
+
+
+class NoMessage(WireError):
+    """A call ended before it brought what it should."""
+
+
+class TooLarge(Exception):
+    """A message beyond `max_message_bytes`: gRPC has told the caller."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +56,29 @@ class Refusal:
                 return cls.later(str(error), error.retry_after_s)
             case TooManyCalls():
                 return cls.later("too many calls at once: make fewer, or wait for some to end", 0.5)
+            case TooLarge():
+                return cls(_Code.RESOURCE_EXHAUSTED, "the message is larger than the limit")
+            case grpc.aio.InternalError():  # of writing the reply
+                return cls(_Code.CANCELLED, "the caller is gone")
             case WireError():
                 return cls(_Code.INVALID_ARGUMENT, str(error))
             case DecodeError():
-                return cls(_Code.INVALID_ARGUMENT, "the message is not a ForwardRequest")
+                return cls(_Code.INVALID_ARGUMENT, "the message cannot be parsed")
             case NothingPublished():
                 return cls(_Code.NOT_FOUND, "this trunk publishes no surrogate")
             case DeadlinePassed():
                 return cls(_Code.DEADLINE_EXCEEDED, "the deadline passed while the call was waiting")
             case TimeoutError():
                 return cls(_Code.DEADLINE_EXCEEDED, "the request was not sent within limits.receive-timeout-s")
-        logger.error("call %s failed: %s", call_id, type(error).__name__)
+        logger.error("call %s failed: %s", call_id, error if isinstance(error, ForwardFailed) else where(error))
         return cls(_Code.INTERNAL, f"the trunk failed on this call; its operator's log says more ({call_id})")
+
+    def answer(self, context: grpc.aio.ServicerContext) -> None:
+        """Make it the call's status."""
+        # Not `abort`: its exception holds this frame, and with it the call's memory, until a collection.
+        context.set_code(self.code)
+        context.set_details(self.text)
+        context.set_trailing_metadata(self.trailers)
 
 
 @dataclass
@@ -84,20 +104,32 @@ class Call:
         given = dict(self.context.invocation_metadata() or ()).get(REQUEST_ID, "")
         self.id = given if isinstance(given, str) and _ID.fullmatch(given) else uuid.uuid4().hex
 
-    async def read(self, timeout_s: float) -> bytes:
-        """Receive the message.
+    async def read(self, timeout_s: float, max_bytes: int | None = None) -> bytes:
+        """Receive a message.
 
         Raises:
             TimeoutError: It was not there in time.
-            WireError: The call ended without one.
+            NoMessage: The call ended without one.
+            TooLarge: gRPC has refused it.
+            WireError: It is larger than it may be.
         """
         try:
             async with asyncio.timeout(timeout_s):
                 data: bytes = await anext(self.messages)
         except StopAsyncIteration:
-            raise WireError("the call holds no message: expected one") from None
+            await self._check_not_refused()
+            raise NoMessage("the call holds no message: expected one") from None
         self.size_bytes = len(data)
+        if max_bytes is not None and len(data) > max_bytes:
+            raise WireError(f"the message has {len(data)} bytes: expected at most {max_bytes}")
         return data
+
+    async def _check_not_refused(self) -> None:
+        """A message beyond gRPC's limit looks like none, but then the call is cancelled."""
+        try:
+            await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            raise TooLarge from None
 
     def finish(self, code: grpc.StatusCode, metrics: TrunkMetrics, sent_bytes: int = 0) -> None:
         """Count the call and write its line."""

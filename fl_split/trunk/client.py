@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fl_split import wire
-from fl_split.errors import TrunkError, TrunkRefused, TrunkUnavailable, WireError
+from fl_split.errors import TrunkError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.surrogate import read_card
 from fl_split.trunk.identity import Expected
@@ -37,11 +37,15 @@ R = TypeVar("R")
 
 _Code = grpc.StatusCode
 _LOST = {_Code.UNAVAILABLE, _Code.ABORTED, _Code.CANCELLED}
+_OTHERS = 4  # replies of a trunk that was not checked, in one call, before it is given up
 _CALL_BYTES = 3 * 2**20  # aim of a call, if there are sequences to cut between: below what proxies take unasked
 
 
-class _AnotherTrunk(Exception):
-    """A reply came from a trunk that was not checked: behind one name there may be several."""
+class _AnotherTrunk(grpc.RpcError):  # type: ignore[misc]
+    """A reply came from a trunk that was not checked: behind one name there may be several. As good as lost."""
+
+    def code(self) -> grpc.StatusCode:
+        return _Code.ABORTED
 
 
 class TrunkClient:
@@ -61,9 +65,11 @@ class TrunkClient:
 
         Args:
             address: ``host:port``, several with commas between.
-            expected: Checked before the first call to each replica, and again after a lost connection.
+            expected: Checked before the first call to each replica, and again after a lost connection. All replicas
+                must be one trunk, of the same weights and precision.
             wire_dtype: ``bfloat16``, ``float32`` or ``int8``.
-            timeout_s: Seconds that one call may take, all retries included.
+            timeout_s: Seconds that one call may take, all retries included; several replicas share them, so that
+                one that hangs does not use them up.
             in_flight: Calls at the same time, at most.
             credentials: TLS and token.
 
@@ -77,6 +83,7 @@ class TrunkClient:
         self._replicas = Replicas(address, credentials)
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="trunk-call")
         self._lock = threading.Lock()
+        self.trunk_id = b""  # of the first replica that was checked; the others must be the same trunk
         self.bytes_sent = 0  # of requests, retries not counted
         self.bytes_received = 0  # of their replies
         self.forward_s = 0.0  # summed over calls: from sent to decoded
@@ -114,7 +121,7 @@ class TrunkClient:
 
     def _tokens_per_call(self) -> int:
         aim = _CALL_BYTES // wire.bytes_per_token(self._dtype, self._expected.hidden_size)
-        return max(1, min(aim, *(about.max_tokens for about in self._replicas.descriptions)))
+        return max(1, min([aim, *(about.max_tokens for about in self._replicas.descriptions)]))
 
     def _call(self, packed: wire.Packed) -> Tensor:
         started = time.monotonic()
@@ -122,7 +129,7 @@ class TrunkClient:
 
         def forward(replica: Replica, left_s: float, metadata: Any) -> pb.ForwardReply:
             reply: pb.ForwardReply = replica.forward(request, timeout=left_s, metadata=metadata)
-            if replica.description is None or reply.trunk_id != replica.description.trunk_id:
+            if reply.trunk_id != self.trunk_id:
                 raise _AnotherTrunk
             return reply
 
@@ -142,19 +149,20 @@ class TrunkClient:
         deadline = time.monotonic() + self._timeout_s
         request_id = uuid.uuid4().hex
         metadata = (*self._metadata, (wire.REQUEST_ID, request_id))
+        others = late = 0  # replies of another trunk; attempts without an answer in time
         warned = False
         while True:
-            replica = self._replicas.pick()
+            replica, started = self._replicas.pick(), time.monotonic()
+            end = started + (deadline - started) / max(1, len(self._replicas) - late)
             try:
-                self._check(replica, max(deadline - time.monotonic(), 0.001), metadata)
-                reply = call(replica, max(deadline - time.monotonic(), 0.001), metadata)
+                self._check(replica, max(end - time.monotonic(), 0.001), metadata)
+                reply = call(replica, max(end - time.monotonic(), 0.001), metadata)
                 replica.failures = 0
                 return reply
-            except _AnotherTrunk:
-                replica.description = None
-                continue
             except grpc.RpcError as error:
-                if not self._put_off(replica, error):
+                others += isinstance(error, _AnotherTrunk)
+                late += error.code() is _Code.DEADLINE_EXCEEDED
+                if others == _OTHERS or not self._put_off(replica, error, time.monotonic() - started):
                     raise self._translate(error, replica, request_id) from error
                 pause_s = self._replicas.shortest_rest_s()
                 if time.monotonic() + pause_s > deadline:
@@ -168,17 +176,29 @@ class TrunkClient:
             time.sleep(pause_s)
 
     def _check(self, replica: Replica, left_s: float, metadata: Any) -> None:
-        if replica.description is None:
-            reply = replica.describe(pb.DescribeRequest(), timeout=left_s, metadata=metadata)
-            self._expected.check(reply, replica.address, self._dtype)
-            replica.description = reply
+        if replica.checked:
+            return
+        reply = replica.describe(pb.DescribeRequest(), timeout=left_s, metadata=metadata)
+        self._expected.check(reply, replica.address, self._dtype)
+        with self._lock:
+            self.trunk_id = self.trunk_id or reply.trunk_id
+        if reply.trunk_id != self.trunk_id:
+            raise TrunkMismatch(
+                f"the trunk at {replica.address} is another one ({reply.trunk_id.hex()}, {_precision(reply)}) than the "
+                f"one that this node began with ({self.trunk_id.hex()}): start all replicas with the same [model]"
+            )
+        replica.description, replica.checked = reply, True
 
-    def _put_off(self, replica: Replica, error: grpc.RpcError) -> bool:
+    def _put_off(self, replica: Replica, error: grpc.RpcError, seconds: float) -> bool:
         """Whether asking again may help; if so, not this replica for a while."""
         if error.code() in _LOST:
-            replica.description = None  # whoever answers next may be another
+            replica.checked = False  # whoever answers next may be another
             replica.failures += 1
             self._replicas.rest(replica, min(0.1 * 2**replica.failures, 2.0) * random.uniform(0.5, 1.0))
+            return True
+        if error.code() is _Code.DEADLINE_EXCEEDED and len(self._replicas) > 1:
+            replica.failures += 1
+            self._replicas.rest(replica, seconds * 2**replica.failures)  # most calls should not wait for it
             return True
         trailers = dict(error.trailing_metadata() or ())
         if error.code() is _Code.RESOURCE_EXHAUSTED and trailers.get(wire.PUSHBACK, "").isdecimal():
@@ -190,6 +210,11 @@ class TrunkClient:
     def _translate(self, error: grpc.RpcError, replica: Replica, request_id: str) -> TrunkError:
         """The one place where gRPC's errors become ours."""
         code, address = error.code(), replica.address
+        if isinstance(error, _AnotherTrunk):
+            return TrunkMismatch(
+                f"replies at {address} come from another trunk than the one that answered Describe: start all replicas "
+                "behind this name with the same [model]"
+            )
         if code in _LOST:
             hint = ""
             if "handshake" in (error.details() or "").lower() or "ssl" in (error.details() or "").lower():
@@ -244,17 +269,32 @@ class TrunkClient:
             TrunkRefused: The trunk does not offer exact gradients.
             TrunkUnavailable: As `connect`.
         """
-        dtype = self._dtype if self._dtype != pb.INT8 else pb.BFLOAT16
+        if not self._replicas.descriptions:
+            self.connect()
         packed = wire.pack_batch(hidden_states, attention_mask, position_ids)
-        rows, _ = wire.pack(gradient, attention_mask)
-        request = wire.encode_pull(packed, rows, dtype)
-        reply = self._retry(lambda replica, left_s, metadata: replica.pull(request, timeout=left_s, metadata=metadata))
-        pulled = wire.decode_pull_reply(reply, request, self._expected.hidden_size)
+        rows = torch.cat([packed.rows, wire.pack(gradient, attention_mask)[0].to(packed.rows)], 1)
+        both = wire.Packed(rows, packed.lengths, packed.positions)  # cut together
+        size = max(1, self._tokens_per_call() // 2)
+        calls = [self._threads.submit(self._pull, part) for part in wire.cut(both, size)]
+        pulled = torch.cat([call.result() for call in calls]).to(device=gradient.device, dtype=gradient.dtype)
+        return wire.unpack(pulled, attention_mask, hidden_states.shape[0])
+
+    def _pull(self, both: wire.Packed) -> Tensor:
+        dtype = self._dtype if self._dtype != pb.INT8 else pb.BFLOAT16
+        rows, gradient = both.rows.chunk(2, 1)
+        request = wire.encode_pull(wire.Packed(rows, both.lengths, both.positions), gradient, dtype)
+
+        def pull(replica: Replica, left_s: float, metadata: Any) -> pb.PullReply:
+            reply: pb.PullReply = replica.pull(request, timeout=left_s, metadata=metadata)
+            if reply.trunk_id != self.trunk_id:
+                raise _AnotherTrunk
+            return reply
+
+        reply = self._retry(pull)
         with self._lock:
             self.bytes_sent += request.ByteSize()
             self.bytes_received += reply.ByteSize()
-        pulled = pulled.to(device=gradient.device, dtype=gradient.dtype)
-        return wire.unpack(pulled, attention_mask, hidden_states.shape[0])
+        return wire.decode_pull_reply(reply, request, self._expected.hidden_size)
 
     def close(self) -> None:
         """Give the connections and the threads back."""
@@ -268,6 +308,10 @@ class TrunkClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _precision(about: pb.DescribeReply) -> str:
+    return " ".join(filter(None, (about.compute_dtype, about.quantization))) or "of unknown precision"
 
 
 def _gather(calls: "list[Future[Tensor]]", join: Callable[[list[Tensor]], Tensor]) -> "Future[Tensor]":

@@ -79,8 +79,12 @@ class Limits(_Section):
     calls_per_caller: Positive = Field(64, description="calls at the same time, of one caller")
     reading: Positive = Field(16, description="requests being received at the same time; the rest wait unread")
     reading_per_caller: Positive = Field(8, description="the same, of one caller")
+    unread_mb: Positive = Field(
+        256, description="MB of replies that one caller has yet to take; more calls are refused"
+    )
     receive_timeout_s: Seconds = Field(30.0, description="seconds that sending one request may take")
     connections: Positive = Field(1024, description="open connections")
+    idle_s: Seconds = Field(300.0, description="seconds after which a connection without calls is closed")
 
 
 class Security(_Section):
@@ -187,7 +191,10 @@ def _override(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    values.setdefault(section, {})[name] = value
+    keys = values.setdefault(section, {})
+    if not isinstance(keys, dict):
+        raise ConfigError(f"{section}={keys!r} in the file: expected a section [{section}], for --set {override!r}")
+    keys[name] = value
 
 
 def _explain(error: Any) -> str:

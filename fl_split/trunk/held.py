@@ -55,17 +55,25 @@ class HeldLayers:
         return reply
 
     def allowed(self, batching: Batching) -> Batching:
-        """`batching`, but without sharing for models whose result depends on the longest sequence of a batch."""
+        """`batching`, but without sharing for models whose result depends on the rest of a batch."""
         rope = getattr(self.model.config, "rope_parameters", None) or {}
         kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-        if not kinds & set(_LENGTH_BOUND_ROPE):
+        if kinds & set(_LENGTH_BOUND_ROPE):
+            logger.warning("batching is off: this model's %s rotary tables depend on the longest sequence", kinds)
+        elif self.identity.quantization == "bitsandbytes-8bit":  # LLM.int8() finds its outliers over the whole batch
+            logger.warning("batching is off: with bitsandbytes-8bit a result depends on who shares the batch")
+        else:
             return batching
-        logger.warning("batching is off: this model's %s rotary tables depend on the longest sequence", kinds)
         return batching.model_copy(update={"enabled": False})
 
 
 def hold_layers(
-    folder: Path, bottom_layers: int, top_layers: int, dtype: torch.dtype = torch.float32, **options: Any
+    folder: Path,
+    bottom_layers: int,
+    top_layers: int,
+    dtype: torch.dtype = torch.float32,
+    quantization: str = "",
+    **options: Any,
 ) -> HeldLayers:
     """Load the layers between the ends of the model in `folder`, ready to be served.
 
@@ -74,11 +82,15 @@ def hold_layers(
         bottom_layers: Layers that nodes hold before the trunk.
         top_layers: Layers that nodes hold after it.
         dtype: Of weights and computation.
-        options: For transformers' `from_pretrained`, such as ``device_map`` or ``quantization_config``.
+        quantization: Of the weights, as in `model.quantization`.
+        options: For transformers' `from_pretrained`, such as ``device_map``.
 
     Raises:
+        ConfigError: The package for the quantization is missing.
         SplitError: See `split.load_trunk`.
     """
+    if quantization:
+        options["quantization_config"] = _quantization(quantization)
     model = load_trunk(folder, bottom_layers, top_layers, dtype=dtype, **options)
     config = AutoConfig.from_pretrained(folder)  # the model's own may have gained a quantization
     cut = boundaries_of(model)
@@ -91,6 +103,8 @@ def hold_layers(
         hidden_size=config.hidden_size,
         dtypes=list(wire.NAMES.values()),
         version=__version__,
+        compute_dtype=str(dtype).removeprefix("torch."),
+        quantization=quantization,
     )
     reply.trunk_id = trunk_id(reply)
     causal = is_causal(lambda *args: run_trunk(model, *args), config.hidden_size)
@@ -98,8 +112,9 @@ def hold_layers(
 
 
 def trunk_id(reply: pb.DescribeReply) -> bytes:
-    """16 bytes that are the same for replicas of one trunk, and for nothing else."""
-    fields = (reply.config_digest, reply.weights_digest, reply.first_layer, reply.end_layer)
+    """16 bytes that are the same for replicas of one trunk, and for nothing else: layers, weights and precision."""
+    layers = (reply.config_digest, reply.weights_digest, reply.first_layer, reply.end_layer)
+    fields = (*layers, reply.compute_dtype, reply.quantization)
     return hashlib.sha256("|".join(map(str, fields)).encode()).digest()[:16]
 
 
@@ -118,7 +133,7 @@ def hold_configured(config: Model) -> HeldLayers:
     elif device_map:
         options["device_map"] = device_map
     if config.quantization:
-        options["quantization_config"] = _quantization(config.quantization)
+        options["quantization"] = config.quantization
     needs = trunk_needs(config.bottom_layers, config.top_layers)
     folder = resolve_model(config.name, config.revision, needs)
     try:

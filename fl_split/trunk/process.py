@@ -64,6 +64,7 @@ def serve(config: TrunkConfig) -> None:
     Raises:
         ConfigError: The configuration names something that is not there, or an address that is taken.
         SplitError: The model cannot be split as asked.
+        TrunkError: The trunk can serve no more, whatever the reason.
     """
     show_log(config.log)
     transformers_logging.disable_progress_bar()
@@ -113,9 +114,7 @@ async def _serve(held: HeldLayers, config: TrunkConfig) -> None:
         gc.freeze()  # what torch and the model made stays: the collector need not walk over it again and again
         gc.collect()  # and forgets how much that was: else it would wait for a quarter as much before a full round
         logger.info("ready at %s:%d", config.server.host, server.port)
-        await stop.wait()
-        logger.info("draining for up to %g s", config.server.drain_s)
-        await server.drain()
+        await server.run_until(stop.wait())
         logger.info("stopped")
     finally:
         stop_metrics()

@@ -76,12 +76,16 @@ def fetch(description: pb.DescribeReply, piece: Callable[[int], bytes], cache: P
         return target
     cache.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
-        while file.tell() < description.surrogate_bytes and (data := piece(file.tell())):
-            digest.update(data)
-            file.write(data)
-    if digest.digest() != description.surrogate_digest:
+    file = tempfile.NamedTemporaryFile(dir=cache, delete=False)
+    try:
+        with file:
+            while file.tell() < description.surrogate_bytes and (data := piece(file.tell())):
+                digest.update(data)
+                file.write(data)
+        if digest.digest() != description.surrogate_digest:
+            raise SurrogateError("the trunk's surrogate came damaged: its digest is not the announced one; try again")
+        os.replace(file.name, target)
+    except BaseException:
         os.unlink(file.name)
-        raise SurrogateError("the trunk's surrogate came damaged: its digest is not the announced one; try again")
-    os.replace(file.name, target)
+        raise
     return target

@@ -93,7 +93,8 @@ class Replica:
 
     address: str
     channel: grpc.Channel
-    description: pb.DescribeReply | None = None  # None: to be checked before the next call
+    description: pb.DescribeReply | None = None  # what it last said of itself
+    checked: bool = False  # else to be checked before the next call
     rests_until: float = 0.0  # of `time.monotonic`
     failures: int = 0  # in a row
     describe: Any = field(init=False)
@@ -125,6 +126,9 @@ class Replicas:
         self._turn = itertools.count()
         self._all = [Replica(part, credentials.channel(part)) for part in split_address(address)]
 
+    def __len__(self) -> int:
+        return len(self._all)
+
     def pick(self) -> Replica:
         """The next one in turn that does not rest; if all do, the one whose rest ends first."""
         with self._lock:
@@ -145,7 +149,7 @@ class Replicas:
 
     @property
     def descriptions(self) -> Sequence[pb.DescribeReply]:
-        """Of those that were checked."""
+        """Of those that were checked, as they last were."""
         return [replica.description for replica in self._all if replica.description is not None]
 
     def close(self) -> None:

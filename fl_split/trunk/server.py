@@ -7,28 +7,29 @@ log line, metric or error holds a value of a tensor.
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from fl_split import wire
+from fl_split.errors import TrunkError
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.split import pull_back
-from fl_split.trunk.access import Gate, TokenBook, identify, server_credentials
-from fl_split.trunk.batching import Batcher, Job
+from fl_split.trunk.access import TokenBook, identify, server_credentials
+from fl_split.trunk.batching import Batcher, Job, where
 from fl_split.trunk.calls import Call, Refusal
-from fl_split.trunk.config import TrunkConfig
+from fl_split.trunk.config import Batching, TrunkConfig
+from fl_split.trunk.gate import Gate
+from fl_split.trunk.health import OpenServices
 from fl_split.trunk.held import HeldLayers, hold_layers, num_cpus
 from fl_split.trunk.layout import run_packed
+from fl_split.trunk.messages import Decode, decode_forward, decode_pull, encode_forward, encode_pull, run_pulls
 from fl_split.trunk.metrics import TrunkMetrics
 from fl_split.trunk.published import Published
 
@@ -36,13 +37,19 @@ __all__ = ["HeldLayers", "TrunkServer", "embedded", "hold_layers"]
 
 logger = logging.getLogger(__name__)
 
+R = TypeVar("R")
+_Answer = Callable[[Call], Coroutine[Any, Any, bytes]]
+
 _INLINE_BYTES = 65_536  # decoding less than this takes less time than handing it to a thread
+_OFFSET_BYTES = 16  # of a request for a piece of the surrogate: a number
 _MAX_WAIT_S = 600.0  # of calls that come without a deadline
+_CONNECTION_S = 3600  # then it is closed, when its calls are done, and the caller makes a new one
+_ALONE = Batching(enabled=False)
 _Code = grpc.StatusCode
 
 
 class TrunkServer:
-    """One bound server: `start`, `warm_up`, and in the end `drain`. Lives in one event loop."""
+    """One bound server: `start`, `warm_up`, `run_until`. Lives in one event loop."""
 
     def __init__(self, held: HeldLayers, config: TrunkConfig) -> None:
         """Prepare; nothing is bound yet.
@@ -55,8 +62,9 @@ class TrunkServer:
         self.port = 0
         self._description = held.describe(config.limits)
         self._description.exact_gradient = config.server.exact_gradient
+        if config.server.exact_gradient:  # a message holds two tensors
+            self._description.max_message_bytes += config.limits.max_tokens * 4 * held.hidden_size
         self._published = Published(config.model.surrogate, self._description)
-        self._pulling = asyncio.Semaphore(1)  # one backward pass at a time bounds their memory
         self._limits = wire.Limits(
             held.hidden_size, self._description.max_tokens, self._description.max_sequence_length
         )
@@ -65,9 +73,13 @@ class TrunkServer:
         limits = config.limits
         self._batcher = Batcher(self._compute, held.allowed(config.batching), limits.queue_tokens, limits.queue_s)
         self._batcher.on_batch = self._count_batch
-        self._health = health.aio.HealthServicer()
+        self._puller = Batcher(  # one backward pass at a time bounds their memory
+            partial(run_pulls, held.model), _ALONE, limits.queue_tokens, limits.queue_s
+        )
+        self.metrics.queued_tokens.set_function(lambda: self._batcher.queued_tokens + self._puller.queued_tokens)
+        self._health = OpenServices()
         self._server = self._build()
-        self._serving: asyncio.Task[None] | None = None
+        self._serving: list[asyncio.Task[None]] = []
         self._padded_tokens = 0
 
     def _build(self) -> grpc.aio.Server:
@@ -81,6 +93,9 @@ class TrunkServer:
                 ("grpc.max_concurrent_streams", 2 * limits.calls_per_caller + 64),  # room for calls that are ending
                 ("grpc.max_allowed_incoming_connections", limits.connections),
                 ("grpc.server_handshake_timeout_ms", 10_000),
+                ("grpc.max_connection_idle_ms", int(1000 * limits.idle_s)),
+                ("grpc.max_connection_age_ms", _CONNECTION_S * 1000),  # what hangs on a connection ends with it
+                ("grpc.max_connection_age_grace_ms", int(1000 * _MAX_WAIT_S)),
                 ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message must not become a large one
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
                 ("grpc.keepalive_time_ms", 60_000),  # finds callers who are gone without a word
@@ -88,35 +103,25 @@ class TrunkServer:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        server.add_generic_rpc_handlers((self._handlers(),))
+        server.add_generic_rpc_handlers((self._handlers(wire.SERVICE, self._describe, self._forward, self._surrogate),))
         if self._config.server.exact_gradient:
-            server.add_generic_rpc_handlers((self._exact_gradient(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (wire.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
+            logger.warning(
+                "exact gradients are on (server.exact-gradient): nodes that use them send dL/dh2, the gradient of "
+                "their private loss, to this trunk"
+            )
+            server.add_generic_rpc_handlers((self._handlers(wire.EXACT_SERVICE, self._pull),))
+        server.add_generic_rpc_handlers(tuple(self._health.handlers()))
         return server
 
-    def _handlers(self) -> grpc.GenericRpcHandler:
-        """The methods under their names in `trunk.proto`.
+    def _handlers(self, service: str, *answers: _Answer) -> grpc.GenericRpcHandler:
+        """Methods under their names in `trunk.proto`.
 
-        Towards grpc they take a stream, so that a call is seen before its message is received: whoever is refused is
-        refused unread, and messages are parsed here. On the wire the two kinds of call are the same.
+        Towards grpc they are streams both ways, so that a call is seen before its message is received and until its
+        reply is taken: whoever is refused is refused unread, and messages are parsed here. On the wire it is the same.
         """
-        methods = {
-            "Describe": grpc.stream_unary_rpc_method_handler(self._wrap("Describe", self._describe)),
-            "Forward": grpc.stream_unary_rpc_method_handler(self._wrap("Forward", self._forward)),
-            "Surrogate": grpc.stream_unary_rpc_method_handler(self._wrap("Surrogate", self._surrogate)),
-        }
-        return grpc.method_handlers_generic_handler(wire.SERVICE, methods)
-
-    def _exact_gradient(self) -> grpc.GenericRpcHandler:
-        """The opt-in service of `trunk.proto`."""
-        logger.warning(
-            "exact gradients are on (server.exact-gradient): nodes that use them send dL/dh2, the gradient of their "
-            "private loss, to this trunk"
-        )
-        methods = {"Pull": grpc.stream_unary_rpc_method_handler(self._wrap("Pull", self._pull))}
-        return grpc.method_handlers_generic_handler(wire.EXACT_SERVICE, methods)
+        names = {answer.__name__.lstrip("_").capitalize(): answer for answer in answers}
+        methods = {name: grpc.stream_stream_rpc_method_handler(self._wrap(name, f)) for name, f in names.items()}
+        return grpc.method_handlers_generic_handler(service, methods)
 
     async def start(self) -> None:
         """Bind and listen; not ready yet.
@@ -124,7 +129,6 @@ class TrunkServer:
         Raises:
             OSError: The address cannot be bound.
         """
-        await self._set_ready(False)
         host, port = self._config.server.host, self._config.server.port
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         credentials = server_credentials(self._config.security)
@@ -136,89 +140,106 @@ class TrunkServer:
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: is the port taken, the host this machine's?") from error
         await self._server.start()
-        self._serving = asyncio.create_task(self._batcher.run())
+        self._serving = [asyncio.create_task(batcher.run()) for batcher in (self._batcher, self._puller)]
 
     async def warm_up(self) -> None:
-        """Compute once, with and without padding, then be ready: first callers do not pay for what happens once."""
+        """Compute once in each form, then be ready: first callers do not pay for what happens once.
+
+        The forms are one length, padding, and positions, which bring a mask.
+        """
         length = min(32, self._limits.max_sequence_length)
-        for lengths in ([length], [length, max(1, length // 2)]):
+        for lengths, positions in (([length], None), ([length, max(1, length // 2)], None), ([length], length)):
             rows = torch.zeros(sum(lengths), self._limits.hidden_size)
-            await self._batcher.warm_up(wire.Packed(rows, lengths, None))
-        await self._set_ready(True)
+            places = None if positions is None else torch.arange(positions).flip(0)
+            await self._batcher.warm_up(wire.Packed(rows, lengths, places))
+        self._set_ready(True)
 
-    async def drain(self) -> None:
-        """Take no more calls, finish those that are open within `server.drain-s`, stop."""
-        await self._set_ready(False)
-        await self._server.stop(self._config.server.drain_s)
-        if self._serving is not None:
-            self._serving.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._serving
+    async def run_until(self, stop: Awaitable[Any]) -> None:
+        """Serve until `stop` is done, then drain.
+
+        Raises:
+            TrunkError: The trunk can serve no more, whatever the reason.
+        """
+        stopping = asyncio.ensure_future(stop)
+        await asyncio.wait({stopping, *self._serving}, return_when=asyncio.FIRST_COMPLETED)
+        ended = [task.exception() for task in self._serving if task.done()]
+        if not ended:
+            logger.info("draining for up to %g s", self._config.server.drain_s)
+            await self.drain()
+            return
+        stopping.cancel()
+        await self.drain(0)  # its callers ask another replica
+        raise TrunkError(f"the trunk can serve no more ({where(ended[0]) if ended[0] else 'it ended'}): start it again")
+
+    async def drain(self, grace_s: float | None = None) -> None:
+        """Take no more calls, finish those that are open within `grace_s` (`server.drain-s`), stop."""
+        self._set_ready(False)
+        self._health.end()
+        await self._server.stop(self._config.server.drain_s if grace_s is None else grace_s)
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
         self._batcher.close()
+        self._puller.close()
 
-    async def _set_ready(self, ready: bool) -> None:
-        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in (health.OVERALL_HEALTH, wire.SERVICE):
-            await self._health.set(name, status)
+    def _set_ready(self, ready: bool) -> None:
+        self._health.set_ready(ready)
         self.metrics.ready.set(ready)
 
     # ---------------------------------------------------------------------------------------------------- calls
 
-    def _wrap(self, method: str, answer: Callable[["Call"], Coroutine[Any, Any, bytes]]) -> Any:
+    def _wrap(self, method: str, answer: _Answer) -> Any:
         """What every call goes through: who it is, how it ends, its line in the log and in the metrics."""
 
-        async def handle(messages: Any, context: grpc.aio.ServicerContext) -> bytes:
+        async def handle(messages: Any, context: grpc.aio.ServicerContext) -> None:
             call = Call(method, messages, context)
             with self.metrics.open_calls.track_inprogress():
                 try:
                     call.institution, call.caller = identify(context, self._book)
                     async with self._gate.call(call.caller):
                         reply = await answer(call)
+                        with self._gate.replying(call.caller, len(reply)):
+                            await context.write(reply)  # until the caller has room for it
                     call.finish(_Code.OK, self.metrics, len(reply))
-                    return reply
                 except asyncio.CancelledError:
                     call.finish(_Code.CANCELLED, self.metrics)
                     raise
                 except Exception as error:  # the outermost frame: callers learn nothing of the inside
                     refusal = Refusal.of(error, call.id)
                     call.finish(refusal.code, self.metrics)
-                    # Not `abort`: its exception holds this frame, and with it the call's memory, until a collection.
-                    context.set_code(refusal.code)
-                    context.set_details(refusal.text)
-                    context.set_trailing_metadata(refusal.trailers)
-                    return b""
+                    refusal.answer(context)
 
         return handle
 
     async def _describe(self, call: "Call") -> bytes:
         return self._description.SerializeToString()
 
-    async def _forward(self, call: "Call") -> bytes:
+    async def _surrogate(self, call: "Call") -> bytes:
         async with self._gate.reading(call.caller):
-            self._batcher.check_room(call.caller)
+            data = await call.read(self._config.limits.receive_timeout_s, _OFFSET_BYTES)
+        request = pb.SurrogateRequest.FromString(data)
+        return pb.SurrogateReply(data=self._published.piece(request.offset)).SerializeToString()
+
+    async def _forward(self, call: "Call") -> bytes:
+        dtype, rows = await self._run(call, self._batcher, decode_forward)
+        return await _in_thread_if(rows.nbytes, encode_forward, rows, dtype, self._description.trunk_id)
+
+    async def _pull(self, call: "Call") -> bytes:
+        dtype, rows = await self._run(call, self._puller, decode_pull)
+        return await _in_thread_if(rows.nbytes, encode_pull, rows, dtype, self._description.trunk_id)
+
+    async def _run(self, call: "Call", batcher: Batcher, decode: Decode) -> tuple[pb.DType, Tensor]:
+        async with self._gate.reading(call.caller):
+            batcher.check_room(call.caller)
             data = await call.read(self._config.limits.receive_timeout_s)
-            dtype, packed = await _in_thread_if(len(data) > _INLINE_BYTES, _decode, data, self._limits)
+            dtype, packed = await _in_thread_if(len(data), decode, data, self._limits)
             call.num_tokens, call.num_sequences = len(packed.rows), len(packed.lengths)
         timeout_s = min(call.context.time_remaining() or _MAX_WAIT_S, _MAX_WAIT_S)
         del data
-        self.metrics.queued_tokens.set(self._batcher.queued_tokens)
-        done = await self._batcher.submit(call.caller, packed, timeout_s)
+        done = await batcher.submit(call.caller, packed, timeout_s)
         call.queue_s, call.compute_s, call.batch_tokens = done.queue_s, done.compute_s, done.batch_tokens
         self.metrics.queue_s.observe(done.queue_s)
-        large = done.rows.nbytes > _INLINE_BYTES
-        reply: bytes = await _in_thread_if(large, _encode, done.rows, dtype, self._description.trunk_id)
-        return reply
-
-    async def _surrogate(self, call: "Call") -> bytes:
-        request = pb.SurrogateRequest.FromString(await call.read(self._config.limits.receive_timeout_s))
-        return pb.SurrogateReply(data=self._published.piece(request.offset)).SerializeToString()
-
-    async def _pull(self, call: "Call") -> bytes:
-        async with self._gate.reading(call.caller):
-            data = await call.read(self._config.limits.receive_timeout_s)
-        async with self._pulling:
-            reply: bytes = await asyncio.to_thread(_pull, data, self._limits, self._held)
-        return reply
+        return dtype, done.rows
 
     def _compute(self, requests: Sequence[wire.Packed]) -> list[Tensor]:
         outputs, self._padded_tokens = run_packed(self._held.run, requests, causal=self._held.causal)
@@ -230,33 +251,10 @@ class TrunkServer:
         self.metrics.batch_tokens.observe(num_tokens)
         self.metrics.batch_calls.observe(len(jobs))
         self.metrics.batch_fill.observe(num_tokens / self._padded_tokens)
-        self.metrics.queued_tokens.set(self._batcher.queued_tokens)
 
 
-def _decode(data: bytes, limits: wire.Limits) -> tuple[pb.DType, wire.Packed]:
-    request = pb.ForwardRequest.FromString(data)
-    return request.dtype, wire.decode_request(request, limits)
-
-
-def _pull(data: bytes, limits: wire.Limits, held: HeldLayers) -> bytes:
-    request = pb.PullRequest.FromString(data)
-    packed, gradient = wire.decode_pull(request, limits)
-
-    def padded(rows: Tensor) -> Tensor:
-        return pad_sequence(rows.split(packed.lengths), batch_first=True)
-
-    mask = padded(torch.ones(sum(packed.lengths), dtype=torch.long))
-    positions = None if packed.positions is None else padded(packed.positions)
-    pulled = pull_back(held.model, padded(packed.rows.float()), mask, positions, padded(gradient.float()))
-    return wire.encode_pull_reply(wire.pack(pulled, mask)[0], request.forward.dtype).SerializeToString()
-
-
-def _encode(rows: Tensor, dtype: pb.DType, trunk_id: bytes) -> bytes:
-    return wire.encode_reply(rows, dtype, trunk_id).SerializeToString()
-
-
-async def _in_thread_if(large: bool, function: Callable[..., Any], *args: Any) -> Any:
-    return await asyncio.to_thread(function, *args) if large else function(*args)
+async def _in_thread_if(size_bytes: int, function: Callable[..., R], *args: Any) -> R:
+    return await asyncio.to_thread(function, *args) if size_bytes > _INLINE_BYTES else function(*args)
 
 
 @contextmanager
@@ -281,8 +279,7 @@ def embedded(held: HeldLayers, port: int = 0, config: TrunkConfig | None = None)
         await server.start()
         await server.warm_up()
         bound.set_result(server.port)
-        await asyncio.to_thread(stop.wait)
-        await server.drain()
+        await server.run_until(asyncio.to_thread(stop.wait))
 
     def run() -> None:
         try:

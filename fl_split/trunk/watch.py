@@ -43,6 +43,10 @@ def describe(address: str, credentials: Credentials, timeout_s: float = 5.0) -> 
         "config-digest": reply.config_digest,
         "weights-digest": reply.weights_digest,
         "trunk-id": reply.trunk_id.hex(),
+        "dtype": reply.compute_dtype,
+        "quantization": reply.quantization or "none",
+        "exact-gradient": reply.exact_gradient,
+        "surrogate": reply.surrogate_digest.hex() or "none",
         "version": reply.version,
     }
 

@@ -1,0 +1,129 @@
+"""What travels in a call, as bytes -> what is computed -> bytes. For input that nobody vouches for.
+
+Data path: received bytes -> **sizes, fields, values checked** -> fair queue -> layers -> **reply's bytes**.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from google.protobuf.message import DecodeError
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from fl_split import wire
+from fl_split.errors import WireError
+from fl_split.proto import trunk_pb2 as pb
+from fl_split.split import pull_back
+
+Fields = Mapping[int, Any]  # of a message: its tensors, None for bytes, or the fields of a message in it
+Decode = Callable[[bytes, wire.Limits], tuple[pb.DType, wire.Packed]]
+
+_FORWARD: Fields = {2: None}  # hidden_states
+_PULL: Fields = {1: _FORWARD, 2: None}  # forward, gradient
+
+
+def decode_forward(data: bytes, limits: wire.Limits) -> tuple[pb.DType, wire.Packed]:
+    """A ForwardRequest: the dtype to answer in, and what to run.
+
+    Raises:
+        DecodeError: It is none.
+        WireError: See `wire.decode_request`.
+    """
+    check_sizes(data, limits, _FORWARD)
+    request = pb.ForwardRequest.FromString(data)
+    return request.dtype, wire.decode_request(request, limits)
+
+
+def decode_pull(data: bytes, limits: wire.Limits) -> tuple[pb.DType, wire.Packed]:
+    """A PullRequest: as `decode_forward`, but the rows are ``[sum(lengths), 2 hidden]``, the gradient's on the right.
+
+    Raises:
+        DecodeError: It is none.
+        WireError: See `wire.decode_pull`.
+    """
+    check_sizes(data, limits, _PULL)
+    request = pb.PullRequest.FromString(data)
+    packed, gradient = wire.decode_pull(request, limits)
+    return request.forward.dtype, wire.Packed(torch.cat([packed.rows, gradient], 1), packed.lengths, packed.positions)
+
+
+def check_sizes(data: bytes, limits: wire.Limits, tensors: Fields) -> None:
+    """Refuse before parsing what holds more numbers than any request: a byte of them makes four or more in memory.
+
+    Args:
+        data: The message.
+        limits: A length and a position a token, and a few outliers, are what may be beside the tensors.
+        tensors: Fields that do not count.
+
+    Raises:
+        DecodeError: It is no message at all.
+        WireError: It is one that is too large.
+    """
+    most = 12 * limits.max_tokens + limits.hidden_size + 64
+    if (size := _other_bytes(memoryview(data), tensors, most)) > most:
+        raise WireError(f"the message has at least {size} bytes beside its tensors: expected at most {most}")
+
+
+def _other_bytes(data: memoryview, tensors: Fields, most: int) -> int:
+    """Bytes outside of `tensors`, counted until they are more than `most`."""
+    count = at = 0
+    while at < len(data) and count <= most:
+        begin = at
+        tag, at = _varint(data, at)
+        match tag & 7:
+            case 0:
+                _, at = _varint(data, at)
+            case 1:
+                at += 8
+            case 2:
+                size, at = _varint(data, at)
+                if tag >> 3 in tensors:
+                    inside = tensors[tag >> 3]
+                    count += 0 if inside is None else _other_bytes(data[at : at + size], inside, most)
+                    count -= size
+                at += size
+            case 5:
+                at += 4
+            case _:
+                raise DecodeError("a group")
+        count += at - begin
+    return count
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            break
+        value |= (data[at] & 127) << shift
+        at += 1
+        if data[at - 1] < 128:
+            return value, at
+    raise DecodeError("a number that does not end")
+
+
+def encode_forward(rows: Tensor, dtype: pb.DType, trunk_id: bytes) -> bytes:
+    """The ForwardReply."""
+    return wire.encode_reply(rows, dtype, trunk_id).SerializeToString()
+
+
+def encode_pull(rows: Tensor, dtype: pb.DType, trunk_id: bytes) -> bytes:
+    """The PullReply."""
+    return wire.encode_pull_reply(rows, dtype, trunk_id).SerializeToString()
+
+
+def run_pulls(model: PreTrainedModel, requests: Sequence[wire.Packed]) -> list[Tensor]:
+    """dL/dh1 of each request that `decode_pull` made."""
+    return [_run_pull(model, packed) for packed in requests]
+
+
+def _run_pull(model: PreTrainedModel, packed: wire.Packed) -> Tensor:
+    def padded(rows: Tensor) -> Tensor:
+        return pad_sequence(rows.split(packed.lengths), batch_first=True)
+
+    hidden_states, gradient = padded(packed.rows.float()).chunk(2, -1)
+    mask = padded(torch.ones(sum(packed.lengths), dtype=torch.long))
+    positions = None if packed.positions is None else padded(packed.positions)
+    return wire.pack(pull_back(model, hidden_states, mask, positions, gradient), mask)[0]
