@@ -71,7 +71,7 @@ class Plan:
     node: Memory
     trunk_weights: int  # bytes, in the run's `model.dtype`
     full_weights: int  # bytes of the whole model, for comparison
-    request_bytes: int  # of one micro-batch of full-length examples
+    request_bytes: int  # of one micro-batch of full-length examples, probes on average
     reply_bytes: int
     node_flop: float  # of one micro-batch, forward and backward
     trunk_flop: float
@@ -128,7 +128,8 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     except RuntimeError:  # experts whose kernel is for bfloat16 only, on the meta device: half of float32
         training, activations = _train_on_meta(_on_meta(config, anatomy, torch.bfloat16), anatomy, cut, kept, run)
         activations = activations * dtype.itemsize // 2
-    if run.surrogate.kind == "distilled":
+    trained = run.surrogate.kind == "distilled" or (run.surrogate.kind == "matched" and run.surrogate.distill)
+    if trained:
         training += 3 * kept_params * dtype.itemsize
     tokens = run.train.batch_size * run.data.max_length
     attention = 4 * run.data.max_length * config.hidden_size  # FLOP of one layer, token and forward pass
@@ -137,6 +138,9 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
         head = outside
     passes = 3 if run.train.activation_checkpointing else 2  # through the node's layers: one more forward pass
     lengths = [run.data.max_length] * run.train.batch_size
+    wire_dtype = wire.NAMES[run.trunk.wire_dtype]
+    calls = 1 + 1 / run.surrogate.probe_every if trained and run.surrogate.probe_every else 1
+    pulled = pull_bytes(lengths, wire_dtype, config.hidden_size) if run.surrogate.kind == "exact" else (0, 0)
     return Plan(
         bottom_layers=len(cut.bottom),
         top_layers=len(cut.top),
@@ -144,10 +148,10 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
         node=Memory((outside + sum(sizes[i] for i in own)) * dtype.itemsize, training, activations),
         trunk_weights=sum(sizes[i] for i in cut.trunk) * dtype.itemsize,
         full_weights=(outside + sum(sizes)) * dtype.itemsize,
-        request_bytes=request_bytes(lengths, wire.NAMES[run.trunk.wire_dtype], config.hidden_size),
-        reply_bytes=reply_bytes(lengths, wire.NAMES[run.trunk.wire_dtype], config.hidden_size),
+        request_bytes=round(calls * request_bytes(lengths, wire_dtype, config.hidden_size)) + pulled[0],
+        reply_bytes=round(calls * reply_bytes(lengths, wire_dtype, config.hidden_size)) + pulled[1],
         node_flop=tokens * (4 * head + 2 * passes * sum(sizes[i] for i in own) + (passes + 1) * attention * len(own)),
-        trunk_flop=tokens * (2 * sum(sizes[i] for i in cut.trunk) + attention * len(cut.trunk)),
+        trunk_flop=calls * tokens * (2 * sum(sizes[i] for i in cut.trunk) + attention * len(cut.trunk)),
         accumulation=run.train.accumulation,
         in_flight=run.trunk.in_flight,
     )
@@ -274,6 +278,14 @@ def reply_bytes(lengths: list[int], dtype: pb.DType, hidden_size: int) -> int:
     rows = bytes(sum(lengths) * wire.bytes_per_token(dtype, hidden_size))
     reply = pb.ForwardReply(dtype=dtype, hidden_states=rows, outliers=_outliers(dtype, hidden_size), trunk_id=bytes(16))
     return reply.ByteSize()
+
+
+def pull_bytes(lengths: list[int], dtype: pb.DType, hidden_size: int) -> tuple[int, int]:
+    """Bytes of the request and the reply of an exact gradient, which int8 is not for."""
+    dtype = pb.BFLOAT16 if dtype == pb.INT8 else dtype
+    rows = torch.zeros(sum(lengths), hidden_size)
+    request = wire.encode_pull(wire.Packed(rows, lengths, None), rows, dtype)
+    return request.ByteSize(), wire.encode_pull_reply(rows, dtype, bytes(16)).ByteSize()
 
 
 def _outliers(dtype: pb.DType, hidden_size: int) -> list[int]:

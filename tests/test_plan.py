@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, MixtralConfig
 
-from fl_split import adapters, wire
+from fl_split import adapters, train, wire
 from fl_split.checkpoint import read_config
 from fl_split.config import RunConfig
 from fl_split.errors import ConfigError, SplitError
@@ -25,6 +25,9 @@ from fl_split.plan import (
     splits,
 )
 from fl_split.split import checkpoint_activations, load_client, load_trunk
+from fl_split.trunk import server
+from fl_split.trunk.client import Expected, TrunkClient
+from fl_split.trunk.config import TrunkConfig
 
 BATCH, LENGTH = 3, 40
 FAMILIES = ("llama", "qwen2", "gpt2", "mistral")
@@ -115,6 +118,38 @@ def test_activation_checkpointing_keeps_layer_inputs_and_one_layer_at_a_time(
         for keys in ({}, again)
     ]
     assert plan < waiting[1] < plan + 0.5 * (waiting[0] - plain)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("blocks", {}),
+        ("distilled", {"surrogate.probe-every": 2}),
+        ("exact", {"trunk.exact-gradient": True}),
+        ("exact", {"trunk.exact-gradient": True, "trunk.wire-dtype": "int8"}),
+    ],
+)
+def test_bytes_of_probes_and_exact_gradients_are_those_on_the_wire(
+    checkpoint: Callable[[str], Path], kind: str, keys: dict[str, Any]
+) -> None:
+    folder, run = checkpoint("llama"), run_config(**{"surrogate.kind": kind, **keys})
+    plan = make_plan(AutoConfig.from_pretrained(folder), run)
+    config = TrunkConfig.model_validate({"metrics": {"enabled": False}, "server": {"exact-gradient": True}})
+    with server.embedded(server.hold_layers(folder, 2, 2), config=config) as address:
+        expected = Expected.from_checkpoint(folder, 2, 2)
+        with TrunkClient(address, expected, wire_dtype=run.trunk.wire_dtype) as trunk:
+            client = load_client(folder, 2, 2, trunk, surrogate=run.surrogate.kind, surrogate_layers=1)
+            model = adapters.attach(client, run.lora, train_bottom=True, seed=0).train()
+            if kind == "distilled":
+                train.make_distiller(model, 1e-3, run.surrogate.probe_every)
+            ids = torch.randint(99, (BATCH, LENGTH))
+            train.accumulate(model, [{"input_ids": ids, "labels": ids}] * 2)
+            sent, received = trunk.bytes_sent, trunk.bytes_received
+    if run.trunk.wire_dtype == "int8":  # how many channels are kept depends on the numbers
+        assert 0.95 * 2 * plan.request_bytes < sent <= 2 * plan.request_bytes
+    else:
+        assert abs(sent - 2 * plan.request_bytes) <= 1  # half a probe is rounded
+        assert abs(received - 2 * plan.reply_bytes) <= 1
 
 
 @pytest.mark.parametrize(("dtype", "exact"), [("float32", True), ("bfloat16", True), ("int8", False)])
