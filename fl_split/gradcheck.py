@@ -18,7 +18,8 @@ from fl_split import adapters, demo, train
 from fl_split.checkpoint import resolve_model
 from fl_split.config import Data, Lora, NodeConfig
 from fl_split.data import Batch, load_examples, prepare_tokenizer, training_batches
-from fl_split.split import LocalTrunk, Trunk, load_client, load_trunk
+from fl_split.remote import Trunk
+from fl_split.split import LocalTrunk, load_client, load_trunk
 from fl_split.surrogate import Kind, read_card
 from fl_split.trunk.identity import Expected
 

@@ -23,9 +23,10 @@ from fl_split.descent import Descent, DescentProbe, warn_if_stuck
 from fl_split.errors import ConfigError
 from fl_split.packing import check_packing
 from fl_split.plan import choose_split
+from fl_split.remote import Trunk
 from fl_split.room import check_room
 from fl_split.runs import NodeFolder, Quality, SavedRound, cache_folder
-from fl_split.split import Trunk, checkpoint_activations, load_client, sketch_client
+from fl_split.split import checkpoint_activations, load_client, sketch_client
 from fl_split.surrogate import Distiller
 from fl_split.trunk.cache import CachedTrunk
 from fl_split.trunk.client import Credentials, Expected, TrunkClient

@@ -3,20 +3,16 @@
 Both are ordinary models of the full config in which each layer that a party does not hold is a hole that passes
 the hidden states on. Module names, layer indices, masks, rotary tables, checkpoint keys and adapter keys stay
 those of the full model, so Hugging Face's own forward and loss, PEFT and `Trainer` work on a client unchanged.
-
-What leaves the node: what `RemoteTrunk.start` hands to the trunk, and nothing else (hidden states after the
-bottom, the padding mask, position ids).
 """
 
 import inspect
 import json
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -35,37 +31,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fl_split.anatomy import Anatomy, Hole, examine, owners
 from fl_split.errors import SplitError
-from fl_split.pipeline import in_turn
-from fl_split.surrogate import Distiller, Kind, Probe, join, join_exact, kept_layers, read_thin_layers, thin_layer
-
-
-class Trunk(Protocol):
-    """Whatever runs the middle layers: a remote service or a model in this process."""
-
-    def start(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-    ) -> "Future[Tensor]":
-        """Begin one forward pass.
-
-        Args:
-            hidden_states: ``[batch, seq, hidden]``, output of the last bottom layer; leaves the node.
-            attention_mask: ``[batch, seq]``, 1 for real tokens, or None if all are real.
-            position_ids: ``[batch or 1, seq]``, or None for 0, 1, 2, ...
-
-        Returns:
-            Output of the last trunk layer, ``[batch, seq, hidden]``, without a graph. Rows of padding are undefined.
-        """
-        ...
-
-
-class ExactTrunk(Trunk, Protocol):
-    """A trunk that also gives gradients, for ``surrogate.kind = "exact"``."""
-
-    def vjp(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, gradient: Tensor
-    ) -> Tensor:
-        """Pull dL/dh2 back to dL/dh1; shapes as in `start`. Both leave the node, **so the promise is broken**."""
-        ...
+from fl_split.remote import RemoteTrunk, Trunk, TrunkSlot
+from fl_split.surrogate import Kind, kept_layers, read_thin_layers, thin_layer
 
 
 @dataclass(frozen=True)
@@ -117,83 +84,6 @@ class Boundaries:
 
 
 # --------------------------------------------------------------------------------------------------------- holes
-
-
-class RemoteTrunk:
-    """One client model's calls to its trunk: begun at the trunk's first layer, joined at its last.
-
-    Plain Python, not a module: the model owns it through its slots. What is in flight is kept per thread.
-    """
-
-    def __init__(self, trunk: Trunk, kind: Kind) -> None:
-        self.trunk, self.kind = trunk, kind
-        self.distiller: Distiller | None = None  # trains the kept layers, if set
-        self._thread = threading.local()
-
-    def remember(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
-        """Note what the model was called with: its layers see only a 4D mask made of it."""
-        self._thread.context = (attention_mask, position_ids)
-
-    def start(self, hidden_states: Tensor, training: bool) -> None:
-        """Send ``[batch, seq, hidden]`` to the trunk; it computes while the surrogate does."""
-        mine, h1 = self._thread, hidden_states.detach()
-        mine.start, mine.surrogate, mine.probe = hidden_states, [], None
-        mine.pending = in_turn(self.trunk.start(h1, *mine.context))
-        mine.distiller = self.distiller if training and hidden_states.requires_grad else None
-        if mine.distiller is not None and (step := mine.distiller.probe(h1, mine.context[0])) is not None:
-            mine.probe = (h1 + step, self.trunk.start(h1 + step, *mine.context))
-
-    def passed(self, layer: Callable[[Tensor], Tensor]) -> None:
-        """Note a layer of the surrogate as it was called, so that a probe can take the same way."""
-        if self._thread.probe is not None:
-            self._thread.surrogate.append(layer)
-
-    def join(self, surrogate: Tensor) -> Tensor:
-        """Wait for the trunk's output and give it the surrogate's Jacobian, ``[batch, seq, hidden]``."""
-        mine = self._thread
-        hidden_states: Tensor = mine.pending.result()
-        start, (mask, positions) = mine.start, mine.context
-        if mine.distiller is not None:
-            probe = None
-            if mine.probe is not None:
-                moved, answer = mine.probe
-                probe = Probe(moved, reduce(lambda h, layer: layer(h), mine.surrogate, moved), answer.result())
-            mine.distiller.observe(start.detach(), surrogate, hidden_states, mask, probe)
-        mine.pending = mine.start = mine.surrogate = mine.probe = mine.distiller = None
-        if self.kind == "none" or not start.requires_grad:
-            return hidden_states
-        if self.kind == "exact":
-            trunk, h1 = cast(ExactTrunk, self.trunk), start.detach()
-            return join_exact(start, hidden_states, lambda gradient: trunk.vjp(h1, mask, positions, gradient))
-        return join(surrogate, hidden_states)
-
-
-class TrunkSlot(Hole):
-    """The place of one trunk layer on a client: a hole, or a layer kept as part of the surrogate.
-
-    The first slot starts the call, the last one joins it. A kept layer steps aside when there is no gradient to make.
-    """
-
-    def __init__(self, layer: nn.Module, as_tuple: bool, remote: RemoteTrunk, first: bool, last: bool) -> None:
-        super().__init__(layer, as_tuple)
-        self.kept = None if isinstance(layer, Hole) else layer
-        self.remote, self.first, self.last = remote, first, last
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """``[batch, seq, hidden]`` -> the same."""
-        if self.first:
-            self.remote.start(hidden_states, self.training)
-        if self.kept is not None and hidden_states.requires_grad:
-            layer = partial(self._keep, args, kwargs)
-            self.remote.passed(layer)
-            hidden_states = layer(hidden_states)
-        if self.last:
-            hidden_states = self.remote.join(hidden_states)
-        return super().forward(hidden_states)
-
-    def _keep(self, args: Any, kwargs: Any, hidden_states: Tensor) -> Tensor:
-        out = cast(nn.Module, self.kept)(hidden_states, *args, **kwargs)
-        return cast(Tensor, out[0] if self.as_tuple else out)
 
 
 class Absent(nn.Module):
@@ -308,11 +198,6 @@ def sketch_client(
         layers[i] = Hole(layers[i], anatomy.as_tuple)
     model.boundaries, model.head_modules = cut, anatomy.head if labels else ()
     return cast(PreTrainedModel, model)
-
-
-def remote_trunk_of(model: nn.Module) -> RemoteTrunk:
-    """A client's connection to its trunk."""
-    return cast(RemoteTrunk, model.remote_trunk)
 
 
 def boundaries_of(model: nn.Module) -> Boundaries:
@@ -496,7 +381,7 @@ class LocalTrunk:
     def start(
         self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> "Future[Tensor]":
-        """Run the trunk now; see `Trunk.start`."""
+        """Run the trunk now; see `remote.Trunk.start`."""
         done: Future[Tensor] = Future()
         done.set_result(run_trunk(self.model, hidden_states, attention_mask, position_ids))
         return done
@@ -504,14 +389,14 @@ class LocalTrunk:
     def vjp(
         self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, gradient: Tensor
     ) -> Tensor:
-        """Recompute and pull a gradient back; see `ExactTrunk.vjp`."""
+        """Recompute and pull a gradient back; see `remote.ExactTrunk.vjp`."""
         return pull_back(self.model, hidden_states, attention_mask, position_ids, gradient)
 
 
 def run_trunk(
     model: PreTrainedModel, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> Tensor:
-    """Run a trunk's layers, forward only; shapes as in `Trunk.start`; dtype and device of `hidden_states`."""
+    """Run a trunk's layers, forward only; shapes as in `remote.Trunk.start`; dtype and device of `hidden_states`."""
     kwargs: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
     with torch.inference_mode():
         embeds = hidden_states.to(device=model.device, dtype=model.dtype)
@@ -526,7 +411,7 @@ def pull_back(
     position_ids: Tensor | None,
     gradient: Tensor,
 ) -> Tensor:
-    """A trunk's exact vector-Jacobian product: run it again with a graph, keep nothing; shapes as in `Trunk.start`."""
+    """A trunk's exact vector-Jacobian product: run it again with a graph, keep nothing; shapes as in `remote.Trunk.start`."""
     kwargs: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
     with torch.enable_grad():
         embeds = hidden_states.detach().to(device=model.device, dtype=model.dtype).requires_grad_()

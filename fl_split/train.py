@@ -20,7 +20,7 @@ from fl_split.adapters import parameter_groups, part_of
 from fl_split.config import Train
 from fl_split.data import IGNORED, Batch
 from fl_split.pipeline import run_in_turns
-from fl_split.split import remote_trunk_of
+from fl_split.remote import remote_trunk_of
 from fl_split.surrogate import Distiller
 
 

@@ -164,7 +164,7 @@ class Packed:
 
 
 def pack_batch(hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Packed:
-    """What of one forward pass goes to the trunk; shapes as in `split.Trunk.start`.
+    """What of one forward pass goes to the trunk; shapes as in `remote.Trunk.start`.
 
     Without a mask, positions that start anew begin another document of the same row, which transformers keeps apart
     from the one before: here it becomes a sequence of its own.

@@ -21,7 +21,8 @@ from fl_split import adapters, classification, train
 from fl_split.config import Aggregation, Lora, RunConfig, Train
 from fl_split.data import Batch
 from fl_split.errors import SplitError
-from fl_split.split import LocalTrunk, Trunk, load_client, load_trunk
+from fl_split.remote import Trunk
+from fl_split.split import LocalTrunk, load_client, load_trunk
 from fl_split.trunk import server
 from fl_split.trunk.client import Expected, TrunkClient
 

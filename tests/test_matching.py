@@ -20,7 +20,8 @@ from fl_split.cli import app
 from fl_split.config import Data, Lora, NodeConfig, Train
 from fl_split.errors import ConfigError, DataError, SurrogateError, TrunkRefused
 from fl_split.gradcheck import Candidate, bottom_gradient, build, gradcheck
-from fl_split.split import LocalTrunk, boundaries_of, load_trunk, pull_back, remote_trunk_of, run_trunk
+from fl_split.remote import remote_trunk_of
+from fl_split.split import LocalTrunk, boundaries_of, load_trunk, pull_back, run_trunk
 from fl_split.surrogate import read_card
 from fl_split.trunk import server
 from fl_split.trunk.client import Expected, TrunkClient

@@ -21,7 +21,7 @@ from fl_split import adapters, wire
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.data import load_examples, prepare_tokenizer
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.split import RemoteTrunk
+from fl_split.remote import RemoteTrunk
 from fl_split.trunk import server
 
 Sent = list[tuple[str, bytes]]

@@ -18,7 +18,8 @@ from fl_split import adapters, train, wire
 from fl_split.config import Lora
 from fl_split.errors import ConfigError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.split import LocalTrunk, Trunk, load_client
+from fl_split.remote import Trunk
+from fl_split.split import LocalTrunk, load_client
 from fl_split.trunk import server
 from fl_split.trunk.client import Expected, TrunkClient
 from fl_split.trunk.config import TrunkConfig

@@ -49,7 +49,7 @@ class _AnotherTrunk(grpc.RpcError):  # type: ignore[misc]
 
 
 class TrunkClient:
-    """A `split.Trunk` that is a remote service. Use it as a context manager."""
+    """A `remote.Trunk` that is a remote service. Use it as a context manager."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class TrunkClient:
     def start(
         self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> "Future[Tensor]":
-        """Send one batch; see `split.Trunk.start`. Leaves the node: `wire.pack_batch`, nothing else.
+        """Send one batch; see `remote.Trunk.start`. Leaves the node: `wire.pack_batch`, nothing else.
 
         The future raises `TrunkUnavailable`, `TrunkMismatch`, `TrunkRefused` or `WireError`.
         """
@@ -263,7 +263,7 @@ class TrunkClient:
     def vjp(
         self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, gradient: Tensor
     ) -> Tensor:
-        """The trunk's exact vector-Jacobian product, see `split.ExactTrunk.vjp`: **dL/dh2 leaves the node**.
+        """The trunk's exact vector-Jacobian product, see `remote.ExactTrunk.vjp`: **dL/dh2 leaves the node**.
 
         Raises:
             TrunkRefused: The trunk does not offer exact gradients.
