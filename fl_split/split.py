@@ -411,7 +411,7 @@ def pull_back(
     position_ids: Tensor | None,
     gradient: Tensor,
 ) -> Tensor:
-    """A trunk's exact vector-Jacobian product: run it again with a graph, keep nothing; shapes as in `remote.Trunk.start`."""
+    """A trunk's exact vector-Jacobian product: run it again with a graph, keep nothing; shapes as in `run_trunk`."""
     kwargs: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
     with torch.enable_grad():
         embeds = hidden_states.detach().to(device=model.device, dtype=model.dtype).requires_grad_()

@@ -76,9 +76,9 @@ def test_only_hidden_states_reach_the_trunk(demo_model: Path, tmp_path: Path, mo
     outputs: list[Tensor] = []  # of the last bottom layer, packed as on the wire
     start = RemoteTrunk.start
 
-    def spy(self: RemoteTrunk, hidden_states: Tensor) -> None:
+    def spy(self: RemoteTrunk, hidden_states: Tensor, training: bool) -> None:
         outputs.append(wire.pack(hidden_states, self._thread.context[0])[0])
-        start(self, hidden_states)
+        start(self, hidden_states, training)
 
     monkeypatch.setattr(RemoteTrunk, "start", spy)
     with tapped_trunk(demo_model, sent) as address:
