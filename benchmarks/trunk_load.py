@@ -1,8 +1,7 @@
-"""The sections of bench_trunk.py that wear a trunk out: overload, malformed messages, replicas that are killed."""
+"""The sections of bench_trunk.py that wear a trunk out: overload, replicas that are killed."""
 
 import asyncio
 import random
-import resource
 import statistics
 import threading
 import time
@@ -15,21 +14,20 @@ from typing import Any
 
 import grpc
 import torch
-from google.protobuf.message import DecodeError
 from torch import Tensor
+from trunk_fuzz import FORWARD, mutate, valid
 from trunk_parts import Server, percentile, random_model
 
 from fl_split import adapters, train, wire
 from fl_split.config import Lora
-from fl_split.errors import TrunkUnavailable, WireError
+from fl_split.errors import TrunkUnavailable
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.split import LocalTrunk, load_client
-from fl_split.trunk import messages, server
+from fl_split.trunk import server
 from fl_split.trunk.access import add_token
 from fl_split.trunk.client import Expected, TrunkClient
 
 Figures = dict[str, float]
-FORWARD = f"/{wire.SERVICE}/Forward"
 
 
 # ------------------------------------------------------------------------------------------------------ overload
@@ -105,6 +103,7 @@ class _Load:
         return {
             # From the second quarter on: the first is when the allocator takes what ten times capacity needs.
             "overload-memory-growth": max(memory[-quarter:]) / max(memory[quarter : 2 * quarter]) - 1,
+            "overload/memory-growth-of-the-first-burst": max(memory) / idle_mib - 1,
             "overload/memory-growth-of-a-second-burst": max(again) / max(memory) - 1,
             "overload/memory-mib": max(memory),
             "overload/memory-before-mib": idle_mib,
@@ -157,118 +156,6 @@ class _Load:
             await asyncio.sleep(0.005)
         await asyncio.gather(*open_calls)
         return memory
-
-
-# ---------------------------------------------------------------------------------------------------------- fuzz
-
-
-def bench_fuzz(setting: Any) -> Figures:
-    """Malformed messages into the request decoder, and some of them over the wire into a server that must live on."""
-    num_messages = 10_000 if setting.quick else 120_000
-    rng = random.Random(0)
-    limits = wire.Limits(32, 256, 64)
-    seeds = [_valid(rng, dtype) for dtype in wire.NAMES.values() for _ in range(20)]
-    refused = crashes = 0
-    slowest = 0.0
-    for _ in range(1000):  # what is allocated once
-        _decoded(_mutate(rng, seeds), limits)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(num_messages):
-        message = _mutate(rng, seeds)
-        started = time.perf_counter()
-        outcome = _decoded(message, limits)
-        slowest = max(slowest, time.perf_counter() - started)
-        refused += outcome == "refused"
-        crashes += outcome == "crash"
-    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    over_wire, improper = _fuzz_server(setting.work, rng, seeds, 300 if setting.quick else 5000)
-    return {
-        "fuzz-messages": num_messages,
-        "fuzz-crashes": crashes,
-        "fuzz/refused-share": refused / num_messages,
-        "fuzz/slowest-s": slowest,
-        "fuzz/memory-growth-mib": growth / 1024,
-        "fuzz/messages-over-the-wire": over_wire,
-        "fuzz/improper-statuses": improper,
-    }
-
-
-def _valid(rng: random.Random, dtype: pb.DType) -> bytes:
-    lengths = [rng.randint(1, 12) for _ in range(rng.randint(1, 6))]
-    rows = torch.randn(sum(lengths), 32)
-    if rng.random() < 0.3:
-        rows[:, 3] *= 100
-    positions = torch.randint(0, 64, (len(rows),)) if rng.random() < 0.3 else None
-    return wire.encode_request(wire.Packed(rows, lengths, positions), dtype).SerializeToString()
-
-
-def _mutate(rng: random.Random, seeds: list[bytes]) -> bytes:
-    """Flip, cut, repeat, splice, or set a field to something absurd."""
-    message = bytearray(rng.choice(seeds))
-    match rng.randrange(7):
-        case 0:
-            for _ in range(rng.randint(1, 8)):
-                message[rng.randrange(len(message))] = rng.randrange(256)
-        case 1:
-            del message[rng.randrange(len(message)) :]
-        case 2:
-            other = rng.choice(seeds)
-            message = message[: rng.randrange(len(message))] + other[rng.randrange(len(other)) :]
-        case 3:
-            message = bytearray(rng.randbytes(rng.randrange(400)))
-        case 4:
-            at = rng.randrange(len(message))
-            message[at:at] = message[at : at + rng.randrange(64)] * rng.randint(1, 20)
-        case _:
-            return _absurd(rng, bytes(message))
-    return bytes(message)
-
-
-def _absurd(rng: random.Random, message: bytes) -> bytes:
-    request = pb.ForwardRequest.FromString(message)
-    values = [0, 1, 63, 64, 65, 255, 257, 2**31 - 1, 2**31, 2**32 - 1]
-    match rng.randrange(5):
-        case 0:
-            request.dtype = rng.choice([0, 1, 2, 3, 4, -1, 2**31 - 1])  # type: ignore[assignment]
-        case 1:
-            request.lengths.append(rng.choice(values))
-        case 2:
-            request.positions.extend(rng.choices(values, k=rng.randint(1, 300)))
-        case 3:
-            request.outliers.extend(rng.choices(values, k=rng.randint(1, 5)))
-        case _:
-            request.hidden_states = rng.choice([b"\xff", b"\x7f", b"\x80"]) * rng.choice(
-                [0, 1, len(request.hidden_states)]
-            )
-    return request.SerializeToString()
-
-
-def _decoded(message: bytes, limits: wire.Limits) -> str:
-    try:
-        messages.decode_forward(message, limits)
-    except (WireError, DecodeError):
-        return "refused"
-    except Exception as error:
-        print(f"crash: {type(error).__name__}: {error}")
-        return "crash"
-    return "taken"
-
-
-def _fuzz_server(work: Path, rng: random.Random, seeds: list[bytes], count: int) -> tuple[int, int]:
-    """Send malformed messages to a real server; returns how many, and how many did not get a status of their own."""
-    held = server.hold_layers(random_model(work / "fuzz", 64, 4), 1, 1)
-    improper = 0
-    with server.embedded(held) as address, grpc.insecure_channel(address) as channel:
-        call = channel.unary_unary(FORWARD)
-        for _ in range(count):
-            try:
-                call(_mutate(rng, seeds), timeout=10)
-            except grpc.RpcError as error:
-                improper += error.code() is not grpc.StatusCode.INVALID_ARGUMENT
-        rows, _ = wire.encode_rows(torch.ones(3, 64), pb.FLOAT32)
-        request = pb.ForwardRequest(dtype=pb.FLOAT32, lengths=[3], hidden_states=rows)
-        call(request.SerializeToString(), timeout=10)  # it lives
-    return count, improper
 
 
 # ---------------------------------------------------------------------------------------------------------- soak
@@ -380,11 +267,11 @@ def _through_wire(rows: Tensor, dtype: str) -> Tensor:
 def _nuisance(replicas: list[Server], stop: threading.Event, counts: Counter[str]) -> None:
     """Malformed messages, and calls that are given up at once."""
     rng = random.Random(0)
-    seeds = [_valid(rng, dtype) for dtype in wire.NAMES.values()]
+    seeds = [valid(rng, dtype, 256) for dtype in wire.NAMES.values()]
     while not stop.wait(0.05):
         counts["hostile"] += 1
         with grpc.insecure_channel(rng.choice(replicas).address) as channel, suppress(grpc.RpcError):
-            call = channel.unary_unary(FORWARD).future(_mutate(rng, seeds), timeout=rng.uniform(0.001, 0.5))
+            call = channel.unary_unary(FORWARD).future(mutate(rng, seeds), timeout=rng.uniform(0.001, 0.5))
             if rng.random() < 0.5:
                 call.cancel()
             else:

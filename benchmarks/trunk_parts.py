@@ -77,6 +77,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def resident_mib(pid: int | str = "self") -> float:
+    """Memory that a process has now; Linux only."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1024
+
+
 class Server:
     """`fl-split trunk serve` in a process of its own."""
 
@@ -107,8 +113,7 @@ class Server:
         return f"127.0.0.1:{self.port}"
 
     def resident_mib(self) -> float:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1024
+        return resident_mib(self.process.pid)
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)

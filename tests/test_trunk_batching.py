@@ -211,7 +211,7 @@ def test_a_call_that_ended_in_any_way_leaves_no_memory_to_the_collector() -> Non
         calls = [("a", 60, 9.0), ("a", 40, 9.0), ("a", 60, 9.0), ("b", 30, 9.0), ("c", 10, 0.0)]
         ended = await asyncio.gather(*(call(batcher, *values) for values in calls))
         serving.cancel()
-        batcher.close()
+        batcher._worker.shutdown()  # its thread may still hold what it has just computed
         return ended
 
     gc.collect()
