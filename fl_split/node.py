@@ -236,7 +236,7 @@ def _with_cache(config: RunConfig, client: TrunkClient, expected: Expected, home
     """A frozen bottom asks the trunk about each example once."""
     if config.surrogate.kind != "none" or not config.trunk.cache_mb:
         return client
-    salt = f"{expected}|{config.trunk.wire_dtype}".encode()
+    salt = f"{expected}|{client.trunk_id.hex()}|{config.trunk.wire_dtype}".encode()  # its precision is in its id
     cache = CachedTrunk(client, home / "trunk-cache.sqlite", config.trunk.cache_mb * 1_000_000, salt)
     stack.callback(cache.close)
     return cache
