@@ -219,6 +219,8 @@ def main() -> None:
         return
     layers, vocab_size, repeats = (8, 4000, 1) if options.quick else (24, 32000, options.repeats)
     block = about(0) | {"repeats": repeats}
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         size = generate(Path(folder), layers, vocab_size)
         figures = summarize([measure(Path(folder)) for _ in range(repeats)], Path(folder), size)

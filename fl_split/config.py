@@ -144,7 +144,7 @@ class Train(_Section):
     bottom_lr: Annotated[float, Field(ge=0)] = Field(
         8e-3, description="AdamW's rate for the bottom adapter; large models want less, 1e-4 to 1e-3"
     )
-    top_lr: Annotated[float, Field(ge=0)] = Field(8e-3, description="AdamW's rate for the top adapter")
+    top_lr: Annotated[float, Field(ge=0)] = Field(1.6e-2, description="AdamW's rate for the top adapter")
     scheduler: Literal["constant", "linear", "cosine"] = Field("linear", description="of the rates, over all rounds")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to this L2 norm")
     activation_checkpointing: bool = Field(
