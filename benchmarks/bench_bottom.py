@@ -18,7 +18,6 @@ import argparse
 import ast
 import json
 import os
-import platform
 import statistics
 import sysconfig
 import tempfile
@@ -26,13 +25,14 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
+from about import about, write
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -246,7 +246,7 @@ def cache_saving(setting: Setting, institution: str, epochs: int = 3) -> dict[st
     return {"cache/bytes-ratio": sent[1] / sent[0], "cache/time-ratio": seconds[1] / seconds[0]}
 
 
-def plot(figures: dict[str, float], names: list[str], out: Path) -> None:
+def plot(figures: dict[str, Any], names: list[str], out: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -325,7 +325,7 @@ def main() -> None:
     trunk_model = load_trunk(model, BOTTOM, TOP)
     trunk = LocalTrunk(trunk_model)
     layer = sum(p.numel() for p in trunk_model.parameters()) / len(trunk_model.boundaries.trunk)
-    figures: dict[str, float] = {}
+    figures: dict[str, Any] = {}
     print(
         f"\n{options.steps} steps of {BATCH} x {MAX_LENGTH} tokens, {len(pairs)} runs per kind, LoRA r=8 on all linears"
     )
@@ -367,11 +367,8 @@ def main() -> None:
         f"trunk cache of kind none, 3 epochs: bytes to the trunk x{figures['cache/bytes-ratio']:.2f}, "
         f"time x{figures['cache/time-ratio']:.2f}"
     )
-    packages = ("torch", "transformers", "peft")
-    about = {p: version(p) for p in packages} | {"python": platform.python_version(), "machine": platform.machine()}
-    print(f"{about}, seeds 0 to {options.seeds - 1}, institutions {', '.join(options.institutions)}")
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
+    figures |= about(f"0 to {options.seeds - 1}") | {"institutions": ", ".join(options.institutions)}
+    write(options.json, figures)
     if options.plot:
         plot(figures, [c.name for c in kinds], options.plot)
 
