@@ -192,6 +192,7 @@ def summarize(runs: list[dict[str, dict[str, int]]], folder: Path, size: int) ->
             abs(plan.request_bytes - median("client", "bytes-sent")) / median("client", "bytes-sent"),
             abs(plan.reply_bytes - median("client", "bytes-received")) / median("client", "bytes-received"),
         ),
+        "plan/total-bytes": plan.node.total,
         "plan/weights-bytes": plan.node.weights,
         "plan/training-bytes": plan.node.training,
         "plan/activations-bytes": plan.node.activations,
