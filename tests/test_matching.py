@@ -220,11 +220,11 @@ def test_distillation_brings_the_surrogate_closer_and_the_task_does_not_move_it(
     assert not any(".kept." in name for name in adapters.adapter_state(model))  # nor do replies and exports
 
 
-def test_distillers_gradient_is_that_of_the_value_error_alone(demo_model: Path, batches: list[data.Batch]) -> None:
-    trunk = LocalTrunk(load_trunk(demo_model, 2, 2))
-    model = build(demo_model, 2, 2, trunk, Candidate("distilled", 1), Lora())
-    distiller = train.make_distiller(model, 1e-3)
-    seen: list[tuple[Tensor, ...]] = []
+def observed(demo_model: Path, batches: list[data.Batch], probe_every: int) -> tuple[Any, tuple[Any, ...], Any]:
+    """The distiller of one kept layer after one batch, what it was given, and that layer as a function of h1."""
+    model = build(demo_model, 2, 2, LocalTrunk(load_trunk(demo_model, 2, 2)), Candidate("distilled", 1), Lora())
+    distiller = train.make_distiller(model, 1e-3, probe_every)
+    seen: list[tuple[Any, ...]] = []
     observe = distiller.observe
 
     def spy(*args: Any) -> None:
@@ -234,14 +234,20 @@ def test_distillers_gradient_is_that_of_the_value_error_alone(demo_model: Path, 
     distiller.observe = spy  # type: ignore[method-assign]
     model.train()
     train.accumulate(model, batches[:1])
-    start, _, value, mask, _ = seen[0]
+    base = model.get_base_model().base_model
+    kept = base.get_submodule(boundaries_of(model.get_base_model()).layers_path)[4].kept
+
+    def surrogate(start: Tensor) -> Any:
+        positions = torch.arange(start.shape[1])[None]
+        return kept(start, position_embeddings=base.rotary_emb(start, positions), position_ids=positions)
+
+    return distiller, seen[0], surrogate
+
+
+def test_distillers_gradient_is_that_of_the_value_error_alone(demo_model: Path, batches: list[data.Batch]) -> None:
+    distiller, (start, _, value, mask, _), surrogate = observed(demo_model, batches, 0)
     real = mask.bool()
-    cut = boundaries_of(model.get_base_model())
-    kept = model.get_base_model().base_model.get_submodule(cut.layers_path)[4].kept
-    positions = torch.arange(start.shape[1])[None]
-    rotary = model.get_base_model().base_model.rotary_emb(start, positions)
-    surrogate = kept(start, position_embeddings=rotary, position_ids=positions)
-    error = (surrogate - value)[real].pow(2).sum() / (value - start)[real].pow(2).sum()
+    error = (surrogate(start) - value)[real].pow(2).sum() / (value - start)[real].pow(2).sum()
     expected = torch.autograd.grad(error, list(distiller.parameters.values()))
     for got, want in zip(distiller._gradients, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
@@ -286,25 +292,8 @@ def test_probes_say_nothing_that_depends_on_labels_and_are_sent_in_training_only
 
 
 def test_probes_gradient_is_that_of_the_slopes_error(demo_model: Path, batches: list[data.Batch]) -> None:
-    model = build(demo_model, 2, 2, LocalTrunk(load_trunk(demo_model, 2, 2)), Candidate("distilled", 1), Lora())
-    distiller = train.make_distiller(model, 1e-3, probe_every=1)
-    seen: list[tuple[Any, ...]] = []
-    observe = distiller.observe
-
-    def spy(*args: Any) -> None:
-        seen.append(args)
-        observe(*args)
-
-    distiller.observe = spy  # type: ignore[method-assign]
-    model.train()
-    train.accumulate(model, batches[:1])
-    start, _, value, mask, probe = seen[0]
-    base = model.get_base_model().base_model
-    kept = base.get_submodule(boundaries_of(model.get_base_model()).layers_path)[4].kept
-    positions = torch.arange(start.shape[1])[None]
-    rotary = base.rotary_emb(start, positions)
-    here, there = (kept(x, position_embeddings=rotary, position_ids=positions) for x in (start, probe.moved))
-    real = mask.bool()
+    distiller, (start, _, value, mask, probe), surrogate = observed(demo_model, batches, 1)
+    here, there, real = surrogate(start), surrogate(probe.moved), mask.bool()
     wanted = run_trunk(load_trunk(demo_model, 2, 2), probe.moved, mask, None) - value
     error = (here - value)[real].square().sum() / (value - start)[real].square().sum()
     error = error + (there - here - wanted)[real].square().sum() / (wanted - probe.moved + start)[real].square().sum()
