@@ -231,10 +231,10 @@ def surrogate_fit(
         list[Path] | None, typer.Option(help="public text in UTF-8; without it, the model writes its own")
     ] = None,
     layers: Annotated[float, typer.Option(help="memory and compute on a node, in trunk layers")] = 2.0,
-    steps: Annotated[int, typer.Option(min=1, help="of the fit")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="of the fit")] = 3000,
     batch_size: Annotated[int, typer.Option(min=1, help="sequences per step")] = 8,
     length: Annotated[int, typer.Option(min=8, help="tokens per sequence")] = 96,
-    lr: Annotated[float, typer.Option(help="AdamW's rate")] = 1.5e-3,
+    lr: Annotated[float, typer.Option(help="AdamW's rate")] = 2.5e-3,
     seed: int = 0,
 ) -> None:
     """Fit a surrogate whose gradient is the trunk's, to public text; the owner does it once per model and split."""

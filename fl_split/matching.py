@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,6 +47,7 @@ _LEAST_RANK = 4
 _VALUE_WEIGHT = 0.1
 _RANDOM_TOKENS = 0.3  # of a sequence, in every other one
 _TUNING_RATES = (6e-3, 8e-3, 1e-2, 1.2e-2)  # of the simulated fine-tunings, one each
+_TUNING_STEPS = 200  # after which they begin anew, so that a long fit does not learn models that no node comes to
 _MOMENT_BATCHES, _CHECK_BATCHES = 64, 8
 
 
@@ -54,10 +56,10 @@ class Fit:
     """How to fit."""
 
     layers: float = 2.0  # memory and compute of the thin copy, in trunk layers
-    steps: int = 1000
+    steps: int = 3000
     batch_size: int = 8
     length: int = 96  # tokens per sequence
-    lr: float = 1.5e-3
+    lr: float = 2.5e-3
     seed: int = 0
 
 
@@ -241,29 +243,32 @@ def _teach(full: PreTrainedModel, text: Tensor, config: Fit) -> Iterator[Lesson]
     """Lessons without end: one from the base model, one from a simulated fine-tuning of its ends, in turn."""
     generator = torch.Generator().manual_seed(config.seed)
     model = adapters.attach(full, Lora(), train_bottom=True, seed=config.seed)
-    runs = []
     parts = text.tensor_split(len(_TUNING_RATES))  # each fine-tuning has text of its own, as an institution has
-    for i, (rate, part) in enumerate(zip(_TUNING_RATES, parts, strict=True)):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed + i)
-            model.add_adapter(f"run{i}", model.peft_config["default"])
-        trained = [p for name, p in model.named_parameters() if f".run{i}." in name]
-        size = min(config.batch_size, len(part))
-        runs.append(
-            (f"run{i}", trained, torch.optim.AdamW(trained, lr=rate, weight_decay=0.0), _batches(part, size, generator))
-        )
     base_batches = _batches(text, config.batch_size, generator, full.config.vocab_size)
     cut = boundaries_of(full)
-    while True:
-        for name, trained, optimizer, batches in runs:
-            with model.disable_adapter():
-                yield observe(model, cut, *next(base_batches))
-            model.set_adapter(name)
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            yield observe(model, cut, *next(batches), trained)
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
+    for cycle in count():
+        runs = []
+        model.set_adapter("default")
+        for i, (rate, part) in enumerate(zip(_TUNING_RATES, parts, strict=True)):
+            name = f"run{i}"
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed + i + len(parts) * cycle)
+                if cycle:
+                    model.delete_adapter(name)
+                model.add_adapter(name, model.peft_config["default"])
+            trained = [p for key, p in model.named_parameters() if f".{name}." in key]
+            optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+            runs.append((name, trained, optimizer, _batches(part, min(config.batch_size, len(part)), generator)))
+        for _ in range(_TUNING_STEPS):
+            for name, trained, optimizer, batches in runs:
+                with model.disable_adapter():
+                    yield observe(model, cut, *next(base_batches))
+                model.set_adapter(name)
+                for parameter in trained:
+                    parameter.requires_grad_(True)
+                yield observe(model, cut, *next(batches), trained)
+                nn.utils.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
 
 
 def _checks(full: PreTrainedModel, text: Tensor, config: Fit) -> Iterator[Lesson]:
