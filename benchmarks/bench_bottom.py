@@ -166,11 +166,11 @@ class Runs:
 
 
 def public_text(setting: Setting, files: list[Path] | None) -> torch.Tensor:
-    """Token ids to fit on: the files given, or Python's documentation and as much again in the model's own words."""
+    """Token ids to fit on: the files given, or Python's documentation and more in the model's own words."""
     if files:
         return matching.read_text(files, setting.model, MAX_LENGTH)
     text = matching.read_text([python_documentation(setting.work / "documentation.txt")], setting.model, MAX_LENGTH)
-    text = torch.cat([text, matching.sample_text(setting.model, 2048, MAX_LENGTH)])
+    text = torch.cat([text, matching.sample_text(setting.model, 8192, MAX_LENGTH)])
     return text[torch.randperm(len(text), generator=torch.Generator().manual_seed(0))]
 
 
@@ -252,15 +252,14 @@ def plot(figures: dict[str, Any], names: list[str], out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    axes = plt.figure(figsize=(6, 4)).add_subplot()
-    for name in names:
-        x, y = figures[f"surrogate-layers/{name}"], 100 * figures[f"gap-closed/{name}"]
-        axes.scatter(x, y)
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4))
+    axes = plt.figure(figsize=(7, 4), layout="constrained").add_subplot()
+    for i, name in enumerate(names):
+        x, y, sd = (figures[f"{key}/{name}"] for key in ("surrogate-layers", "gap-closed", "gap-closed-sd"))
+        axes.errorbar(x, 100 * y, yerr=100 * sd, fmt="os^Dvp*X"[i % 8], capsize=3, label=name)
+    axes.figure.legend(loc="outside right upper", title="mean, sd over runs")
     axes.set_xlabel("surrogate on the node, in trunk layers")
     axes.set_ylabel("gap closed between top only and exact gradient, %")
     axes.grid(alpha=0.3)
-    axes.figure.tight_layout()
     axes.figure.savefig(out, dpi=120)
 
 
@@ -271,7 +270,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rates", nargs="+", default=RATES, help="learning rates to sweep: bottom,top")
-    parser.add_argument("--fit-steps", type=int, default=1000)
+    parser.add_argument("--fit-steps", type=int, default=4000)
     parser.add_argument("--layers", type=int, nargs="*", default=[2], help="budgets of the matched surrogates")
     parser.add_argument("--blocks", type=int, nargs="*", default=[1, 2], help="numbers of trunk layers kept")
     parser.add_argument("--text", type=Path, nargs="+", help="public text to fit on")
