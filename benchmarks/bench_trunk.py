@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,7 +32,8 @@ from trunk_parts import ROOT, Server, interleaved, percentile, random_model, rat
 
 from fl_split import adapters, data, demo, train, wire
 from fl_split.config import Data, Lora, NodeConfig, Train
-from fl_split.split import load_client
+from fl_split.remote import Trunk
+from fl_split.split import LocalTrunk, load_client
 from fl_split.trunk import server
 from fl_split.trunk.access import add_token
 from fl_split.trunk.client import Credentials, Expected, TrunkClient
@@ -40,6 +41,7 @@ from fl_split.trunk.layout import passes, run_packed
 from fl_split.wire import Packed
 
 Figures = dict[str, float]
+Code = Callable[[Tensor], Tensor]  # what is read of hidden states, ``[tokens, hidden]``, that were sent
 
 
 @dataclass(frozen=True)
@@ -266,37 +268,85 @@ def _hidden(
 def bench_bytes(setting: Setting) -> Figures:
     """Bytes per training token against activations and gradients both ways in float32; held-out loss beside it.
 
-    The bytes are those on the connection, both ways, as a relay counts them: scales, headers, framing and all.
+    The bytes are those on the connection, both ways, as a relay counts them: scales, headers, framing and all. Large
+    models have channels that dwarf the others, the one here has not: it trains once more with such a channel put in
+    for the way to the trunk and back, in float32, in the wire's int8, and in int8 with a scale per token only.
     """
     if setting.bench is None:
         folder, texts = demo.model_folder(), sorted(demo.data_folder().glob("*.jsonl"))[0]
     else:
         folder = next(path.parent for path in sorted(setting.bench.glob("*/config.json")))
         texts = setting.bench / "medquad" / "niddk.jsonl"
-    tokenizer = data.prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
     held, expected = server.hold_layers(folder, 2, 2), Expected.from_checkpoint(folder, 2, 2)
-    about = {"steps": 10 if setting.quick else 200, "bottom-lr": 8e-3, "top-lr": 8e-3, "scheduler": "linear"}
-    config = Train.model_validate(about)
+    about = {"steps": 10 if setting.quick else 200, "bottom-lr": 8e-3, "top-lr": 1.6e-2, "scheduler": "linear"}
+    config, tokenizer = Train.model_validate(about), data.prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
     figures: Figures = {}
-    for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"), ("int8", "int8")):
-        losses, ratios = [], []
-        for seed in range(setting.seeds):
-            examples = data.load_examples(Data(path=str(texts), max_length=96), NodeConfig(), tokenizer, seed)
+    ratios: dict[str, list[float]] = {}
+    losses: dict[str, list[float]] = {}
+
+    def trained(trunk: Trunk, seed: int) -> tuple[int, Callable[[], float]]:
+        """Tokens of a training, and its held-out loss, which asks the trunk once more."""
+        examples = data.load_examples(Data(path=str(texts), max_length=96), NodeConfig(), tokenizer, seed)
+        client = load_client(folder, 2, 2, trunk, surrogate="blocks", surrogate_layers=2)
+        model = adapters.attach(client, Lora(), train_bottom=True, seed=seed)
+        batches = data.training_batches(examples.train, tokenizer, config.batch_size, seed, 0)
+        done = train.train_round(model, train.make_optimizer(model, config), batches, config)
+        heldout = data.heldout_batches(examples.heldout, tokenizer, 16)
+        return done.num_tokens, lambda: train.evaluate(model, heldout)
+
+    codes: dict[str, Code] = {"float32": Tensor.float, "int8": _int8, "int8-per-token": _int8_per_token}
+    for seed in range(setting.seeds):
+        for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"), ("int8", "int8")):
             with ExitStack() as stack:
                 port = int(stack.enter_context(server.embedded(held)).rpartition(":")[2])
                 line = stack.enter_context(relay_line(port))
                 trunk = stack.enter_context(TrunkClient(line.address, expected, wire_dtype=dtype))
-                client = load_client(folder, 2, 2, trunk, surrogate="blocks", surrogate_layers=2)
-                model = adapters.attach(client, Lora(), train_bottom=True, seed=seed)
-                batches = data.training_batches(examples.train, tokenizer, config.batch_size, seed, 0)
-                trained = train.train_round(model, train.make_optimizer(model, config), batches, config)
-                ratios.append(line.num_bytes / trained.num_tokens / (4 * 4 * expected.hidden_size))
-                losses.append(train.evaluate(model, data.heldout_batches(examples.heldout, tokenizer, 16)))
-        figures[f"bytes-ratio/{name}"] = statistics.mean(ratios)
-        figures[f"heldout-loss/{dtype}"] = statistics.mean(losses)
+                num_tokens, loss = trained(trunk, seed)
+                ratios.setdefault(name, []).append(line.num_bytes / num_tokens / (4 * 4 * expected.hidden_size))
+                losses.setdefault(dtype, []).append(loss())
+        for name, code in codes.items():
+            _, loss = trained(_Outliers(LocalTrunk(held.model), code), seed)
+            losses.setdefault(f"outliers-{name}", []).append(loss())
+    for name, values in ratios.items():
+        figures[f"bytes-ratio/{name}"] = statistics.mean(values)
+    for name, values in losses.items():
+        figures[f"heldout-loss/{name}"] = statistics.mean(values)
         if setting.seeds > 1:
-            figures[f"heldout-loss/{dtype}-spread"] = max(losses) - min(losses)
+            away = [a - b for a, b in zip(values, losses["float32"], strict=True)]
+            figures[f"heldout-loss/{name}-minus-float32"] = statistics.mean(away)
+            figures[f"heldout-loss/{name}-minus-float32-largest"] = max(away, key=abs)
     return figures
+
+
+class _Outliers:
+    """A trunk in this process, reached through a code both ways while one channel is 100 times as large as the rest."""
+
+    def __init__(self, trunk: LocalTrunk, code: Code) -> None:
+        self._trunk, self._code = trunk, code
+
+    def start(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> "Future[Tensor]":
+        done: Future[Tensor] = Future()
+        out = self._trunk.start(self._through(hidden_states), attention_mask, position_ids).result()
+        done.set_result(self._through(out))
+        return done
+
+    def _through(self, hidden_states: Tensor) -> Tensor:
+        outlier = torch.zeros(hidden_states.shape[-1])
+        outlier[0] = 100 * hidden_states.square().mean().sqrt()
+        rows = (hidden_states + outlier).flatten(0, -2)
+        return self._code(rows).view_as(hidden_states) - outlier
+
+
+def _int8(rows: Tensor) -> Tensor:
+    encoded, outliers = wire.encode_rows(rows, wire.NAMES["int8"])
+    return wire.decode_rows(encoded, wire.NAMES["int8"], outliers, *rows.shape)
+
+
+def _int8_per_token(rows: Tensor) -> Tensor:
+    scales = rows.abs().amax(1, keepdim=True) / 127
+    return (rows / scales).round() * scales
 
 
 # ----------------------------------------------------------------------------------------------------------- gpu
@@ -353,11 +403,12 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     if args.bench and not args.bench.is_dir():
         parser.error(f"--bench {args.bench} is not a folder")
+    bench = args.bench and args.bench.resolve()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
         for name in args.only:
             started = time.monotonic()
-            figures = SECTIONS[name](Setting(args.bench, args.quick, args.seeds, Path(work)))
+            figures = SECTIONS[name](Setting(bench, args.quick, args.seeds, Path(work)))
             print(f"\n{name} ({time.monotonic() - started:.0f} s)")
             for key, value in figures.items():
                 print(f"  {key:44} {value:12.4g}")
