@@ -85,16 +85,16 @@ class _Load:
             await asyncio.wait_for(channels[0].channel_ready(), 300)
             await self._until_served(calls[0])
             alone_s = statistics.median([await self._timed(calls[0]) for _ in range(8)])
-            capacity = await self._capacity(calls, 3.0)
-            self.codes.clear(), self.served.clear(), self.latencies.clear()
             idle_mib = self._process.resident_mib()
-            memory = await self._flood(group, calls, 10 * capacity, seconds)
-            flood, shares = dict(self.codes), [self.served[i] for i in range(64)]
+            capacity, at_capacity_mib = await self._capacity(calls, max(2, int(seconds / 12)))
+            self.codes.clear(), self.served.clear(), self.latencies.clear()
+            memory, num_served = await self._flood(group, calls, 10 * capacity, seconds)
+            offered, shares = sum(self.codes.values()), [self.served[i] for i in range(64)]
             ended = time.monotonic()
             await self._until_served(calls[0])
             recovery_s = time.monotonic() - ended
             after_s = statistics.median([await self._timed(calls[0]) for _ in range(8)])
-            again = await self._flood(group, calls, 10 * capacity, seconds / 2)
+            again, _ = await self._flood(group, calls, 10 * capacity, seconds / 2)
         for channel in channels:
             await channel.close()
         curve = [round(mib) for mib in (memory + again)[::10]]
@@ -105,10 +105,12 @@ class _Load:
             "overload-memory-growth": max(memory[-quarter:]) / max(memory[quarter : 2 * quarter]) - 1,
             "overload/memory-growth-of-the-first-burst": max(memory) / idle_mib - 1,
             "overload/memory-growth-of-a-second-burst": max(again) / max(memory) - 1,
+            "overload/memory-over-that-at-capacity": max(memory) / at_capacity_mib - 1,
             "overload/memory-mib": max(memory),
+            "overload/memory-at-capacity-mib": at_capacity_mib,
             "overload/memory-before-mib": idle_mib,
-            "overload/offered-over-capacity": sum(flood.values()) / seconds / capacity,
-            "overload/served-over-capacity": flood.get("OK", 0) / seconds / capacity,
+            "overload/offered-over-capacity": offered / seconds / capacity,
+            "overload/served-over-capacity": num_served / seconds / capacity,
             "overload/wrong-answers": self.wrong,
             "overload/calls": sum(self.codes.values()),
             "overload/improper-statuses": sum(
@@ -125,24 +127,34 @@ class _Load:
         await self._call(call, 0, 0)
         return time.monotonic() - started
 
-    async def _until_served(self, call: Any) -> None:
-        while not await self._call(call, 0, 0):
+    async def _until_served(self, call: Any, caller: int = 0) -> None:
+        while not await self._call(call, caller, caller % 8):
             await asyncio.sleep(0.02)
 
-    async def _capacity(self, calls: list[Any], seconds: float) -> float:
-        """Calls per second that eight closed-loop callers get."""
-        end = time.monotonic() + seconds
+    async def _capacity(self, calls: list[Any], rounds: int) -> tuple[float, float]:
+        """Calls per second that the trunk serves, and its memory then, in MiB, while every caller has one under way.
 
-        async def caller(i: int) -> int:
-            count = 0
-            while time.monotonic() < end:
-                count += await self._call(calls[i], i, i % 8)
-            return count
+        All callers: then a full batch waits while another is computed. They make a call each beforehand.
+        """
+        memory: list[float] = []
 
-        return sum(await asyncio.gather(*(caller(i) for i in range(8)))) / seconds
+        async def caller(i: int, count: int) -> None:
+            for _ in range(count):
+                await self._until_served(calls[i], i)
+                memory.append(self._process.resident_mib())
 
-    async def _flood(self, group: asyncio.TaskGroup, calls: list[Any], rate: float, seconds: float) -> list[float]:
-        """Start calls at a rate whatever becomes of them; returns the server's memory over time, in MiB."""
+        async def all_of_them(count: int) -> float:
+            started = time.monotonic()
+            await asyncio.gather(*(caller(i, count) for i in range(len(calls))))
+            return time.monotonic() - started
+
+        await all_of_them(1)
+        return len(calls) * rounds / await all_of_them(rounds), max(memory)
+
+    async def _flood(
+        self, group: asyncio.TaskGroup, calls: list[Any], rate: float, seconds: float
+    ) -> tuple[list[float], int]:
+        """Start calls at a rate whatever becomes of them; the server's memory over time, in MiB, and calls served."""
         started, memory, sent = time.monotonic(), [self._process.resident_mib()], 0
         open_calls: set[asyncio.Task[bool]] = set()
         while (elapsed := time.monotonic() - started) < seconds:
@@ -154,8 +166,9 @@ class _Load:
             if elapsed > len(memory) * 0.5:
                 memory.append(self._process.resident_mib())
             await asyncio.sleep(0.005)
+        num_served = self.codes["OK"]  # those that are open have more time than that
         await asyncio.gather(*open_calls)
-        return memory
+        return memory, num_served
 
 
 # ---------------------------------------------------------------------------------------------------------- soak

@@ -19,6 +19,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent
 
+_PR_SET_PDEATHSIG = 1  # of prctl.h; Linux only
+_SERVE = f"""
+import ctypes, signal
+ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, signal.SIGKILL)
+from fl_split.cli import app
+app()
+"""
+
 
 def random_model(folder: Path, hidden_size: int, num_layers: int) -> Path:
     """A Llama of this shape whose layers matter: weights far larger than the default initialisation."""
@@ -84,7 +92,7 @@ def resident_mib(pid: int | str = "self") -> float:
 
 
 class Server:
-    """`fl-split trunk serve` in a process of its own."""
+    """`fl-split trunk serve` in a process of its own, which ends with the thread that started it, killed or not."""
 
     def __init__(self, folder: Path, bottom: int, top: int, *settings: str, port: int = 0) -> None:
         self._settings = (
@@ -102,7 +110,7 @@ class Server:
     def start(self) -> None:
         flags = [f"--set={setting}" for setting in (*self._settings, f"server.port={self.port}")]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fl_split.cli", "trunk", "serve", *flags],
+            [sys.executable, "-c", _SERVE, "trunk", "serve", *flags],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,

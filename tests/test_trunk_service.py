@@ -1,15 +1,18 @@
 """The service over loopback: equal to a trunk in this process, a clear status for what it cannot take, draining."""
 
 import asyncio
+import gc
 import json
 import logging
+import queue
 import socket
 import threading
 import time
+import tracemalloc
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +119,32 @@ def running(held: server.HeldLayers, **sections: dict[str, Any]) -> Iterator[tup
             yield made[0], channel
 
 
+@contextmanager
+def counting_relay(port: int) -> Iterator[tuple[str, list[int]]]:
+    """A way to a port of loopback, for one connection; yields its address and the sizes of what has gone there."""
+    sizes: list[int] = []
+
+    def pump(source: socket.socket, sink: socket.socket, sizes: list[int]) -> None:
+        with suppress(OSError):
+            while data := source.recv(65_536):
+                sizes.append(len(data))
+                sink.sendall(data)
+
+    def accept() -> None:
+        here = listener.accept()[0]
+        there = socket.create_connection(("127.0.0.1", port))
+        ends.extend((here, there))
+        threading.Thread(target=pump, args=(there, here, []), daemon=True).start()
+        pump(here, there, sizes)
+
+    ends: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}", sizes
+        for end in ends:
+            end.close()
+
+
 def counted(trunk: server.TrunkServer, method: str, code: str, institution: str = "anonymous") -> float:
     labels = {"method": method, "code": code, "institution": institution}
     return trunk.metrics.registry.get_sample_value("fl_split_trunk_calls_total", labels) or 0.0
@@ -188,7 +217,7 @@ def test_calls_in_flight_change_nothing(
 
     class Slow(server.HeldLayers):
         def run(self, hidden_states: Tensor, *args: Any) -> Tensor:
-            time.sleep(0.02)  # so that calls meet
+            time.sleep(0.1)  # so that calls meet
             sizes.add(len(hidden_states))
             return super().run(hidden_states, *args)
 
@@ -547,6 +576,36 @@ def test_a_caller_with_replies_to_take_is_refused_more(held: server.HeldLayers) 
         assert len(next(unread)) > 1_000_000
         wait_until(lambda: not trunk._gate._unread)
         assert forward(channel)(request(), timeout=5)
+
+
+def test_a_call_that_ended_leaves_no_message_to_the_collector(held: server.HeldLayers) -> None:
+    large = request(4096, lengths=[64] * 64)
+    with serving(held) as channel:
+        forward(channel)(large, timeout=60)
+        gc.collect()
+        gc.disable()
+        tracemalloc.start()
+        try:
+            for _ in range(20):
+                forward(channel)(large, timeout=60)
+            assert tracemalloc.get_traced_memory()[0] < 5 * len(large)
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+
+
+def test_of_a_call_that_waits_to_be_read_little_is_received(held: server.HeldLayers) -> None:
+    large = request(8192, lengths=[64] * 128)
+    with running(held, limits={"reading": 1}, server={"drain-s": 0.2}) as (trunk, channel):
+        silent = channel.stream_unary(f"/{wire.SERVICE}/Forward").future(iter(queue.Queue().get, None), timeout=60)
+        wait_until(lambda: len(trunk._gate._reading) == 1)
+        with counting_relay(trunk.port) as (address, received), grpc.insecure_channel(address) as other:
+            calls = [forward(other).future(large, timeout=60) for _ in range(30)]
+            wait_until(lambda: len(trunk._gate._waiting) == 30)
+            time.sleep(0.5)  # for what more would come
+            assert sum(received) < 30 * 20_000
+            for call in (silent, *calls):
+                call.cancel()
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_back(held: server.HeldLayers) -> None:

@@ -6,7 +6,6 @@ import re
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -86,7 +85,6 @@ class Call:
     """One call while it is served."""
 
     method: str
-    messages: Any  # async iterator over what the caller sends
     context: grpc.aio.ServicerContext
     institution: str = "unknown"
     caller: str = ""  # what its share is counted by
@@ -113,12 +111,11 @@ class Call:
             TooLarge: gRPC has refused it.
             WireError: It is larger than it may be.
         """
-        try:
-            async with asyncio.timeout(timeout_s):
-                data: bytes = await anext(self.messages)
-        except StopAsyncIteration:
+        async with asyncio.timeout(timeout_s):
+            data: bytes = await self.context.read()  # grpc's iterator holds its last message until a collection
+        if data is grpc.aio.EOF:
             await self._check_not_refused()
-            raise NoMessage("the call holds no message: expected one") from None
+            raise NoMessage("the call holds no message: expected one")
         self.size_bytes = len(data)
         if max_bytes is not None and len(data) > max_bytes:
             raise WireError(f"the message has {len(data)} bytes: expected at most {max_bytes}")

@@ -60,8 +60,8 @@ class OpenServices:
         ]
 
     def _wrap(self, name: str, answer: Callable[[Call], Coroutine[Any, Any, None]]) -> Any:
-        async def handle(messages: Any, context: grpc.aio.ServicerContext) -> None:
-            call = Call(name, messages, context, caller=context.peer().rpartition(":")[0])
+        async def handle(_: Any, context: grpc.aio.ServicerContext) -> None:
+            call = Call(name, context, caller=context.peer().rpartition(":")[0])
             try:
                 async with self._gate.call(call.caller):
                     await answer(call)

@@ -43,6 +43,10 @@ _Answer = Callable[[Call], Coroutine[Any, Any, bytes]]
 _INLINE_BYTES = 65_536  # decoding less than this takes less time than handing it to a thread
 _OFFSET_BYTES = 16  # of a request for a piece of the surrogate: a number
 _MAX_WAIT_S = 600.0  # of calls that come without a deadline
+_CONNECTION_CALLS = 32  # at the same time on one connection; further ones wait with their caller
+_UNREAD_BYTES = (
+    16_384  # of a call that wait here while nobody reads it; gRPC's default of 64 KiB made it 200 MiB in all
+)
 _CONNECTION_S = 3600  # then it is closed, when its calls are done, and the caller makes a new one
 _ALONE = Batching(enabled=False)
 _Code = grpc.StatusCode
@@ -91,6 +95,9 @@ class TrunkServer:
                 ("grpc.max_send_message_length", max_bytes),
                 ("grpc.max_metadata_size", 16_384),
                 ("grpc.max_concurrent_streams", 2 * limits.calls_per_caller + 64),  # room for calls that are ending
+                ("grpc.http2.lookahead_bytes", _UNREAD_BYTES),
+                ("grpc.server.max_pending_requests", 4 * limits.calls),  # not yet seen by this process: beyond it
+                ("grpc.server.max_pending_requests_hard_limit", 8 * limits.calls),  # some are cancelled, here all
                 ("grpc.max_allowed_incoming_connections", limits.connections),
                 ("grpc.server_handshake_timeout_ms", 10_000),
                 ("grpc.max_connection_idle_ms", int(1000 * limits.idle_s)),
@@ -191,8 +198,8 @@ class TrunkServer:
     def _wrap(self, method: str, answer: _Answer) -> Any:
         """What every call goes through: who it is, how it ends, its line in the log and in the metrics."""
 
-        async def handle(messages: Any, context: grpc.aio.ServicerContext) -> None:
-            call = Call(method, messages, context)
+        async def handle(_: Any, context: grpc.aio.ServicerContext) -> None:
+            call = Call(method, context)
             with self.metrics.open_calls.track_inprogress():
                 try:
                     call.institution, call.caller = identify(context, self._book)
