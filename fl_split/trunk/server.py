@@ -43,10 +43,7 @@ _Answer = Callable[[Call], Coroutine[Any, Any, bytes]]
 _INLINE_BYTES = 65_536  # decoding less than this takes less time than handing it to a thread
 _OFFSET_BYTES = 16  # of a request for a piece of the surrogate: a number
 _MAX_WAIT_S = 600.0  # of calls that come without a deadline
-_CONNECTION_CALLS = 32  # at the same time on one connection; further ones wait with their caller
-_UNREAD_BYTES = (
-    16_384  # of a call that wait here while nobody reads it; gRPC's default of 64 KiB made it 200 MiB in all
-)
+_UNREAD_BYTES = 16_384  # of a call that nobody reads yet; gRPC's default of 64 KiB made it 200 MiB in all
 _CONNECTION_S = 3600  # then it is closed, when its calls are done, and the caller makes a new one
 _ALONE = Batching(enabled=False)
 _Code = grpc.StatusCode
