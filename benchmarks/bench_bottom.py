@@ -3,8 +3,9 @@
     python benchmarks/bench_bottom.py --bench DIR [--quick] [--json FILE] [--plot FILE] [--work DIR] [--jobs N]
 
 DIR holds a model folder (the only one with a config.json) and ``medquad/<institution>.jsonl``. The trunk runs in this
-process. Each kind has its learning rates, one of each end, swept on the first institution and seed, then runs at its
-own best on all institutions and seeds. Gap closed = (top only - kind) / (top only - exact), of held-out losses.
+process. Each kind has its learning rates, one of each end, swept on the first institution and seed, and then that of
+its surrogate if this is trained on the node; it runs at its own best on all institutions and seeds.
+Gap closed = (top only - kind) / (top only - exact), of held-out losses.
 A matched surrogate is also shown trained further on the node: on the trunk's outputs alone (+distilled), and on random
 probes as well (+probes).
 
@@ -25,7 +26,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -52,7 +53,8 @@ from fl_split.trunk.identity import Expected
 BOTTOM, TOP = 2, 2
 MAX_LENGTH, BATCH = 96, 8
 RATES = ("4e-3,8e-3", "8e-3,8e-3", "8e-3,1.6e-2", "1.6e-2,1.6e-2")  # of bottom and top
-DISTILL_LR, PROBE_LR = 3e-4, 1e-3  # of a surrogate that is trained on the node
+# Of a surrogate that is trained on the node; the rates of the ends are swept at the first.
+DISTILL_RATES, PROBE_RATES = ("3e-4", "1e-3"), ("1e-3", "3e-4")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Method:
     """A surrogate and how it is trained on the node, if at all."""
 
     candidate: Candidate
-    distill_lr: float = 0.0
+    trained: bool = False
     probe_every: int = 0
 
     @property
@@ -79,17 +81,24 @@ class Method:
         plain = self.candidate.name
         if self.probe_every:
             return f"{plain}+probes"
-        return f"{plain}+distilled" if self.distill_lr and self.candidate.kind == "matched" else plain
+        return f"{plain}+distilled" if self.trained and self.candidate.kind == "matched" else plain
 
     @property
     def calls(self) -> float:
         """Tensors of hidden states on the wire over those of a forward pass, 2."""
         return 2.5 if self.candidate.kind == "exact" else 1 + (1 / self.probe_every if self.probe_every else 0)
 
-    def build(self, setting: Setting, trunk: LocalTrunk) -> tuple[PeftModel, Distiller | None]:
-        """A client around `trunk`."""
+    @property
+    def surrogate_rates(self) -> tuple[str, ...]:
+        """What is swept of its surrogate."""
+        if not self.trained:
+            return ()
+        return PROBE_RATES if self.probe_every else DISTILL_RATES
+
+    def build(self, setting: Setting, trunk: LocalTrunk, lr: float) -> tuple[PeftModel, Distiller | None]:
+        """A client around `trunk`, and what trains its surrogate."""
         model = build(setting.model, BOTTOM, TOP, trunk, self.candidate, Lora())
-        return model, train.make_distiller(model, self.distill_lr, self.probe_every) if self.distill_lr else None
+        return model, train.make_distiller(model, lr, self.probe_every) if self.trained else None
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class Task:
     method: Method
     institution: str
     seed: int
-    rates: str  # of bottom and top
+    rates: str  # of bottom and top, and of a surrogate that is trained
 
     @property
     def key(self) -> str:
@@ -130,8 +139,8 @@ def run(setting: Setting, task: Task) -> float:
     transformers_logging.disable_progress_bar()
     private, tokenizer = examples(setting, task.institution, task.seed)
     trunk = LocalTrunk(load_trunk(setting.model, BOTTOM, TOP))
-    model, distiller = task.method.build(setting, trunk)
-    bottom, top = map(float, task.rates.split(","))
+    bottom, top, *own = map(float, task.rates.split(","))
+    model, distiller = task.method.build(setting, trunk, *(own or [0.0]))
     config = Train.model_validate(
         {"steps": setting.steps, "batch-size": BATCH, "bottom-lr": bottom, "top-lr": top, "scheduler": "linear"}
     )
@@ -208,7 +217,7 @@ def spsa_cosine(setting: Setting, batch: data.Batch, queries: int) -> float:
 def step_times(setting: Setting, methods: list[Method], batches: list[data.Batch]) -> dict[str, float]:
     """Median seconds per step of each kind, interleaved, over that of `none`; the trunk's time is in it."""
     trunk = LocalTrunk(load_trunk(setting.model, BOTTOM, TOP))
-    models = {method.name: method.build(setting, trunk) for method in methods}
+    models = {method.name: method.build(setting, trunk, 1e-3) for method in methods}
     times: dict[str, list[float]] = {name: [] for name in models}
     for batch in batches:
         for name, (model, distiller) in models.items():
@@ -301,14 +310,23 @@ def main() -> None:
     others = [Method(Candidate("identity")), *(Method(Candidate("blocks", k)) for k in options.blocks)]
     for candidate in (Candidate("distilled", 2), *matched):
         others += [Method(candidate)] if candidate.kind == "matched" else []
-        others += [Method(candidate, DISTILL_LR), Method(candidate, PROBE_LR, probe_every=1)]
+        others += [Method(candidate, trained=True), Method(candidate, trained=True, probe_every=1)]
     kinds = [c for c in (none, *others, exact) if not options.only or c.name in options.only]
 
     runs, first = Runs(setting, options.jobs), options.institutions[0]
     by_top = list({pair.split(",")[1]: pair for pair in rates}.values())  # a frozen bottom has no rate
-    sweep = [Task(c, first, 0, pair) for c in kinds for pair in (by_top if c is none else rates)]
-    runs.do(sweep)
-    best = {c: min((task for task in sweep if task.method is c), key=runs.loss).rates for c in kinds}
+
+    def sweep(choices: dict[Method, list[str]]) -> dict[Method, str]:
+        tasks = {c: [Task(c, first, 0, choice) for choice in some] for c, some in choices.items()}
+        runs.do(chain(*tasks.values()))
+        return {c: min(some, key=runs.loss).rates for c, some in tasks.items()}
+
+    best = sweep(
+        {c: [",".join([ends, *c.surrogate_rates[:1]]) for ends in (by_top if c is none else rates)] for c in kinds}
+    )
+    best |= sweep(
+        {c: [f"{best[c].rpartition(',')[0]},{rate}" for rate in c.surrogate_rates] for c in kinds if c.trained}
+    )
     pairs = [(institution, seed) for seed in range(options.seeds) for institution in options.institutions]
     runs.do(Task(c, i, s, best[c]) for c in kinds for i, s in pairs)
 
@@ -329,10 +347,10 @@ def main() -> None:
         f"\n{options.steps} steps of {BATCH} x {MAX_LENGTH} tokens, {len(pairs)} runs per kind, LoRA r=8 on all linears"
     )
     print(
-        f"{'kind':20}{'rates':14}held-out (spread)   gap closed (spread)  cosine  norm   layers  memory  bytes   step"
+        f"{'kind':20}{'rates':18}held-out (spread)   gap closed (spread)  cosine  norm   layers  memory  bytes   step"
     )
     for c in kinds:
-        client, _ = c.build(setting, trunk)
+        client, _ = c.build(setting, trunk, 1e-3)
         extra, whole = surrogate_params(client), sum(p.numel() for p in client.parameters())
         gaps = [(a - b) / (a - e) for a, b, e in zip(losses[none], losses[c], losses[exact], strict=True)]
         mean = {k: statistics.mean(v) for k, v in losses.items()}
@@ -345,6 +363,7 @@ def main() -> None:
             f"gap-closed-sd/{c.name}": statistics.pstdev(gaps),
             f"bottom-rate/{c.name}": float(best[c].split(",")[0]),
             f"top-rate/{c.name}": float(best[c].split(",")[1]),
+            **({f"surrogate-rate/{c.name}": float(best[c].split(",")[2])} if c.trained else {}),
             f"bytes-ratio/{c.name}": c.calls,
             f"surrogate-layers/{c.name}": extra / layer,
             f"memory-ratio/{c.name}": whole / (whole - extra),
@@ -352,7 +371,7 @@ def main() -> None:
             **({f"cosine/{c.name}": row.cosine, f"norm-ratio/{c.name}": row.norm_ratio} if row else {}),
         }
         print(
-            f"{c.name:20}{best[c]:14}{mean[c]:.4f} ({statistics.pstdev(losses[c]):.3f})     "
+            f"{c.name:20}{best[c]:18}{mean[c]:.4f} ({statistics.pstdev(losses[c]):.3f})     "
             f"{100 * gap:6.1f} % ({100 * statistics.pstdev(gaps):4.1f})    "
             + (f"{row.cosine:6.3f}  {row.norm_ratio:5.2f}" if row else "     -      -")
             + f"  {extra / layer:6.2f}  {whole / (whole - extra):6.2f}"
@@ -361,6 +380,7 @@ def main() -> None:
     for queries in (1, 16):
         figures[f"cosine/spsa-{queries}"] = spsa_cosine(setting, batches[0], queries)
         print(f"SPSA on h1, {queries} queries: gradient cosine {figures[f'cosine/spsa-{queries}']:.3f}")
+    figures |= {f"sweep/{key}": loss for key, loss in runs.losses.items() if key.split()[1:3] == [first, "0"]}
     figures |= cache_saving(setting, first)
     print(
         f"trunk cache of kind none, 3 epochs: bytes to the trunk x{figures['cache/bytes-ratio']:.2f}, "
