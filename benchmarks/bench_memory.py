@@ -5,7 +5,8 @@
 A Llama with random weights is generated as float32 shards in a temporary folder. Client, trunk and the full model with
 LoRA on all of its layers load it and train one step, each in a process of its own. A peak is the high-water mark of
 resident memory (which counts mapped files) above what the process holds after its imports. The client talks to the
-trunk over loopback gRPC; the bytes of its requests are counted there.
+trunk over loopback gRPC; the bytes of its requests are counted there. What the plan says is also held against other
+models and settings (`CASES`), once each; `plan-memory-error` is the worst of all.
 
 The client's share is its weights, its adapters in training (with gradients and optimizer) and its activations as
 planned; `client-peak-over-weights` leaves the activations out of it. A stated constant is taken off each peak before
@@ -13,18 +14,20 @@ it is divided by a share; `-raw` figures take nothing off.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from about import about, write
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from fl_split import adapters, train
@@ -32,14 +35,68 @@ from fl_split.checkpoint import read_config
 from fl_split.config import Lora, RunConfig
 from fl_split.data import Batch
 from fl_split.plan import make_plan
-from fl_split.split import load_client
+from fl_split.split import checkpoint_activations, load_client
 from fl_split.trunk.client import Expected, TrunkClient
 from fl_split.trunk.server import embedded, hold_layers
 
 BOTTOM, TOP = 2, 2
-BATCH, LENGTH = 4, 96
 CONSTANT = 64 * 2**20  # buffers of the allocator, of gRPC and of the loader that no weight explains
-SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8}
+LLAMA = LlamaConfig(
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    num_hidden_layers=24,
+    vocab_size=32000,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and what differs from the first case's run."""
+
+    model: PretrainedConfig
+    keys: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run(self) -> RunConfig:
+        plain = {
+            "split.bottom-layers": BOTTOM,
+            "split.top-layers": TOP,
+            "surrogate.kind": "blocks",
+            "surrogate.layers": 2,
+            "train.batch-size": 4,
+            "train.steps": 1,
+            "data.max-length": 96,
+        }
+        return RunConfig.from_flat({**plain, **self.keys})
+
+    def write(self, folder: Path, quick: bool) -> int:
+        """Generate the checkpoint, in the run's dtype; returns its bytes."""
+        torch.manual_seed(0)
+        config = copy.deepcopy(self.model)
+        if quick:
+            config.num_hidden_layers, config.vocab_size = 8, 4000
+        model = AutoModelForCausalLM.from_config(config).to(getattr(torch, self.run.model.dtype))
+        model.save_pretrained(folder, max_shard_size="200MB")
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+FIRST = "llama"
+CASES = {
+    FIRST: Case(LLAMA),
+    "llama-bfloat16": Case(LLAMA, {"model.dtype": "bfloat16"}),
+    "llama-long": Case(LLAMA, {"train.batch-size": 2, "data.max-length": 512}),
+    "llama-checkpointing": Case(LLAMA, {"data.max-length": 256, "train.activation-checkpointing": True}),
+    "llama-in-flight": Case(LLAMA, {"train.accumulation": 4, "trunk.in-flight": 3}),
+    "gpt2": Case(GPT2Config(n_embd=1024, n_layer=12, n_head=16), {"train.batch-size": 8, "data.max-length": 128}),
+    "gpt-neox": Case(
+        GPTNeoXConfig(
+            hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, vocab_size=50304
+        ),
+        {"train.batch-size": 2, "data.max-length": 384},
+    ),
+}
 
 
 def _status(name: str) -> int:
@@ -61,46 +118,35 @@ class Watch:
         self.marks[f"{name}-resident"] = _status("VmRSS") - self._before
 
 
-def run_config() -> RunConfig:
-    return RunConfig.from_flat(
-        {
-            "split.bottom-layers": BOTTOM,
-            "split.top-layers": TOP,
-            "surrogate.kind": "blocks",
-            "surrogate.layers": 2,
-            "train.batch-size": BATCH,
-            "train.steps": 1,
-            "data.max-length": LENGTH,
-        }
-    )
+def batch_of(run: RunConfig, vocab_size: int) -> Batch:
+    shape = (run.train.batch_size, run.data.max_length)
+    ids = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def one_step(model: Any, vocab_size: int) -> None:
-    ids = torch.randint(vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    batch: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    config = run_config().train
-    train.train_round(model, train.make_optimizer(model, config), repeat(batch), config)
-
-
-def client(folder: Path, address: str) -> dict[str, int]:
+def client(config: RunConfig, folder: Path, address: str) -> dict[str, int]:
     watch = Watch()
-    config = run_config()
+    dtype = getattr(torch, config.model.dtype)
     with TrunkClient(address, Expected.from_checkpoint(folder, BOTTOM, TOP), timeout_s=600) as trunk:
         trunk.connect()
-        model = load_client(folder, BOTTOM, TOP, trunk, surrogate="blocks", surrogate_layers=2)
+        model = load_client(folder, BOTTOM, TOP, trunk, surrogate="blocks", surrogate_layers=2, dtype=dtype)
         watch.mark("loading")
+        if config.train.activation_checkpointing:
+            checkpoint_activations(model)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         peft = adapters.attach(model, config.lora, train_bottom=True, seed=0)
-        one_step(peft, model.config.vocab_size)
+        optimizer = train.make_optimizer(peft, config.train)
+        batches = repeat(batch_of(config, model.config.vocab_size))
+        train.train_round(peft, optimizer, batches, config.train, in_flight=config.trunk.in_flight)
         watch.mark("training")
         trained = sum(p.numel() * p.element_size() for p in peft.parameters() if p.requires_grad)
         sent = {"bytes-sent": trunk.bytes_sent, "bytes-received": trunk.bytes_received}
     return {**watch.marks, **sent, "weights": weights, "training-state": 4 * trained}
 
 
-def trunk(folder: Path, address: str) -> dict[str, int]:
+def trunk(config: RunConfig, folder: Path, address: str) -> dict[str, int]:
     watch = Watch()
-    held = hold_layers(folder, BOTTOM, TOP)
+    held = hold_layers(folder, BOTTOM, TOP, getattr(torch, config.model.dtype))
     watch.mark("loading")
     with embedded(held) as own:
         print(own, flush=True)
@@ -109,7 +155,7 @@ def trunk(folder: Path, address: str) -> dict[str, int]:
     return {**watch.marks, "weights": sum(p.numel() * p.element_size() for p in held.model.parameters())}
 
 
-def full(folder: Path, address: str) -> dict[str, int]:
+def full(config: RunConfig, folder: Path, address: str) -> dict[str, int]:
     """LoRA on every layer of the whole model: what a node would need without a split."""
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -118,12 +164,13 @@ def full(folder: Path, address: str) -> dict[str, int]:
     watch.mark("loading")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     lora = Lora()
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
-    peft = get_peft_model(model, config)
+    peft = get_peft_model(
+        model,
+        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type=TaskType.CAUSAL_LM),
+    )
     optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=1e-3)
-    ids = torch.randint(model.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     peft.train()
-    peft(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    peft(**batch_of(config, model.config.vocab_size)).loss.backward()
     optimizer.step()
     watch.mark("training")
     return {**watch.marks, "weights": weights}
@@ -132,8 +179,9 @@ def full(folder: Path, address: str) -> dict[str, int]:
 PARTIES = {"client": client, "trunk": trunk, "full": full}
 
 
-def start(party: str, folder: Path, address: str = "") -> "subprocess.Popen[str]":
-    command = [sys.executable, __file__, "--party", party, "--folder", str(folder), "--address", address]
+def start(party: str, name: str, folder: Path, address: str = "") -> "subprocess.Popen[str]":
+    command = [sys.executable, __file__, "--party", party, "--case", name, "--folder", str(folder)]
+    command += ["--address", address]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -145,25 +193,27 @@ def result(process: "subprocess.Popen[str]") -> dict[str, int]:
     return marks
 
 
-def measure(folder: Path) -> dict[str, dict[str, int]]:
-    serving = start("trunk", folder)
+def measure(name: str, folder: Path) -> dict[str, dict[str, int]]:
+    serving = start("trunk", name, folder)
     address = serving.stdout.readline().strip() if serving.stdout else ""
+    return {"client": result(start("client", name, folder, address)), "trunk": result(serving)}
+
+
+def check_plan(case: Case, folder: Path, client: dict[str, int]) -> dict[str, Any]:
+    """Figures of a case that is measured for the plan's sake."""
+    node, peak = make_plan(read_config(str(folder)), case.run).node, client["training-peak"]
+    share = client["weights"] + client["training-state"] + node.activations
     return {
-        "client": result(start("client", folder, address)),
-        "trunk": result(serving),
-        "full": result(start("full", folder)),
+        "plan-memory-error": abs(node.total - peak) / peak,
+        "client-peak-over-share": (peak - CONSTANT) / share,
+        "client/training-peak-bytes": peak,
+        "plan/total-bytes": node.total,
+        "plan/activations-bytes": node.activations,
     }
 
 
-def generate(folder: Path, layers: int, vocab_size: int) -> int:
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE, num_hidden_layers=layers, vocab_size=vocab_size)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="200MB")
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
 def summarize(runs: list[dict[str, dict[str, int]]], folder: Path, size: int) -> dict[str, Any]:
-    plan = make_plan(read_config(str(folder)), run_config())
+    plan = make_plan(read_config(str(folder)), CASES[FIRST].run)
 
     def median(party: str, name: str) -> float:
         return statistics.median(run[party][name] for run in runs)
@@ -187,7 +237,7 @@ def summarize(runs: list[dict[str, dict[str, int]]], folder: Path, size: int) ->
         "trunk-peak-over-share": (median("trunk", "training-peak") - CONSTANT) / median("trunk", "weights"),
         "trunk-peak-over-share-raw": median("trunk", "training-peak") / median("trunk", "weights"),
         "plan-weights-error": abs(plan.node.weights - median("client", "weights")) / median("client", "weights"),
-        "plan-memory-error": abs(plan.node.total - peak) / peak,
+        f"plan-memory-error/{FIRST}": abs(plan.node.total - peak) / peak,
         "plan-bytes-error": max(
             abs(plan.request_bytes - median("client", "bytes-sent")) / median("client", "bytes-sent"),
             abs(plan.reply_bytes - median("client", "bytes-received")) / median("client", "bytes-received"),
@@ -207,31 +257,41 @@ def summarize(runs: list[dict[str, dict[str, int]]], folder: Path, size: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--work", type=Path, help="where the temporary folder goes; needs 1.5 GB")
+    parser.add_argument("--work", type=Path, help="where the temporary folders go; needs 1.5 GB")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="some of the cases")
     parser.add_argument("--quick", action="store_true", help="a small checkpoint and one repeat: no meaningful numbers")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--party", choices=PARTIES, help=argparse.SUPPRESS)
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--address", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers_logging.disable_progress_bar()
     if options.party:
-        print(json.dumps(PARTIES[options.party](options.folder, options.address)))
+        print(json.dumps(PARTIES[options.party](CASES[options.case].run, options.folder, options.address)))
         return
-    layers, vocab_size, repeats = (8, 4000, 1) if options.quick else (24, 32000, options.repeats)
+    repeats = 1 if options.quick else options.repeats
     block = about(0) | {"repeats": repeats}
     if options.work:
         options.work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=options.work) as folder:
-        size = generate(Path(folder), layers, vocab_size)
-        figures = summarize([measure(Path(folder)) for _ in range(repeats)], Path(folder), size)
-    print(
-        f"{size / 1e9:.2f} GB checkpoint, split {BOTTOM} + {layers - BOTTOM - TOP} + {TOP}, blocks-2, "
-        f"{BATCH} x {LENGTH} tokens"
-    )
+    figures: dict[str, Any] = {}
+    for name in options.only:
+        case = CASES[name]
+        with tempfile.TemporaryDirectory(dir=options.work) as scratch:
+            folder = Path(scratch)
+            size = case.write(folder, options.quick)
+            if name == FIRST:
+                runs = [measure(name, folder) | {"full": result(start("full", name, folder))} for _ in range(repeats)]
+                figures |= summarize(runs, folder, size)
+            else:
+                checked = check_plan(case, folder, measure(name, folder)["client"])
+                figures |= {f"{key}/{name}": value for key, value in checked.items()}
+            print(f"{name}: done", flush=True)
+    figures["plan-memory-error"] = max(figures[f"plan-memory-error/{name}"] for name in options.only)
+    print(f"split {BOTTOM} + ... + {TOP}, blocks-2, one step; {FIRST}: medians of {repeats}, the others once")
     for name, value in figures.items():
-        print(f"{name:36} {value / 1e6:10.1f} MB" if name.endswith("-bytes") else f"{name:36} {value:10.3f}")
-    print(f"medians of {repeats}; {block}")
+        print(f"{name:46} {value / 1e6:10.1f} MB" if "-bytes" in name else f"{name:46} {value:10.3f}")
+    print(block)
     write(options.json, figures | block)
 
 

@@ -1,7 +1,7 @@
 """What a split costs before anything is downloaded: memory of each party, bytes on the wire, time per step.
 
 All of it from a model's configuration: the node's model is built on the meta device, which holds shapes and no numbers,
-and one training step on it counts what a real one would keep for the backward pass.
+and takes one training step there (`live`).
 """
 
 import copy
@@ -11,19 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-)
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
-from fl_split import adapters, wire
-from fl_split.anatomy import Anatomy, Hole, examine
+from fl_split import wire
+from fl_split.anatomy import Anatomy, examine
 from fl_split.checkpoint import read_config
 from fl_split.config import RunConfig
 from fl_split.errors import ConfigError, SplitError
+from fl_split.live import layers_of, on_meta, step_on_meta
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.split import Boundaries
 from fl_split.surrogate import kept_layers
@@ -33,7 +29,6 @@ logger = logging.getLogger(__name__)
 PROCESS_BYTES = (
     800 * 10**6
 )  # of a process with torch, transformers, peft and datasets, before any model: an allowance, not a measurement
-_ATTENTION = "fl_split_plan"  # stands in for a fused kernel on the meta device
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -43,15 +38,12 @@ class Memory:
 
     weights: int  # frozen: its layers, embeddings and head, and its surrogate
     training: int  # adapters, their gradients and AdamW's two moments; a distilled surrogate's too
-    activations: int  # kept for the backward pass, and the loss's own
+    activations: int  # all other tensors of a step, as many as are alive at once
 
     @property
     def total(self) -> int:
-        """All three, and a quarter of the activations for what allocators and matrix kernels keep beside them.
-
-        On a CPU a measured step took half of its activations more than live tensors explain (benchmarks/README.md).
-        """
-        return self.weights + self.training + self.activations + self.activations // 4
+        """All three."""
+        return self.weights + self.training + self.activations
 
 
 @dataclass(frozen=True)
@@ -121,16 +113,12 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     kind = "blocks" if run.surrogate.kind == "matched" else run.surrogate.kind  # thin layers, of as many layers' size
     kept = kept_layers(kind, run.surrogate.layers, cut.first, cut.end)
     dtype = getattr(torch, run.model.dtype)
-    model = _on_meta(config, anatomy, dtype)
-    sizes = [_num_params(layer) for layer in _layers(model, anatomy)]
+    model = on_meta(config, anatomy, dtype)
+    sizes = [_num_params(layer) for layer in layers_of(model, anatomy)]
     outside = _num_params(model) - sum(sizes)
     own = [*cut.bottom, *kept, *cut.top]
     kept_params = sum(sizes[i] for i in kept)
-    try:
-        training, activations = _train_on_meta(model, anatomy, cut, kept, run)
-    except RuntimeError:  # experts whose kernel is for bfloat16 only, on the meta device: half of float32
-        training, activations = _train_on_meta(_on_meta(config, anatomy, torch.bfloat16), anatomy, cut, kept, run)
-        activations = activations * dtype.itemsize // 2
+    training, activations = _step(model, config, anatomy, cut, kept, run)
     trained = run.surrogate.kind == "distilled" or (run.surrogate.kind == "matched" and run.surrogate.distill)
     if trained:
         training += 3 * kept_params * dtype.itemsize
@@ -160,109 +148,25 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     )
 
 
-# ------------------------------------------------------------------------------------------------------- memory
-
-
-def _on_meta(config: PretrainedConfig, anatomy: Anatomy, dtype: torch.dtype) -> Any:
-    config = copy.deepcopy(config)
-    config._attn_implementation = _ATTENTION
-    config.use_cache = True  # without a cache, the mask code looks at position values, which meta tensors lack
-    with torch.device("meta"):
+def _step(
+    model: Any, config: PretrainedConfig, anatomy: Anatomy, cut: Boundaries, kept: tuple[int, ...], run: RunConfig
+) -> tuple[int, int]:
+    """`step_on_meta` in float32 too where experts have a kernel for bfloat16 only: twice as much."""
+    try:
         try:
-            model = anatomy.model_class(config)
-        except (ValueError, KeyError):  # a family whose attention is its own
-            config._attn_implementation = "eager"
-            model = anatomy.model_class(config)
-    nn.Module.to(model, dtype)
-    return model.requires_grad_(False)
-
-
-def _layers(model: Any, anatomy: Anatomy) -> nn.ModuleList:
-    layers: nn.ModuleList = model.base_model.get_submodule(anatomy.layers_path)
-    return layers
+            return step_on_meta(model, anatomy, cut, kept, run)
+        except RuntimeError:
+            training, activations = step_on_meta(on_meta(config, anatomy, torch.bfloat16), anatomy, cut, kept, run)
+            return training, activations * model.dtype.itemsize // 2
+    except (RuntimeError, AttributeError) as error:
+        raise SplitError(
+            f"the memory of {config.model_type} cannot be planned, since its code does not run without numbers "
+            f"({error}): set split.bottom-layers and split.top-layers, and leave split.client-memory empty"
+        ) from error
 
 
 def _num_params(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _train_on_meta(
-    model: Any, anatomy: Anatomy, cut: Boundaries, kept: tuple[int, ...], run: RunConfig
-) -> tuple[int, int]:
-    """Bytes of adapters in training, and of activations; mutates `model`."""
-    layers = _layers(model, anatomy)
-    for i in cut.trunk:
-        if i not in kept:
-            layers[i] = Hole(layers[i], anatomy.as_tuple)
-    model.boundaries, model.head_modules = cut, anatomy.head if run.task == "sequence-classification" else ()
-    with torch.device("meta"):
-        client = adapters.attach(model, run.lora, train_bottom=run.surrogate.kind != "none", seed=0).train()
-        trained = sum(p.numel() * p.element_size() for p in client.parameters() if p.requires_grad)
-        shape = (run.train.batch_size, run.data.max_length)
-        ids = torch.zeros(shape, dtype=torch.long)
-        labels = ids[:, 0] if run.task == "sequence-classification" else ids
-        saved = _Saved(client)
-        held = [*cut.bottom, *kept, *cut.top]
-        marks: list[int] = []  # what is saved when each layer begins, and when it ends
-        for i in held:
-            layers[i].register_forward_pre_hook(lambda *_: marks.append(saved.num_bytes))
-            layers[i].register_forward_hook(lambda *_: marks.append(saved.num_bytes))
-        with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda tensor: tensor):
-            out = client(input_ids=ids, labels=labels)
-    loss = 2 * 4 * out.logits.numel()  # float32: gradients of the softmax and of the logits, beside what is saved
-    begins, ends = marks[::2], marks[1::2]
-    num_early = len(cut.bottom) + len(kept)  # layers of a micro-batch that waits for the trunk
-    whole, early = saved.num_bytes, begins[num_early]
-    if run.train.activation_checkpointing:  # a layer keeps its input alone, and one at a time has all that it had
-        inside = [end - begin for begin, end in zip(begins, ends, strict=True)]
-        input_bytes = ids.numel() * model.config.hidden_size * model.dtype.itemsize
-        whole -= sum(inside) - len(held) * input_bytes - max(inside)
-        early -= sum(inside[:num_early]) - num_early * input_bytes
-    waiting = min(run.trunk.in_flight, run.train.accumulation) - 1
-    return 4 * trained, whole + loss + waiting * early
-
-
-class _Saved:
-    """Counts what autograd keeps for the backward pass, each storage once, weights not."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._storages: dict[int, Any] = {}
-        self._own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-
-    def note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._own:
-            self._storages[storage._cdata] = storage  # held, so that its address is not given to another
-        return tensor
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self._storages.values())
-
-
-class _Attention(torch.autograd.Function):
-    """Keeps what a fused attention kernel keeps: its three inputs, its output, and a number per row."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        batch, heads, length, _ = query.shape
-        out = query.new_empty(batch, length, heads, value.shape[-1])
-        ctx.save_for_backward(query, key, value, out, query.new_empty(batch, heads, length, dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        raise NotImplementedError
-
-
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # with a padding mask, transformers repeats the heads of keys and values
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    return _Attention.apply(query, key, value), None  # type: ignore[no-untyped-call]
-
-
-AttentionInterface.register(_ATTENTION, _attend)  # every family that can use a fused kernel can use this
 
 
 # --------------------------------------------------------------------------------------------------------- wire

@@ -31,8 +31,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fl_split.anatomy import Anatomy, Hole, examine, owners
 from fl_split.errors import SplitError
+from fl_split.heap import give_back_freed
 from fl_split.remote import RemoteTrunk, Trunk, TrunkSlot
 from fl_split.surrogate import Kind, kept_layers, read_thin_layers, thin_layer
+
+_LARGE_BYTES = 2**20  # of a batch's hidden states: with less, there is nothing to give back
 
 
 @dataclass(frozen=True)
@@ -142,9 +145,7 @@ def load_client(
     config = AutoConfig.from_pretrained(folder)
     if labels:
         config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
-    for name, value in config.to_dict().items():
-        if isinstance(value, float) and "drop" in name:
-            setattr(config, name, 0.0)
+    stop_dropout(config)
     anatomy = examine(config, AutoModelForSequenceClassification if labels else AutoModelForCausalLM)
     head = anatomy.head if labels else ()
     cut = Boundaries.of(anatomy, bottom_layers, top_layers)
@@ -177,6 +178,13 @@ def load_client(
     model.boundaries, model.remote_trunk, model.head_modules = cut, remote, head
     model.eval().requires_grad_(False)
     return cast(PreTrainedModel, model)
+
+
+def stop_dropout(config: PretrainedConfig) -> None:
+    """Set the base model's dropout to 0: its weights are frozen, and the trunk has none."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and "drop" in name:
+            setattr(config, name, 0.0)
 
 
 def sketch_client(
@@ -217,7 +225,7 @@ def checkpoint_activations(client: nn.Module) -> None:
     layers = base.get_submodule(boundaries_of(client).layers_path)
     for layer in layers.children():
         held = layer.kept if isinstance(layer, TrunkSlot) else layer
-        if held is None:
+        if held is None or isinstance(held, Hole):
             continue
         if not isinstance(held, GradientCheckpointingLayer):
             raise SplitError(
@@ -335,7 +343,10 @@ def _partial_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def _listen(base: nn.Module, anatomy: Anatomy, remote: RemoteTrunk) -> None:
-    """Let `remote` know the mask and positions of each forward pass of the module that runs the layers."""
+    """Let `remote` know the mask and positions of each forward pass of the module that runs the layers.
+
+    And once the layers have run, give back what they freed: logits, the largest tensors of a step, are next.
+    """
     stack = [module for _, module, _ in owners(base, anatomy.layers_path) if isinstance(module, PreTrainedModel)][-1]
     signature = inspect.signature(type(stack).forward)
 
@@ -350,7 +361,13 @@ def _listen(base: nn.Module, anatomy: Anatomy, remote: RemoteTrunk) -> None:
             raise SplitError("attention_mask must be [batch, seq] with 1 for real tokens: other masks cannot be sent")
         remote.remember(mask, given.get("position_ids"))
 
+    def after(module: nn.Module, args: Any, out: Any) -> None:
+        hidden_states: Tensor = out[0]
+        if hidden_states.requires_grad and hidden_states.device.type == "cpu" and hidden_states.nbytes >= _LARGE_BYTES:
+            give_back_freed()
+
     stack.register_forward_pre_hook(hook, with_kwargs=True)
+    stack.register_forward_hook(after)
 
 
 def _check_edges_neutral(base: PreTrainedModel, anatomy: Anatomy) -> None:

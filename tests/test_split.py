@@ -18,6 +18,8 @@ from transformers import (
     T5Config,
 )
 
+from fl_split import heap
+from fl_split import split as splitting
 from fl_split.adapters import attach
 from fl_split.anatomy import examine
 from fl_split.config import Lora
@@ -240,3 +242,22 @@ def test_activation_checkpointing_is_refused_where_layers_do_not_support_it(chec
     client.model.layers[0] = torch.nn.Identity()
     with pytest.raises(SplitError, match=r"llama's layers .*train\.activation-checkpointing=false"):
         checkpoint_activations(client)
+
+
+def test_what_the_layers_freed_is_given_back_before_the_logits_of_a_large_batch(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: list[bool] = []
+    monkeypatch.setattr(splitting, "give_back_freed", lambda: given_back.append(True))
+    folder = checkpoint("llama")
+    client = load_client(folder, 2, 2, LocalTrunk(load_trunk(folder, 2, 2)))
+    model = attach(client, Lora(), train_bottom=True, seed=0).train()
+    ids = torch.randint(99, (2, 8))
+    model(input_ids=ids)
+    assert not given_back
+    monkeypatch.setattr(splitting, "_LARGE_BYTES", 2 * 8 * 4 * client.config.hidden_size)
+    model(input_ids=ids)
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert len(given_back) == 1
+    heap.give_back_freed()
