@@ -1,7 +1,6 @@
 """A trunk as a process of its own: load, warm up, serve until SIGTERM, drain, exit 0."""
 
 import asyncio
-import ctypes
 import gc
 import json
 import logging
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from fl_split.errors import ConfigError
+from fl_split.heap import share_heap
 from fl_split.trunk import ranks
 from fl_split.trunk.config import Log, TrunkConfig
 from fl_split.trunk.held import HeldLayers, hold_configured
@@ -21,8 +21,6 @@ from fl_split.trunk.metrics import serve_metrics
 from fl_split.trunk.server import TrunkServer
 
 logger = logging.getLogger(__name__)
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
 class _JsonLines(logging.Formatter):
@@ -70,7 +68,7 @@ def serve(config: TrunkConfig) -> None:
         TrunkError: The trunk can serve no more, whatever the reason.
     """
     show_log(config.log)
-    _settle_malloc()
+    share_heap()
     transformers_logging.disable_progress_bar()
     started = time.monotonic()
     held = hold_configured(config.model)
@@ -89,19 +87,6 @@ def serve(config: TrunkConfig) -> None:
         asyncio.run(_serve(held, config))
     except OSError as error:
         raise ConfigError(f"server.host, server.port, metrics.host or metrics.port: {error}") from error
-
-
-def _settle_malloc() -> None:
-    """Have glibc, if it is there, use one heap for all threads, and take large tensors from it.
-
-    With a heap for each thread, what one has freed is of no use to the others. By glibc's defaults it depends on what
-    was freed before whether large tensors are on the heap; off it they cost page faults, up to 43,000 in a pass of
-    4096 tokens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20)):
-            mallopt(option, value)
 
 
 async def _serve(held: HeldLayers, config: TrunkConfig) -> None:
