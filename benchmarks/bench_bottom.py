@@ -267,7 +267,7 @@ def plot(figures: dict[str, Any], names: list[str], out: Path) -> None:
         axes.errorbar(x, 100 * y, yerr=100 * sd, fmt="os^Dvp*X"[i % 8], capsize=3, label=name)
     axes.figure.legend(loc="outside right upper", title="mean, sd over runs")
     axes.set_xlabel("surrogate on the node, in trunk layers")
-    axes.set_ylabel("gap closed between top only and exact gradient, %")
+    axes.set_ylabel("gap closed, %")
     axes.grid(alpha=0.3)
     axes.figure.savefig(out, dpi=120)
 
