@@ -16,6 +16,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from fl_split import __version__, wire
 from fl_split.checkpoint import config_digest, resolve_model, trunk_needs, weights_digest
 from fl_split.errors import ConfigError
+from fl_split.heap import give_back_freed
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.split import boundaries_of, load_trunk, run_trunk
 from fl_split.trunk.config import Batching, Limits, Model
@@ -86,12 +87,15 @@ def hold_layers(
         options: For transformers' `from_pretrained`, such as ``device_map``.
 
     Raises:
-        ConfigError: The package for the quantization is missing.
+        ConfigError: The package for the quantization is missing, or it leaves this model as it is.
         SplitError: See `split.load_trunk`.
     """
     if quantization:
-        options["quantization_config"] = _quantization(quantization)
+        options["quantization_config"] = _quantization(quantization, dtype)
     model = load_trunk(folder, bottom_layers, top_layers, dtype=dtype, **options)
+    if quantization:
+        _check_quantized(model, quantization)
+        give_back_freed()  # what the weights were made of
     config = AutoConfig.from_pretrained(folder)  # the model's own may have gained a quantization
     cut = boundaries_of(model)
     reply = pb.DescribeReply(
@@ -148,7 +152,7 @@ def hold_configured(config: Model) -> HeldLayers:
     return held
 
 
-def _quantization(name: str) -> Any:
+def _quantization(name: str, dtype: torch.dtype) -> Any:
     """The `quantization_config` for transformers; the packages behind it are optional."""
     module, needed = ("torchao.quantization", "torchao") if name == "torchao-int8" else ("bitsandbytes", "bitsandbytes")
     try:
@@ -161,8 +165,28 @@ def _quantization(name: str) -> Any:
         return TorchAoConfig(package.Int8WeightOnlyConfig())
     bits: dict[str, Any] = {"load_in_8bit": True}
     if name == "bitsandbytes-4bit":
-        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    # It tells of a cast in each layer of each call.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return BitsAndBytesConfig(**bits)
+
+
+def _check_quantized(model: PreTrainedModel, name: str) -> None:
+    """Say which matrices a quantizer left as they were: it may know only some kinds of layers."""
+    plain = sum(p.numel() for p in model.parameters() if type(p) is torch.nn.Parameter and p.dim() > 1)
+    quantized = sum(p.nbytes for p in model.parameters() if type(p) is not torch.nn.Parameter)
+    if not quantized:
+        raise ConfigError(
+            f"model.quantization={name!r} leaves the weights of {model.config.model_type} as they are: try "
+            "'bitsandbytes-8bit' or 'bitsandbytes-4bit', or leave the key out"
+        )
+    if plain > quantized:
+        logger.warning(
+            "model.quantization=%s: %d MB are quantized, %d million weights, such as those of experts, are not",
+            name,
+            quantized // 10**6,
+            plain // 10**6,
+        )
 
 
 def num_ranks() -> int:
