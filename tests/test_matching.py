@@ -1,7 +1,7 @@
 """Surrogates that are fitted, fetched, distilled or exact; on a trained model, where wrong can be told from right."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from fl_split import adapters, data, demo, matching, train
@@ -369,3 +369,21 @@ def test_command_line_names_what_is_wrong(tmp_path: Path) -> None:
     missing = CliRunner().invoke(app, ["gradcheck", "--model", str(tmp_path)])
     assert missing.exit_code == 1
     assert "no config.json in this folder" in missing.output
+
+
+def test_simulated_fine_tunings_begin_anew(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    observe, begun = matching.observe, []
+
+    def watched(model: Any, cut: Any, ids: Tensor, labels: Tensor, trained: Sequence[Tensor] = ()) -> matching.Lesson:
+        if trained:
+            begun.append(any(not parameter.any() for parameter in trained))  # B is 0 before the first step
+        return observe(model, cut, ids, labels, trained)
+
+    monkeypatch.setattr(matching, "observe", watched)
+    monkeypatch.setattr(matching, "_TUNING_STEPS", 2)
+    full = AutoModelForCausalLM.from_pretrained(demo_model).requires_grad_(False)
+    full.boundaries = boundaries_of(load_trunk(demo_model, 2, 2))
+    text = torch.randint(full.config.vocab_size, (16, 8), generator=torch.Generator().manual_seed(0))
+    num_runs = len(matching._TUNING_RATES)
+    list(islice(matching._teach(full, text, matching.Fit(batch_size=2)), 2 * num_runs * 4))
+    assert begun == 2 * (num_runs * [True] + num_runs * [False])
