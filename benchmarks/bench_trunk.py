@@ -32,7 +32,7 @@ from trunk_parts import ROOT, Server, interleaved, percentile, random_model, rat
 
 from fl_split import adapters, data, demo, train, wire
 from fl_split.config import Data, Lora, NodeConfig, Train
-from fl_split.heap import share_heap
+from fl_split.heap import keep_heap, share_heap
 from fl_split.remote import Trunk
 from fl_split.split import LocalTrunk, load_client
 from fl_split.trunk import server
@@ -407,6 +407,7 @@ def main() -> None:
     bench = args.bench and args.bench.resolve()
     torch.set_num_threads(1)
     share_heap()  # as the server does, or what it is held against would be slower for that alone
+    keep_heap()
     with tempfile.TemporaryDirectory() as work:
         for name in args.only:
             started = time.monotonic()

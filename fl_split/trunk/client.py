@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fl_split import wire
 from fl_split.errors import TrunkError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
+from fl_split.heap import share_heap
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.surrogate import read_card
 from fl_split.trunk.identity import Expected
@@ -76,6 +77,7 @@ class TrunkClient:
         Raises:
             ConfigError: An address or credentials that cannot be used.
         """
+        share_heap()  # before threads have heaps of their own: micro-batches run in threads, one at a time
         self.address = address
         self._expected, self._timeout_s = expected, timeout_s
         self._dtype: pb.DType = wire.NAMES[wire_dtype]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from fl_split.errors import ConfigError
-from fl_split.heap import share_heap
+from fl_split.heap import keep_heap, share_heap
 from fl_split.trunk import ranks
 from fl_split.trunk.config import Log, TrunkConfig
 from fl_split.trunk.held import HeldLayers, hold_configured
@@ -69,6 +69,7 @@ def serve(config: TrunkConfig) -> None:
     """
     show_log(config.log)
     share_heap()
+    keep_heap()
     transformers_logging.disable_progress_bar()
     started = time.monotonic()
     held = hold_configured(config.model)
