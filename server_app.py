@@ -13,14 +13,14 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.exception import PrivacyBudgetExhausted
 
 from fl_split import __version__
-from fl_split.checkpoint import resolve_model, trunk_needs
 from fl_split.config import RunConfig
-from fl_split.doctor import check_versions
-from fl_split.node import starting_adapter
-from fl_split.plan import choose_split
-from fl_split.report import final_table, record_round
-from fl_split.runs import RunFolder
-from fl_split.strategy import SplitStrategy, flower_strategy, needs_start, restore_server_state
+from fl_split.model.checkpoint import resolve_model, trunk_needs
+from fl_split.node.round import starting_adapter
+from fl_split.plan.plan import choose_split
+from fl_split.server.report import final_table, record_round
+from fl_split.server.run_folder import RunFolder
+from fl_split.server.strategy import SplitStrategy, flower_strategy, needs_start, restore_server_state
+from fl_split.tools.doctor import check_versions
 from fl_split.trunk import server as trunk_server
 from fl_split.trunk.config import TrunkConfig
 

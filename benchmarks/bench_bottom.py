@@ -38,17 +38,19 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from fl_split import data, matching, train
-from fl_split.anatomy import examine
 from fl_split.config import Data, Lora, NodeConfig, Train
-from fl_split.gradcheck import Candidate, build, gradcheck, surrogate_params
-from fl_split.matching import observe
-from fl_split.split import Boundaries, LocalTrunk, load_trunk, run_trunk
-from fl_split.surrogate import Distiller
+from fl_split.data import load as data
+from fl_split.model.family import examine
+from fl_split.model.loading import Boundaries, LocalTrunk, load_trunk, run_trunk
+from fl_split.model.surrogate import Distiller
+from fl_split.node import train
+from fl_split.node.expected import Expected
+from fl_split.node.trunk_cache import CachedTrunk
+from fl_split.node.trunk_client import TrunkClient
+from fl_split.tools import fit_surrogate as matching
+from fl_split.tools.fit_surrogate import observe
+from fl_split.tools.gradcheck import Candidate, build, gradcheck, surrogate_params
 from fl_split.trunk import server
-from fl_split.trunk.cache import CachedTrunk
-from fl_split.trunk.client import TrunkClient
-from fl_split.trunk.identity import Expected
 
 BOTTOM, TOP = 2, 2
 MAX_LENGTH, BATCH = 96, 8

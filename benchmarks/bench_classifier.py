@@ -22,11 +22,14 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from fl_split import adapters, classification, data, train
-from fl_split.aggregation import Update, combine
-from fl_split.anatomy import examine
 from fl_split.config import Aggregation, Data, Lora, NodeConfig, Train
-from fl_split.split import Boundaries, LocalTrunk, load_client, load_trunk
+from fl_split.data import load as data
+from fl_split.model import adapters
+from fl_split.model.family import examine
+from fl_split.model.loading import Boundaries, LocalTrunk, load_client, load_trunk
+from fl_split.node import evaluate as classification
+from fl_split.node import train
+from fl_split.server.aggregation import Update, combine
 
 BOTTOM, TOP, BATCH, MAX_LENGTH = 2, 2, 8, 96
 KINDS = ("whole", "exact", "blocks", "identity", "none")  # the same model unsplit, and split with each surrogate

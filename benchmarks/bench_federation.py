@@ -31,9 +31,9 @@ from about import about, write
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from fl_split.aggregation import Combine, Update, combine
 from fl_split.config import NodeConfig, RunConfig, Scalar
-from fl_split.node import Instructions, RoundResult, run_round
+from fl_split.node.round import Instructions, RoundResult, run_round
+from fl_split.server.aggregation import Combine, Update, combine
 from fl_split.trunk import server
 
 RANKS = (4, 8, 16, 8)

@@ -30,13 +30,14 @@ from about import about, write
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from fl_split import adapters, train
-from fl_split.checkpoint import read_config
 from fl_split.config import Lora, RunConfig
-from fl_split.data import Batch
-from fl_split.plan import make_plan
-from fl_split.split import checkpoint_activations, load_client
-from fl_split.trunk.client import Expected, TrunkClient
+from fl_split.data.load import Batch
+from fl_split.model import adapters
+from fl_split.model.checkpoint import read_config
+from fl_split.model.loading import checkpoint_activations, load_client
+from fl_split.node import train
+from fl_split.node.trunk_client import Expected, TrunkClient
+from fl_split.plan.plan import make_plan
 from fl_split.trunk.server import embedded, hold_layers
 
 BOTTOM, TOP = 2, 2

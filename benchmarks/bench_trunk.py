@@ -30,15 +30,18 @@ from trunk_fuzz import bench_fuzz
 from trunk_load import bench_overload, bench_soak
 from trunk_parts import ROOT, Server, interleaved, percentile, random_model, ratio, relay_line
 
-from fl_split import adapters, data, demo, train, wire
+from fl_split import demo, wire
 from fl_split.config import Data, Lora, NodeConfig, Train
-from fl_split.heap import keep_heap, share_heap
-from fl_split.remote import Trunk
-from fl_split.split import LocalTrunk, load_client
+from fl_split.data import load as data
+from fl_split.malloc import keep_heap, share_heap
+from fl_split.model import adapters
+from fl_split.model.loading import LocalTrunk, load_client
+from fl_split.model.slots import Trunk
+from fl_split.node import train
+from fl_split.node.trunk_client import Credentials, Expected, TrunkClient
 from fl_split.trunk import server
 from fl_split.trunk.access import add_token
-from fl_split.trunk.client import Credentials, Expected, TrunkClient
-from fl_split.trunk.layout import passes, run_packed
+from fl_split.trunk.padding import passes, run_packed
 from fl_split.wire import Packed
 
 Figures = dict[str, float]

@@ -29,7 +29,7 @@ def load(queue: Any) -> None:
 
 def forked() -> float:
     sys.path.insert(0, ROOT)
-    from fl_split.executor import _LIBRARIES
+    from fl_split.node.executor import _LIBRARIES
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_LIBRARIES)

@@ -18,14 +18,16 @@ from torch import Tensor
 from trunk_fuzz import FORWARD, mutate, valid
 from trunk_parts import Server, percentile, random_model
 
-from fl_split import adapters, train, wire
+from fl_split import wire
 from fl_split.config import Lora
 from fl_split.errors import TrunkUnavailable
+from fl_split.model import adapters
+from fl_split.model.loading import LocalTrunk, load_client
+from fl_split.node import train
+from fl_split.node.trunk_client import Expected, TrunkClient
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.split import LocalTrunk, load_client
 from fl_split.trunk import server
 from fl_split.trunk.access import add_token
-from fl_split.trunk.client import Expected, TrunkClient
 
 Figures = dict[str, float]
 

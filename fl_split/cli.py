@@ -77,8 +77,8 @@ def trunk_describe(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
     """Show what a trunk holds and accepts."""
-    from fl_split.trunk.replicas import Credentials
-    from fl_split.trunk.watch import describe
+    from fl_split.node.replicas import Credentials
+    from fl_split.tools.watch import describe
 
     with _errors():
         about = describe(address, Credentials(ca, cert, key, token_file, allow_plaintext), timeout_s)
@@ -99,8 +99,8 @@ def trunk_ping(
     timeout_s: Timeout = 5.0,
 ) -> None:
     """Ask for a trunk's health; exit code 1 unless it serves."""
-    from fl_split.trunk.replicas import Credentials
-    from fl_split.trunk.watch import ping
+    from fl_split.node.replicas import Credentials
+    from fl_split.tools.watch import ping
 
     with _errors():
         status, seconds = ping(address, Credentials(ca, cert, key, "", allow_plaintext), timeout_s)
@@ -116,7 +116,7 @@ def trunk_top(
     once: Annotated[bool, typer.Option(help="one look, then exit")] = False,
 ) -> None:
     """Watch a trunk: rates per institution, queue, batches."""
-    from fl_split.trunk.watch import scrape, table
+    from fl_split.tools.watch import scrape, table
 
     with _errors():
         before = scrape(url)
@@ -174,7 +174,7 @@ def keys_authority(
     days: Annotated[int, typer.Option(min=1, help="until it expires")] = 3650,
 ) -> None:
     """Make the authority whose certificate nodes trust."""
-    from fl_split.keys import make_authority
+    from fl_split.tools.certificates import make_authority
 
     with _errors():
         print(*make_authority(folder, days), sep="\n")
@@ -188,7 +188,7 @@ def keys_server(
     days: Annotated[int, typer.Option(min=1, help="until it expires")] = 365,
 ) -> None:
     """Make a server's certificate and key."""
-    from fl_split.keys import make_server_certificate
+    from fl_split.tools.certificates import make_server_certificate
 
     with _errors():
         print(*make_server_certificate(folder, name, host, days), sep="\n")
@@ -197,7 +197,7 @@ def keys_server(
 @keys.command("node")
 def keys_node(file: Annotated[Path, typer.Argument(help="the private key; <file>.pub goes to the operator")]) -> None:
     """Make an institution's key pair for its SuperNode."""
-    from fl_split.keys import make_node_key
+    from fl_split.tools.certificates import make_node_key
 
     with _errors():
         print(*make_node_key(file), sep="\n")
@@ -209,7 +209,7 @@ def executor_command(
     root_certificates: Annotated[Path | None, typer.Option(help="PEM file, where that API speaks TLS")] = None,
 ) -> None:
     """Run a SuperNode's messages with libraries already loaded; it was started with --isolation process."""
-    from fl_split.executor import serve
+    from fl_split.node.executor import serve
 
     serve(address, root_certificates)
 
@@ -238,8 +238,8 @@ def surrogate_fit(
     seed: int = 0,
 ) -> None:
     """Fit a surrogate whose gradient is the trunk's, to public text; the owner does it once per model and split."""
-    from fl_split import matching
-    from fl_split.checkpoint import resolve_model
+    from fl_split.model.checkpoint import resolve_model
+    from fl_split.tools import fit_surrogate as matching
 
     _log_to_stderr()
     fit = matching.Fit(layers, steps, batch_size, length, lr, seed)
@@ -273,7 +273,7 @@ def gradcheck_command(
 ) -> None:
     """Compare each surrogate's bottom gradient with the exact one, on one's own model and data."""
     from fl_split.config import Data
-    from fl_split.gradcheck import check_model
+    from fl_split.tools.gradcheck import check_model
 
     with _errors():
         rows = check_model(
@@ -313,7 +313,7 @@ def doctor_command(
 ) -> None:
     """Check versions, model, data, trunk, disk and memory before a run; exit code 1 if anything fails."""
     from fl_split.config import NodeConfig, RunConfig, read_values
-    from fl_split.doctor import diagnose
+    from fl_split.tools.doctor import diagnose
 
     logging.getLogger("fl_split").addHandler(logging.NullHandler())  # the checks say it all
     failed = False
@@ -345,7 +345,7 @@ def plan_command(
 ) -> None:
     """Show what splits of a model cost in memory, bytes and time, from its configuration alone."""
     from fl_split.config import RunConfig, read_values
-    from fl_split.plan import Link, rows_of
+    from fl_split.plan.plan import Link, rows_of
 
     link = Link(bandwidth_mbps * 1e6, latency_ms / 1e3, node_tflops * 1e12, trunk_tflops * 1e12)
     with _errors():

@@ -12,9 +12,9 @@ from click import ClickException
 from flwr.common.config import parse_config_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fl_split.aggregation import Combine
 from fl_split.errors import ConfigError
-from fl_split.surrogate import Kind
+from fl_split.model.surrogate import Kind
+from fl_split.server.aggregation import Combine
 
 Scalar = str | int | float | bool
 Positive = Annotated[int, Field(ge=1)]

@@ -28,11 +28,11 @@ sys.path.insert(0, str(ROOT))
 from fl_split import demo  # noqa: E402
 from fl_split.config import Scalar  # noqa: E402
 from fl_split.errors import FLSplitError  # noqa: E402
-from fl_split.keys import make_authority, make_node_key, make_server_certificate  # noqa: E402
-from fl_split.runs import write_atomic  # noqa: E402
+from fl_split.node.replicas import Credentials  # noqa: E402
+from fl_split.server.run_folder import write_atomic  # noqa: E402
+from fl_split.tools.certificates import make_authority, make_node_key, make_server_certificate  # noqa: E402
+from fl_split.tools.watch import ping  # noqa: E402
 from fl_split.trunk.access import add_token  # noqa: E402
-from fl_split.trunk.replicas import Credentials  # noqa: E402
-from fl_split.trunk.watch import ping  # noqa: E402
 
 
 class FederationError(FLSplitError):
@@ -102,7 +102,7 @@ class Federation:
         folder: Where everything goes; made if need be. Keys that are in it from an earlier time are used again.
         data: One file, folder or pattern per node.
         num_replicas: Of the trunk.
-        warm: Nodes have executors with libraries loaded (`fl_split.executor`), not Flower's own.
+        warm: Nodes have executors with libraries loaded (`fl_split.node.executor`), not Flower's own.
         trunk: Keys of the trunk's configuration, such as ``{"model.name": "demo"}``.
         node: More keys of every node's configuration.
         environment: More variables for all processes.

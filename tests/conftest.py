@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 from transformers.utils import logging as transformers_logging
 
-from fl_split import adapters, demo
+from fl_split import demo
 from fl_split.config import RunConfig
-from fl_split.runs import NodeFolder
-from fl_split.split import LocalTrunk, load_client, load_trunk
+from fl_split.model import adapters
+from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.server.run_folder import NodeFolder
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way

@@ -9,11 +9,11 @@ from families import DECODERS
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fl_split import adapters
 from fl_split.config import Aggregation, Lora
 from fl_split.errors import ConfigError, NodeStateError
-from fl_split.node import _base_quality
-from fl_split.split import LocalTrunk, load_client, load_trunk
+from fl_split.model import adapters
+from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.node.round import _base_quality
 
 
 def client_with_adapter(folder: Path, lora: Lora | None = None, *, train_bottom: bool = True) -> PeftModel:

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fl_split.aggregation import Combine, Update, check_scaling, combine, moved, take, truncate
 from fl_split.errors import AggregationError
+from fl_split.server.aggregation import Combine, Update, check_scaling, combine, moved, take, truncate
 
 A, B = "m.lora_A.weight", "m.lora_B.weight"
 IN, OUT = 7, 5

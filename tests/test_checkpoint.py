@@ -12,11 +12,11 @@ from families import CLASSIFIERS, DECODERS, LABELS, Family
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 
-from fl_split.checkpoint import INDEX, node_needs, resolve_model, trunk_needs, weights_digest
 from fl_split.config import NodeConfig, RunConfig
-from fl_split.doctor import diagnose
 from fl_split.errors import ConfigError, SplitError
-from fl_split.split import LocalTrunk, load_client, load_trunk
+from fl_split.model.checkpoint import INDEX, node_needs, resolve_model, trunk_needs, weights_digest
+from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.tools.doctor import diagnose
 
 Hub = Callable[[Path, Path], None]
 
@@ -33,7 +33,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
                     shutil.copy(file, cache / file.name)
             return str(cache)
 
-        monkeypatch.setattr("fl_split.checkpoint.snapshot_download", download)
+        monkeypatch.setattr("fl_split.model.checkpoint.snapshot_download", download)
 
     return open_hub
 
@@ -124,6 +124,6 @@ def test_models_that_cannot_be_had_are_refused(
         raise error  # type: ignore[misc]
 
     if error is not None:
-        monkeypatch.setattr("fl_split.checkpoint.snapshot_download", fail)
+        monkeypatch.setattr("fl_split.model.checkpoint.snapshot_download", fail)
     with pytest.raises(ConfigError, match=message):
         resolve_model(name, "")

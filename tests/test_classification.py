@@ -17,14 +17,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 import client_app
 import server_app
-from fl_split import adapters, classification, train
 from fl_split.config import Aggregation, Lora, RunConfig, Train
-from fl_split.data import Batch
+from fl_split.data.load import Batch
 from fl_split.errors import SplitError
-from fl_split.remote import Trunk
-from fl_split.split import LocalTrunk, load_client, load_trunk
+from fl_split.model import adapters
+from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.model.slots import Trunk
+from fl_split.node import evaluate as classification
+from fl_split.node import train
+from fl_split.node.trunk_client import Expected, TrunkClient
 from fl_split.trunk import server
-from fl_split.trunk.client import Expected, TrunkClient
 
 BATCH: Batch = {
     "input_ids": torch.randint(3, 99, (4, 9), generator=torch.Generator().manual_seed(0)),

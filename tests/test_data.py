@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fl_split.config import Data, NodeConfig
-from fl_split.data import (
+from fl_split.data.load import (
     IGNORED,
     Example,
     Examples,

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fl_split.config import Data, NodeConfig, RunConfig
-from fl_split.data import IGNORED, Examples, load_examples, prepare_tokenizer
+from fl_split.data.load import IGNORED, Examples, load_examples, prepare_tokenizer
 from fl_split.errors import ConfigError, DataError
 
 SECRET = "Zanzibar"
@@ -242,7 +242,7 @@ def test_prepared_examples_serve_later_rounds_until_anything_changes(
     first = load(path, store=store)
     caplog.clear()
     with monkeypatch.context() as patch:
-        patch.setattr("fl_split.data._make_all", lambda *args: pytest.fail("read again"))
+        patch.setattr("fl_split.data.load._make_all", lambda *args: pytest.fail("read again"))
         again = load(path, store=store, holdout=0.1, **{"group-by-length": True})
     assert everything(first) == everything(again) == everything(load(path))
     assert first.report == again.report

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from fl_split import adapters, data, demo, train
+from fl_split import demo
 from fl_split.config import Data, Lora, NodeConfig, Train
-from fl_split.descent import DescentProbe, warn_if_stuck
-from fl_split.gradcheck import Candidate, build
-from fl_split.split import LocalTrunk, load_trunk
-from fl_split.trunk.cache import CachedTrunk
+from fl_split.data import load as data
+from fl_split.model import adapters
+from fl_split.model.loading import LocalTrunk, load_trunk
+from fl_split.node import train
+from fl_split.node.descent import DescentProbe, warn_if_stuck
+from fl_split.node.trunk_cache import CachedTrunk
+from fl_split.tools.gradcheck import Candidate, build
 
 
 @pytest.fixture(scope="module")

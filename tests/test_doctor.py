@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fl_split import doctor, room
 from fl_split.cli import app
 from fl_split.config import NodeConfig, RunConfig, read_values
-from fl_split.doctor import check_versions, diagnose
 from fl_split.errors import ConfigError
-from fl_split.node import _warn_of_room
-from fl_split.room import check_room
+from fl_split.node.round import _warn_of_room
+from fl_split.plan import fits_here as room
+from fl_split.plan.fits_here import check_room
+from fl_split.tools import doctor
+from fl_split.tools.doctor import check_versions, diagnose
 from fl_split.trunk.server import embedded, hold_layers
 
 SECRET = "Zanzibar"

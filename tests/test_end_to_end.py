@@ -21,12 +21,13 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import client_app
 import server_app
-from fl_split import adapters, train
 from fl_split.config import Lora, RunConfig, Train
 from fl_split.errors import NodeStateError, RoundFailed, SplitError, TrunkUnavailable
-from fl_split.split import LocalTrunk, load_client, load_trunk
+from fl_split.model import adapters
+from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.node import train
+from fl_split.node.trunk_client import Expected, TrunkClient
 from fl_split.trunk import server
-from fl_split.trunk.client import Expected, TrunkClient
 
 Run = Callable[..., InProcessGrid]
 
@@ -161,7 +162,7 @@ def test_impossible_split_is_refused_before_anything_starts(run: Run) -> None:
 def test_wrong_version_is_said_when_a_run_starts(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fl_split.doctor.requires", lambda name: ["torch>=999"])
+    monkeypatch.setattr("fl_split.tools.doctor.requires", lambda name: ["torch>=999"])
     with pytest.raises(RoundFailed):
         run(nodes=0, **{"run.node-wait-s": 0.0})
     assert "versions: torch>=999 is wanted" in caplog.text

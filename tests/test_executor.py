@@ -7,7 +7,7 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec import run_superexec as superexec
 from flwr.supercore.superexec.executor import ExecutionSpec, SubprocessExecutor
 
-from fl_split import executor
+from fl_split.node import executor
 
 
 class Recording(executor.ForkExecutor):
@@ -77,7 +77,7 @@ def test_flowers_loop_is_given_this_executor(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_message_runs_the_submitted_code_not_the_executors() -> None:
     script = (
-        "import sys, fl_split.executor as e\n"
+        "import sys, fl_split.node.executor as e\n"
         "import flwr.supernode.cli.flwr_clientapp\n"
         "app = sys.modules['flwr.supernode.cli.flwr_clientapp']\n"  # the package's attribute is the function
         "app.flwr_clientapp = lambda: print(sys.argv[1:], [n for n in sys.modules if n.startswith('fl_split')])\n"

@@ -12,9 +12,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fl_split import adapters
 from fl_split.config import Lora
-from fl_split.split import LocalTrunk, boundaries_of, head_of, load_client, load_trunk
+from fl_split.model import adapters
+from fl_split.model.loading import LocalTrunk, boundaries_of, head_of, load_client, load_trunk
 
 ALL = [*DECODERS, *CLASSIFIERS]
 every_family = pytest.mark.parametrize("family", ALL, ids=lambda f: f"{f.name}{'-classifier' if f.classifier else ''}")

@@ -7,9 +7,9 @@ import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from typer.testing import CliRunner
 
-from fl_split import keys
 from fl_split.cli import app
 from fl_split.errors import ConfigError
+from fl_split.tools import certificates as keys
 
 
 def handshake(authority: Path, certificate: Path, key: Path, host: str) -> None:

@@ -15,16 +15,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from fl_split import adapters, data, demo, matching, train
+from fl_split import demo
 from fl_split.cli import app
 from fl_split.config import Data, Lora, NodeConfig, Train
+from fl_split.data import load as data
 from fl_split.errors import ConfigError, DataError, SurrogateError, TrunkRefused
-from fl_split.gradcheck import Candidate, bottom_gradient, build, gradcheck
-from fl_split.remote import remote_trunk_of
-from fl_split.split import LocalTrunk, boundaries_of, load_trunk, pull_back, run_trunk
-from fl_split.surrogate import read_card
+from fl_split.model import adapters
+from fl_split.model.loading import LocalTrunk, boundaries_of, load_trunk, pull_back, run_trunk
+from fl_split.model.slots import remote_trunk_of
+from fl_split.model.surrogate import read_card
+from fl_split.node import train
+from fl_split.node.trunk_client import Expected, TrunkClient
+from fl_split.tools import fit_surrogate as matching
+from fl_split.tools.gradcheck import Candidate, bottom_gradient, build, gradcheck
 from fl_split.trunk import server
-from fl_split.trunk.client import Expected, TrunkClient
 from fl_split.trunk.config import TrunkConfig
 
 FIT = matching.Fit(layers=2, steps=40, batch_size=4, length=48)

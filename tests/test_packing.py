@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, PreTrainedTokenizerBase
 
-from fl_split import adapters
 from fl_split.config import Data, Lora, RunConfig
-from fl_split.data import Batch, Example, heldout_batches, prepare_tokenizer, training_batches
+from fl_split.data.load import Batch, Example, heldout_batches, prepare_tokenizer, training_batches
 from fl_split.errors import ConfigError, SplitError
-from fl_split.packing import check_packing
-from fl_split.split import LocalTrunk, load_client, load_trunk
-from fl_split.train import accumulate, count_targets, count_tokens, evaluate
+from fl_split.model import adapters
+from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.model.packing import check_packing
+from fl_split.node.train import accumulate, count_targets, count_tokens, evaluate
 
 GROUPED = Data.model_validate({"group-by-length": True})
 PACKED = Data(packing=True)

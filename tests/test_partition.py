@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from fl_split.config import Data
+from fl_split.data.partition import owners
 from fl_split.errors import ConfigError, DataError
-from fl_split.partition import owners
 
 ROWS = [{"clinic": f"clinic-{i % 4}"} for i in range(400)]
 

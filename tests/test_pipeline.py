@@ -11,11 +11,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from fl_split import adapters, train
 from fl_split.config import Lora
-from fl_split.data import Batch
-from fl_split.pipeline import in_turn, run_in_turns
-from fl_split.split import LocalTrunk, load_client, load_trunk
+from fl_split.data.load import Batch
+from fl_split.model import adapters
+from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.model.turns import in_turn, run_in_turns
+from fl_split.node import train
 
 
 class SlowTrunk(LocalTrunk):

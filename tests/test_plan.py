@@ -10,12 +10,16 @@ import pytest
 import torch
 from transformers import AutoConfig, MixtralConfig, MptConfig
 
-from fl_split import adapters, train, wire
-from fl_split.checkpoint import read_config
+from fl_split import wire
 from fl_split.config import RunConfig
-from fl_split.data import Batch
+from fl_split.data.load import Batch
 from fl_split.errors import ConfigError, SplitError
-from fl_split.plan import (
+from fl_split.model import adapters
+from fl_split.model.checkpoint import read_config
+from fl_split.model.loading import checkpoint_activations, load_client, load_trunk
+from fl_split.node import train
+from fl_split.node.trunk_client import Expected, TrunkClient
+from fl_split.plan.plan import (
     PROCESS_BYTES,
     Link,
     Plan,
@@ -26,9 +30,7 @@ from fl_split.plan import (
     rows_of,
     splits,
 )
-from fl_split.split import checkpoint_activations, load_client, load_trunk
 from fl_split.trunk import server
-from fl_split.trunk.client import Expected, TrunkClient
 from fl_split.trunk.config import TrunkConfig
 
 BATCH, LENGTH = 3, 40

@@ -17,11 +17,12 @@ from transformers import AutoTokenizer
 
 import client_app
 import server_app
-from fl_split import adapters, wire
+from fl_split import wire
 from fl_split.config import NodeConfig, RunConfig
-from fl_split.data import load_examples, prepare_tokenizer
+from fl_split.data.load import load_examples, prepare_tokenizer
+from fl_split.model import adapters
+from fl_split.model.slots import RemoteTrunk
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.remote import RemoteTrunk
 from fl_split.trunk import server
 
 Sent = list[tuple[str, bytes]]
@@ -146,7 +147,7 @@ def test_a_failing_nodes_words_hold_nothing_private(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("patient Zanzibar")
 
-    monkeypatch.setattr("fl_split.node.data.load_examples", fail)
+    monkeypatch.setattr("fl_split.node.round.data.load_examples", fail)
     with pytest.raises(Exception, match="RuntimeError on the node") as error:
         run_app(tmp_path)
     assert "Zanzibar" not in str(error.value)

@@ -10,11 +10,11 @@ from transformers import AutoModel
 
 from fl_split import wire
 from fl_split.errors import ConfigError
-from fl_split.split import pull_back
-from fl_split.surrogate import linears
-from fl_split.trunk import held as holding
+from fl_split.model.loading import pull_back
+from fl_split.model.surrogate import linears
+from fl_split.node.trunk_client import Expected, TrunkClient
+from fl_split.trunk import layers as holding
 from fl_split.trunk import server
-from fl_split.trunk.client import Expected, TrunkClient
 from fl_split.trunk.config import Model
 
 PACKAGES = {"torchao-int8": "torchao", "bitsandbytes-8bit": "bitsandbytes", "bitsandbytes-4bit": "bitsandbytes"}

@@ -10,7 +10,7 @@ import torch
 
 from fl_split.config import RunConfig
 from fl_split.errors import NodeStateError
-from fl_split.runs import NodeFolder, Rounds, RunFolder, SavedRound, write_atomic
+from fl_split.server.run_folder import NodeFolder, Rounds, RunFolder, SavedRound, write_atomic
 
 VERSIONS = {"fl-split": "test"}
 

@@ -18,14 +18,21 @@ from transformers import (
     T5Config,
 )
 
-from fl_split import heap
-from fl_split import split as splitting
-from fl_split.adapters import attach
-from fl_split.anatomy import examine
+from fl_split import malloc as heap
 from fl_split.config import Lora
 from fl_split.errors import ConfigError, SplitError
-from fl_split.split import Boundaries, LocalTrunk, boundaries_of, checkpoint_activations, load_client, load_trunk
-from fl_split.train import accumulate, make_distiller
+from fl_split.model import loading as splitting
+from fl_split.model.adapters import attach
+from fl_split.model.family import examine
+from fl_split.model.loading import (
+    Boundaries,
+    LocalTrunk,
+    boundaries_of,
+    checkpoint_activations,
+    load_client,
+    load_trunk,
+)
+from fl_split.node.train import accumulate, make_distiller
 
 FAMILIES = ["llama", "qwen2", "mistral", "gpt2"]
 MASKS = {

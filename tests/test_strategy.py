@@ -24,11 +24,12 @@ from transformers import AutoModelForCausalLM
 
 import client_app
 import server_app
-from fl_split import adapters, train
-from fl_split import strategy as strategies
 from fl_split.config import Aggregation, Dp, NodeConfig, RunConfig
 from fl_split.errors import AggregationError, ConfigError, RoundFailed
-from fl_split.node import RoundResult
+from fl_split.model import adapters
+from fl_split.node import train
+from fl_split.node.round import RoundResult
+from fl_split.server import strategy as strategies
 
 Run = Callable[..., InProcessGrid]
 

@@ -8,10 +8,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from fl_split import adapters, train
 from fl_split.config import Lora, Train
-from fl_split.data import IGNORED, Batch
-from fl_split.split import LocalTrunk, load_client, load_trunk
+from fl_split.data.load import IGNORED, Batch
+from fl_split.model import adapters
+from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.node import train
 
 
 @pytest.fixture

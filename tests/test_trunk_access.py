@@ -21,11 +21,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fl_split.errors import ConfigError, TrunkRefused, TrunkUnavailable
+from fl_split.node.trunk_client import Credentials, Expected, TrunkClient
 from fl_split.trunk import server
 from fl_split.trunk.access import TokenBook, Unauthenticated, add_token, read_tokens, revoke_tokens
-from fl_split.trunk.client import Credentials, Expected, TrunkClient
+from fl_split.trunk.admission import Gate, TooManyCalls
 from fl_split.trunk.config import Limits, TrunkConfig
-from fl_split.trunk.gate import Gate, TooManyCalls
 
 NOW = datetime.datetime.now(datetime.UTC)
 DAY = datetime.timedelta(days=1)
@@ -320,8 +320,8 @@ def test_a_node_speaks_plaintext_on_loopback_only(
     address: str, credentials: dict[str, Any], secure: bool, ca: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[bool] = []
-    monkeypatch.setattr("fl_split.trunk.replicas.grpc.insecure_channel", lambda *_, **__: made.append(False))
-    monkeypatch.setattr("fl_split.trunk.replicas.grpc.secure_channel", lambda *_, **__: made.append(True))
+    monkeypatch.setattr("fl_split.node.replicas.grpc.insecure_channel", lambda *_, **__: made.append(False))
+    monkeypatch.setattr("fl_split.node.replicas.grpc.secure_channel", lambda *_, **__: made.append(True))
     values = {key: str(ca.cert) if value == "CA" else value for key, value in credentials.items()}
     Credentials(**values).channel(address)
     assert made == [secure]

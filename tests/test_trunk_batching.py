@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fl_split.trunk.batching import Batcher, DeadlinePassed, Done, FairQueue, ForwardFailed, Job, QueueFull
 from fl_split.trunk.config import Batching
-from fl_split.trunk.held import hold_layers
-from fl_split.trunk.layout import is_causal, passes, run_packed
+from fl_split.trunk.layers import hold_layers
+from fl_split.trunk.padding import is_causal, passes, run_packed
 from fl_split.wire import Packed
 
 

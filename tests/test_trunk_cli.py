@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 
 from fl_split import wire
 from fl_split.cli import app
+from fl_split.model.loading import LocalTrunk, load_trunk
+from fl_split.node.trunk_client import Credentials, Expected, TrunkClient
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.split import LocalTrunk, load_trunk
-from fl_split.trunk.client import Credentials, Expected, TrunkClient
 from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.server import TrunkServer
 

@@ -14,18 +14,20 @@ import grpc
 import pytest
 import torch
 
-from fl_split import adapters, train, wire
+from fl_split import wire
 from fl_split.config import Lora
 from fl_split.errors import ConfigError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
+from fl_split.model import adapters
+from fl_split.model.loading import LocalTrunk, load_client
+from fl_split.model.slots import Trunk
+from fl_split.node import train
+from fl_split.node.replicas import split_address
+from fl_split.node.trunk_client import Expected, TrunkClient
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.remote import Trunk
-from fl_split.split import LocalTrunk, load_client
 from fl_split.trunk import server
-from fl_split.trunk.client import Expected, TrunkClient
 from fl_split.trunk.config import TrunkConfig
-from fl_split.trunk.held import trunk_id
-from fl_split.trunk.layout import run_packed
-from fl_split.trunk.replicas import split_address
+from fl_split.trunk.layers import trunk_id
+from fl_split.trunk.padding import run_packed
 
 HIDDEN = 32
 

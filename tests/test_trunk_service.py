@@ -25,17 +25,19 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from torch import Tensor
 
-from fl_split import adapters, train, wire
+from fl_split import wire
 from fl_split.config import Lora
 from fl_split.errors import ConfigError, SurrogateError, TrunkError, TrunkUnavailable, WireError
+from fl_split.model import adapters
+from fl_split.model.loading import LocalTrunk, load_client
+from fl_split.node import train
+from fl_split.node.trunk_client import Expected, TrunkClient
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.split import LocalTrunk, load_client
-from fl_split.trunk import gate as gates
-from fl_split.trunk import held as holding
+from fl_split.trunk import admission as gates
+from fl_split.trunk import layers as holding
 from fl_split.trunk import messages, server
 from fl_split.trunk.access import add_token
 from fl_split.trunk.batching import Batcher
-from fl_split.trunk.client import Expected, TrunkClient
 from fl_split.trunk.config import Model, TrunkConfig
 from fl_split.trunk.metrics import serve_metrics
 from fl_split.trunk.published import fetch

@@ -13,9 +13,9 @@ from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from fl_split import wire
+from fl_split.trunk.admission import Gate
 from fl_split.trunk.calls import Call, NoMessage, Refusal
 from fl_split.trunk.config import Limits
-from fl_split.trunk.gate import Gate
 
 _LIMITS = Limits(calls=128, calls_per_caller=32, reading=4, reading_per_caller=2)
 _MESSAGE_BYTES = 4096

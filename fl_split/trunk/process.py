@@ -13,10 +13,10 @@ import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from fl_split.errors import ConfigError
-from fl_split.heap import keep_heap, share_heap
-from fl_split.trunk import ranks
+from fl_split.malloc import keep_heap, share_heap
+from fl_split.trunk import tensor_parallel as ranks
 from fl_split.trunk.config import Log, TrunkConfig
-from fl_split.trunk.held import HeldLayers, hold_configured
+from fl_split.trunk.layers import HeldLayers, hold_configured
 from fl_split.trunk.metrics import serve_metrics
 from fl_split.trunk.server import TrunkServer
 

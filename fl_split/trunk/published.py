@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fl_split.errors import SurrogateError
+from fl_split.model.surrogate import check_card, read_card
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.surrogate import check_card, read_card
 
 _PIECE_BYTES = 2**20
 

@@ -22,15 +22,15 @@ from fl_split import wire
 from fl_split.errors import TrunkError
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk.access import TokenBook, identify, server_credentials
+from fl_split.trunk.admission import Gate
 from fl_split.trunk.batching import Batcher, Job, where
 from fl_split.trunk.calls import Call, Refusal
 from fl_split.trunk.config import Batching, TrunkConfig
-from fl_split.trunk.gate import Gate
 from fl_split.trunk.health import OpenServices
-from fl_split.trunk.held import HeldLayers, hold_layers, num_cpus
-from fl_split.trunk.layout import run_packed
+from fl_split.trunk.layers import HeldLayers, hold_layers, num_cpus
 from fl_split.trunk.messages import Decode, decode_forward, decode_pull, encode_forward, encode_pull, run_pulls
 from fl_split.trunk.metrics import TrunkMetrics
+from fl_split.trunk.padding import run_packed
 from fl_split.trunk.published import Published
 
 __all__ = ["HeldLayers", "TrunkServer", "embedded", "hold_layers"]

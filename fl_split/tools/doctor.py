@@ -14,15 +14,16 @@ import numpy as np
 from packaging.requirements import Requirement
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fl_split import data, node
-from fl_split.anatomy import examine
-from fl_split.checkpoint import node_needs, read_config, resolve_model, weights_digest
 from fl_split.config import NodeConfig, RunConfig
+from fl_split.data import load as data
+from fl_split.data.readers import num_files
 from fl_split.errors import ConfigError, FLSplitError, SplitError
-from fl_split.plan import PROCESS_BYTES, auto_class, choose_split
-from fl_split.room import Check, check_room
-from fl_split.rows import num_files
-from fl_split.split import Boundaries
+from fl_split.model.checkpoint import node_needs, read_config, resolve_model, weights_digest
+from fl_split.model.family import examine
+from fl_split.model.loading import Boundaries
+from fl_split.node import round as node
+from fl_split.plan.fits_here import Check, check_room
+from fl_split.plan.plan import PROCESS_BYTES, auto_class, choose_split
 
 T = TypeVar("T")
 

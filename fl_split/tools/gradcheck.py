@@ -14,14 +14,16 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from fl_split import adapters, demo, train
-from fl_split.checkpoint import resolve_model
+from fl_split import demo
 from fl_split.config import Data, Lora, NodeConfig
-from fl_split.data import Batch, load_examples, prepare_tokenizer, training_batches
-from fl_split.remote import Trunk
-from fl_split.split import LocalTrunk, load_client, load_trunk
-from fl_split.surrogate import Kind, read_card
-from fl_split.trunk.identity import Expected
+from fl_split.data.load import Batch, load_examples, prepare_tokenizer, training_batches
+from fl_split.model import adapters
+from fl_split.model.checkpoint import resolve_model
+from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.model.slots import Trunk
+from fl_split.model.surrogate import Kind, read_card
+from fl_split.node import train
+from fl_split.node.expected import Expected
 
 
 @dataclass(frozen=True)

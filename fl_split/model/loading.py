@@ -29,11 +29,11 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fl_split.anatomy import Anatomy, Hole, examine, owners
 from fl_split.errors import SplitError
-from fl_split.heap import give_back_freed
-from fl_split.remote import RemoteTrunk, Trunk, TrunkSlot
-from fl_split.surrogate import Kind, kept_layers, read_thin_layers, thin_layer
+from fl_split.malloc import give_back_freed
+from fl_split.model.family import Anatomy, Hole, examine, owners
+from fl_split.model.slots import RemoteTrunk, Trunk, TrunkSlot
+from fl_split.model.surrogate import Kind, kept_layers, read_thin_layers, thin_layer
 
 _LARGE_BYTES = 2**20  # of a batch's hidden states: with less, there is nothing to give back
 

@@ -20,8 +20,8 @@ import torch
 
 from fl_split import demo
 from fl_split.config import Data, NodeConfig, absolute
+from fl_split.data.partition import owners
 from fl_split.errors import DataError
-from fl_split.partition import owners
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SAVED = ("state.json", "dataset_dict.json")  # of `datasets.save_to_disk`, one split and several

@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from fl_split.data import Batch
-from fl_split.pipeline import run_in_turns
-from fl_split.train import forward
+from fl_split.data.load import Batch
+from fl_split.model.turns import run_in_turns
+from fl_split.node.train import forward
 
 
 @dataclass(frozen=True)

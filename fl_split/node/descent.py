@@ -22,9 +22,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fl_split.adapters import part_of
-from fl_split.data import Batch
-from fl_split.train import accumulate
+from fl_split.data.load import Batch
+from fl_split.model.adapters import part_of
+from fl_split.node.train import accumulate
 
 logger = logging.getLogger(__name__)
 

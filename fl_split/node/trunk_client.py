@@ -23,12 +23,12 @@ from torch import Tensor
 
 from fl_split import wire
 from fl_split.errors import TrunkError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
-from fl_split.heap import share_heap
+from fl_split.malloc import share_heap
+from fl_split.model.surrogate import read_card
+from fl_split.node.expected import Expected
+from fl_split.node.replicas import Credentials, Replica, Replicas
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.surrogate import read_card
-from fl_split.trunk.identity import Expected
 from fl_split.trunk.published import fetch
-from fl_split.trunk.replicas import Credentials, Replica, Replicas
 
 __all__ = ["Credentials", "Expected", "TrunkClient"]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fl_split.errors import SplitError
-from fl_split.remote import remote_trunk_of
+from fl_split.model.slots import remote_trunk_of
 
 _LENGTHS = (5, 9)  # tokens of two random examples
 _TOLERANCE = 0.1  # of the difference that sharing attention makes; what rounding makes is far below

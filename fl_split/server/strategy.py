@@ -30,9 +30,9 @@ from flwr.serverapp.strategy import (
 )
 from torch import Tensor
 
-from fl_split.aggregation import Combine, Update, check, check_scaling, combine
 from fl_split.config import Aggregation, Dp, Lora
 from fl_split.errors import ConfigError, RoundFailed
+from fl_split.server.aggregation import Combine, Update, check, check_scaling, combine
 
 logger = logging.getLogger(__name__)
 

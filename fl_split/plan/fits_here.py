@@ -10,10 +10,10 @@ from typing import Literal
 import psutil
 import torch
 
-from fl_split.checkpoint import read_config
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.errors import FLSplitError
-from fl_split.plan import Plan, make_plan
+from fl_split.model.checkpoint import read_config
+from fl_split.plan.plan import Plan, make_plan
 
 
 @dataclass(frozen=True)

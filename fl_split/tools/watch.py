@@ -13,8 +13,8 @@ from rich.table import Table
 
 from fl_split import wire
 from fl_split.errors import TrunkUnavailable
+from fl_split.node.replicas import Credentials, Replica
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.trunk.replicas import Credentials, Replica
 
 _PREFIX = "fl_split_trunk_"
 

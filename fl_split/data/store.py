@@ -18,8 +18,8 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from fl_split.examples import Example
-from fl_split.runs import write_atomic
+from fl_split.data.examples import Example
+from fl_split.server.run_folder import write_atomic
 
 Array = np.ndarray[Any, Any]
 

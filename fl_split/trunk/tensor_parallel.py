@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fl_split.trunk.held import HeldLayers
+from fl_split.trunk.layers import HeldLayers
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _HEADER = 7  # integers: go on?, batch, seq, hidden, dtype, is there a mask?, are there positions?

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fl_split.remote import Trunk
+from fl_split.model.slots import Trunk
 
 logger = logging.getLogger(__name__)
 

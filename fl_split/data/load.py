@@ -17,10 +17,10 @@ import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from fl_split.config import Data, NodeConfig
+from fl_split.data.examples import IGNORED, MALFORMED, UNKNOWN_LABEL, Example, Unusable, example_maker
+from fl_split.data.readers import find_rows
+from fl_split.data.store import Prepared, Store, in_memory
 from fl_split.errors import DataError
-from fl_split.examples import IGNORED, MALFORMED, UNKNOWN_LABEL, Example, Unusable, example_maker
-from fl_split.prepared import Prepared, Store, in_memory
-from fl_split.rows import find_rows
 
 __all__ = [
     "IGNORED",

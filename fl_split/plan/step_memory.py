@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PretrainedConfig
 
-from fl_split import adapters, train
-from fl_split.anatomy import Anatomy, Hole
 from fl_split.config import RunConfig
-from fl_split.data import Batch
-from fl_split.split import Boundaries, checkpoint_activations, stop_dropout
+from fl_split.data.load import Batch
+from fl_split.model import adapters
+from fl_split.model.family import Anatomy, Hole
+from fl_split.model.loading import Boundaries, checkpoint_activations, stop_dropout
+from fl_split.node import train
 
 _ATTENTION = "fl_split_live"  # stands in for a fused kernel on the meta device
 

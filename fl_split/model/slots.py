@@ -14,9 +14,9 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from fl_split.anatomy import Hole
-from fl_split.pipeline import in_turn
-from fl_split.surrogate import Distiller, Kind, Probe, join, join_exact
+from fl_split.model.family import Hole
+from fl_split.model.surrogate import Distiller, Kind, Probe, join, join_exact
+from fl_split.model.turns import in_turn
 
 
 class Trunk(Protocol):

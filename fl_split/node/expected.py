@@ -8,12 +8,12 @@ from typing import Any, Self
 from transformers import AutoConfig, AutoModel
 
 from fl_split import wire
-from fl_split.anatomy import examine
-from fl_split.checkpoint import config_digest, weights_digest
 from fl_split.errors import TrunkMismatch
+from fl_split.model.checkpoint import config_digest, weights_digest
+from fl_split.model.family import examine
+from fl_split.model.loading import Boundaries
+from fl_split.model.surrogate import check_card
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.split import Boundaries
-from fl_split.surrogate import check_card
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fl_split import adapters
-from fl_split.anatomy import examine
-from fl_split.checkpoint import config_digest, weights_digest
 from fl_split.config import Lora
-from fl_split.data import IGNORED
+from fl_split.data.load import IGNORED
 from fl_split.errors import ConfigError, DataError
-from fl_split.split import Boundaries, boundaries_of, load_trunk
-from fl_split.surrogate import LowRank, linears, replace
+from fl_split.model import adapters
+from fl_split.model.checkpoint import config_digest, weights_digest
+from fl_split.model.family import examine
+from fl_split.model.loading import Boundaries, boundaries_of, load_trunk
+from fl_split.model.surrogate import LowRank, linears, replace
 
 logger = logging.getLogger(__name__)
 

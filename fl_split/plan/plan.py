@@ -15,14 +15,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from fl_split import wire
-from fl_split.anatomy import Anatomy, examine
-from fl_split.checkpoint import read_config
 from fl_split.config import RunConfig
 from fl_split.errors import ConfigError, SplitError
-from fl_split.live import layers_of, on_meta, step_on_meta
+from fl_split.model.checkpoint import read_config
+from fl_split.model.family import Anatomy, examine
+from fl_split.model.loading import Boundaries
+from fl_split.model.surrogate import kept_layers
+from fl_split.plan.step_memory import layers_of, on_meta, step_on_meta
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.split import Boundaries
-from fl_split.surrogate import kept_layers
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from fl_split.adapters import parameter_groups, part_of
 from fl_split.config import Train
-from fl_split.data import IGNORED, Batch
-from fl_split.pipeline import run_in_turns
-from fl_split.remote import remote_trunk_of
-from fl_split.surrogate import Distiller
+from fl_split.data.load import IGNORED, Batch
+from fl_split.model.adapters import parameter_groups, part_of
+from fl_split.model.slots import remote_trunk_of
+from fl_split.model.surrogate import Distiller
+from fl_split.model.turns import run_in_turns
 
 
 @dataclass(frozen=True)

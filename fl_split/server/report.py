@@ -4,8 +4,8 @@ import logging
 import statistics
 from typing import Any
 
-from fl_split.runs import RunFolder
-from fl_split.strategy import FinishedRound
+from fl_split.server.run_folder import RunFolder
+from fl_split.server.strategy import FinishedRound
 
 logger = logging.getLogger(__name__)
 

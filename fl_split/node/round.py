@@ -16,20 +16,24 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from fl_split import adapters, aggregation, classification, data, train
-from fl_split.checkpoint import node_needs, read_config, resolve_model
 from fl_split.config import Lora, NodeConfig, RunConfig
-from fl_split.descent import Descent, DescentProbe, warn_if_stuck
+from fl_split.data import load as data
 from fl_split.errors import ConfigError
-from fl_split.packing import check_packing
-from fl_split.plan import choose_split
-from fl_split.remote import Trunk
-from fl_split.room import check_room
-from fl_split.runs import NodeFolder, Quality, SavedRound, cache_folder
-from fl_split.split import checkpoint_activations, load_client, sketch_client
-from fl_split.surrogate import Distiller
-from fl_split.trunk.cache import CachedTrunk
-from fl_split.trunk.client import Credentials, Expected, TrunkClient
+from fl_split.model import adapters
+from fl_split.model.checkpoint import node_needs, read_config, resolve_model
+from fl_split.model.loading import checkpoint_activations, load_client, sketch_client
+from fl_split.model.packing import check_packing
+from fl_split.model.slots import Trunk
+from fl_split.model.surrogate import Distiller
+from fl_split.node import evaluate as classification
+from fl_split.node import train
+from fl_split.node.descent import Descent, DescentProbe, warn_if_stuck
+from fl_split.node.trunk_cache import CachedTrunk
+from fl_split.node.trunk_client import Credentials, Expected, TrunkClient
+from fl_split.plan.fits_here import check_room
+from fl_split.plan.plan import choose_split
+from fl_split.server import aggregation
+from fl_split.server.run_folder import NodeFolder, Quality, SavedRound, cache_folder
 
 logger = logging.getLogger(__name__)
 

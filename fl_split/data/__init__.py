@@ -1,0 +1,1 @@
+"""Private examples -> batches of tokens. Knows no party."""

@@ -1,0 +1,1 @@
+"""One institution's round, and its way to the trunk."""

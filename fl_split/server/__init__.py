@@ -1,0 +1,1 @@
+"""The Flower strategy, aggregation, run folder and report; nothing of a node or of its data."""
