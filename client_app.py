@@ -21,8 +21,8 @@ from flwr.clientapp.typing import ClientAppCallable  # noqa: E402
 
 from fl_split.config import NodeConfig, RunConfig  # noqa: E402
 from fl_split.errors import FLSplitError  # noqa: E402
+from fl_split.node.received import moved  # noqa: E402
 from fl_split.node.round import Instructions, run_round  # noqa: E402
-from fl_split.server.aggregation import moved  # noqa: E402
 
 app = ClientApp()
 logger = logging.getLogger("fl_split")

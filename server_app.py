@@ -15,14 +15,16 @@ from flwr.serverapp.exception import PrivacyBudgetExhausted
 from fl_split import __version__
 from fl_split.config import RunConfig
 from fl_split.model.checkpoint import resolve_model, trunk_needs
-from fl_split.node.round import starting_adapter
 from fl_split.plan.plan import choose_split
+from fl_split.plan.versions import check_versions
+from fl_split.server.flower import flower_strategy, needs_start, restore_server_state
 from fl_split.server.report import final_table, record_round
 from fl_split.server.run_folder import RunFolder
-from fl_split.server.strategy import SplitStrategy, flower_strategy, needs_start, restore_server_state
-from fl_split.tools.doctor import check_versions
+from fl_split.server.start import starting_adapter
+from fl_split.server.strategy import SplitStrategy
 from fl_split.trunk import server as trunk_server
 from fl_split.trunk.config import TrunkConfig
+from fl_split.trunk.layers import hold_layers
 
 app = ServerApp()
 
@@ -45,7 +47,7 @@ def main(grid: Grid, context: Context) -> None:
         address = config.trunk.address
         if address == "embedded" and remaining > 0:
             ends = (config.split.bottom_layers, config.split.top_layers)
-            held = trunk_server.hold_layers(
+            held = hold_layers(
                 resolve_model(config.model.name, config.model.revision, trunk_needs(*ends)),
                 *ends,
                 getattr(torch, config.model.dtype),

@@ -40,9 +40,12 @@ from transformers.utils import logging as transformers_logging
 
 from fl_split.config import Data, Lora, NodeConfig, Train
 from fl_split.data import load as data
+from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
+from fl_split.model.distill import Distiller
 from fl_split.model.family import examine
-from fl_split.model.loading import Boundaries, LocalTrunk, load_trunk, run_trunk
-from fl_split.model.surrogate import Distiller
+from fl_split.model.loading import Boundaries
+from fl_split.model.loss import Batch, accumulate
+from fl_split.model.trunk import LocalTrunk, load_trunk, run_trunk
 from fl_split.node import train
 from fl_split.node.expected import Expected
 from fl_split.node.trunk_cache import CachedTrunk
@@ -51,6 +54,7 @@ from fl_split.tools import fit_surrogate as matching
 from fl_split.tools.fit_surrogate import observe
 from fl_split.tools.gradcheck import Candidate, build, gradcheck, surrogate_params
 from fl_split.trunk import server
+from fl_split.trunk.layers import hold_layers
 
 BOTTOM, TOP = 2, 2
 MAX_LENGTH, BATCH = 96, 8
@@ -130,7 +134,7 @@ def python_documentation(out: Path) -> Path:
 
 
 def examples(setting: Setting, institution: str, seed: int) -> tuple[data.Examples, object]:
-    tokenizer = data.prepare_tokenizer(AutoTokenizer.from_pretrained(setting.model))
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(setting.model))
     config = Data.model_validate({"path": str(setting.texts / f"{institution}.jsonl"), "max-length": MAX_LENGTH})
     return data.load_examples(config, NodeConfig(), tokenizer, seed), tokenizer
 
@@ -148,9 +152,9 @@ def run(setting: Setting, task: Task) -> float:
     )
     optimizer = train.make_optimizer(model, config)
     torch.manual_seed(task.seed)  # of the probes
-    batches = data.training_batches(private.train, tokenizer, BATCH, task.seed, 0)
+    batches = training_batches(private.train, tokenizer, BATCH, task.seed, 0)
     train.train_round(model, optimizer, batches, config, distiller=distiller)
-    return train.evaluate(model, data.heldout_batches(private.heldout, tokenizer, 16))
+    return train.evaluate(model, heldout_batches(private.heldout, tokenizer, 16))
 
 
 class Runs:
@@ -199,7 +203,7 @@ def fit_surrogate(setting: Setting, files: list[Path] | None, layers: int, steps
     return out
 
 
-def spsa_cosine(setting: Setting, batch: data.Batch, queries: int) -> float:
+def spsa_cosine(setting: Setting, batch: Batch, queries: int) -> float:
     """Cosine of dL/dh1 as estimated from random perturbations of h1 with the exact one, for one batch."""
     full = AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32).requires_grad_(False).eval()
     full.config.use_cache = False
@@ -216,7 +220,7 @@ def spsa_cosine(setting: Setting, batch: data.Batch, queries: int) -> float:
     return torch.cosine_similarity(estimate.flatten(), lesson.g1.flatten(), dim=0).item()
 
 
-def step_times(setting: Setting, methods: list[Method], batches: list[data.Batch]) -> dict[str, float]:
+def step_times(setting: Setting, methods: list[Method], batches: list[Batch]) -> dict[str, float]:
     """Median seconds per step of each kind, interleaved, over that of `none`; the trunk's time is in it."""
     trunk = LocalTrunk(load_trunk(setting.model, BOTTOM, TOP))
     models = {method.name: method.build(setting, trunk, 1e-3) for method in methods}
@@ -225,7 +229,7 @@ def step_times(setting: Setting, methods: list[Method], batches: list[data.Batch
         for name, (model, distiller) in models.items():
             model.train()
             started = time.perf_counter()
-            train.accumulate(model, [batch])
+            accumulate(model, [batch])
             if distiller is not None:
                 distiller.step()
             model.zero_grad(set_to_none=True)
@@ -244,13 +248,13 @@ def cache_saving(setting: Setting, institution: str, epochs: int = 3) -> dict[st
     sent, seconds = [], []
     with (
         tempfile.TemporaryDirectory() as folder,
-        server.embedded(server.hold_layers(setting.model, BOTTOM, TOP)) as address,
+        server.embedded(hold_layers(setting.model, BOTTOM, TOP)) as address,
     ):
         for cached in (False, True):
             with TrunkClient(address, expected) as client:
                 trunk = CachedTrunk(client, Path(folder) / "cache.sqlite", 10**9, b"") if cached else client
                 model = build(setting.model, BOTTOM, TOP, trunk, Candidate("none"), Lora())
-                batches = data.training_batches(rows, tokenizer, BATCH, 0, 0)
+                batches = training_batches(rows, tokenizer, BATCH, 0, 0)
                 done = train.train_round(model, train.make_optimizer(model, config), batches, config)
                 sent.append(client.bytes_sent)
                 seconds.append(done.seconds)
@@ -337,7 +341,7 @@ def main() -> None:
 
     losses = {c: [runs.loss(Task(c, i, s, best[c])) for i, s in pairs] for c in kinds}
     private, tokenizer = examples(setting, first, 0)
-    batches = list(islice(data.training_batches(private.train, tokenizer, BATCH, 0, 0), 6))
+    batches = list(islice(training_batches(private.train, tokenizer, BATCH, 0, 0), 6))
     candidates = list(dict.fromkeys(c.candidate for c in kinds if c is not none))
     agreement = {row.candidate: row for row in gradcheck(model, BOTTOM, TOP, batches, candidates)}
     slower = step_times(setting, kinds, batches)

@@ -24,9 +24,12 @@ from transformers.utils import logging as transformers_logging
 
 from fl_split.config import Aggregation, Data, Lora, NodeConfig, Train
 from fl_split.data import load as data
+from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
 from fl_split.model import adapters
+from fl_split.model.client import load_client
 from fl_split.model.family import examine
-from fl_split.model.loading import Boundaries, LocalTrunk, load_client, load_trunk
+from fl_split.model.loading import Boundaries
+from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node import evaluate as classification
 from fl_split.node import train
 from fl_split.server.aggregation import Update, combine
@@ -62,7 +65,7 @@ def federate(
     """FedAvg of the tops, by the nodes' numbers of texts; returns the scores of each node."""
     how = Aggregation(share="top")
     optimizers = [train.make_optimizer(model, config) for model in models]
-    batches = [data.training_batches(node.train, tokenizer, BATCH, 0, 0) for node in nodes]
+    batches = [training_batches(node.train, tokenizer, BATCH, 0, 0) for node in nodes]
     for number in range(rounds):
         for model, optimizer, own in zip(models, optimizers, batches, strict=True):
             part = islice(own, config.steps)
@@ -77,7 +80,7 @@ def federate(
         for model in models:
             adapters.load_adapter_state(model, shared)
     return [
-        classification.evaluate(model, data.heldout_batches(node.heldout, tokenizer, BATCH))
+        classification.evaluate(model, heldout_batches(node.heldout, tokenizer, BATCH))
         for model, node in zip(models, nodes, strict=True)
     ]
 
@@ -105,7 +108,7 @@ def main() -> None:
     folder = next(options.bench.resolve().glob("*/config.json")).parent
     files = [options.bench.resolve() / "medquad" / f"{name}.jsonl" for name in options.institutions]
     labels = topics(files)
-    tokenizer = data.prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
     keys = {"text": "answer", "label": "topic", "labels": ",".join(labels), "max-length": MAX_LENGTH, "holdout": 0.2}
     nodes = [
         data.load_examples(Data.model_validate({"path": str(file), **keys}), NodeConfig(), tokenizer, 0)

@@ -31,10 +31,11 @@ from about import about, write
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from fl_split.config import NodeConfig, RunConfig, Scalar
+from fl_split.config import Combine, NodeConfig, RunConfig, Scalar
 from fl_split.node.round import Instructions, RoundResult, run_round
-from fl_split.server.aggregation import Combine, Update, combine
+from fl_split.server.aggregation import Update, combine
 from fl_split.trunk import server
+from fl_split.trunk.layers import hold_layers
 
 RANKS = (4, 8, 16, 8)
 RATES = (4e-3, 8e-3, 1.6e-2)
@@ -118,7 +119,7 @@ def run(setting: Setting, task: Task) -> Figures:
     """Train one federation from its start, in this process."""
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as work, server.embedded(server.hold_layers(setting.model, 2, 2)) as address:
+    with tempfile.TemporaryDirectory() as work, server.embedded(hold_layers(setting.model, 2, 2)) as address:
         return federate(setting, task, Path(work), address)
 
 

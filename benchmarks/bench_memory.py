@@ -31,14 +31,16 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 from transformers.utils import logging as transformers_logging
 
 from fl_split.config import Lora, RunConfig
-from fl_split.data.load import Batch
 from fl_split.model import adapters
 from fl_split.model.checkpoint import read_config
-from fl_split.model.loading import checkpoint_activations, load_client
+from fl_split.model.client import checkpoint_activations, load_client
+from fl_split.model.loss import Batch
 from fl_split.node import train
-from fl_split.node.trunk_client import Expected, TrunkClient
+from fl_split.node.expected import Expected
+from fl_split.node.trunk_client import TrunkClient
 from fl_split.plan.plan import make_plan
-from fl_split.trunk.server import embedded, hold_layers
+from fl_split.trunk.layers import hold_layers
+from fl_split.trunk.server import embedded
 
 BOTTOM, TOP = 2, 2
 CONSTANT = 64 * 2**20  # buffers of the allocator, of gRPC and of the loader that no weight explains

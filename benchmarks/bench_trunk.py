@@ -33,14 +33,20 @@ from trunk_parts import ROOT, Server, interleaved, percentile, random_model, rat
 from fl_split import demo, wire
 from fl_split.config import Data, Lora, NodeConfig, Train
 from fl_split.data import load as data
+from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
 from fl_split.malloc import keep_heap, share_heap
 from fl_split.model import adapters
-from fl_split.model.loading import LocalTrunk, load_client
+from fl_split.model.client import load_client
+from fl_split.model.loss import accumulate
 from fl_split.model.slots import Trunk
+from fl_split.model.trunk import LocalTrunk
 from fl_split.node import train
-from fl_split.node.trunk_client import Credentials, Expected, TrunkClient
+from fl_split.node.expected import Expected
+from fl_split.node.replicas import Credentials
+from fl_split.node.trunk_client import TrunkClient
 from fl_split.trunk import server
 from fl_split.trunk.access import add_token
+from fl_split.trunk.layers import HeldLayers, hold_layers
 from fl_split.trunk.padding import passes, run_packed
 from fl_split.wire import Packed
 
@@ -64,7 +70,7 @@ class Setting:
 def bench_overhead(setting: Setting) -> Figures:
     """A forward pass over loopback gRPC against the same trunk called in this process."""
     folder = random_model(setting.work / "overhead", 768, 12)
-    held, expected = server.hold_layers(folder, 1, 1), Expected.from_checkpoint(folder, 1, 1)
+    held, expected = hold_layers(folder, 1, 1), Expected.from_checkpoint(folder, 1, 1)
     figures: Figures = {}
     tables: dict[str, Figures] = {}
     with server.embedded(held) as address:
@@ -97,7 +103,7 @@ def bench_overhead(setting: Setting) -> Figures:
     return figures
 
 
-def _parts(hidden_states: Tensor, held: server.HeldLayers) -> Figures:
+def _parts(hidden_states: Tensor, held: HeldLayers) -> Figures:
     """Milliseconds of each step around the layers, in bfloat16; what is left of the difference is gRPC's."""
     packed = wire.pack_batch(hidden_states, None, None)
     request = wire.encode_request(packed, 2)
@@ -122,7 +128,7 @@ def _parts(hidden_states: Tensor, held: server.HeldLayers) -> Figures:
 def bench_throughput(setting: Setting) -> Figures:
     """Tokens per second of closed-loop callers against one in-process loop over merged batches."""
     folder = random_model(setting.work / "throughput", 256, 6)
-    held, expected = server.hold_layers(folder, 1, 1), Expected.from_checkpoint(folder, 1, 1)
+    held, expected = hold_layers(folder, 1, 1), Expected.from_checkpoint(folder, 1, 1)
     generator = torch.Generator().manual_seed(0)
     figures: Figures = {}
     tokens, mine = setting.work / "throughput.json", [setting.work / f"token-{i}" for i in range(16)]
@@ -229,7 +235,7 @@ def _hidden(
     def step(trunk: TrunkClient, in_flight: int) -> Callable[[], object]:
         model = adapters.attach(load_client(folder, 2, 2, trunk), Lora(), train_bottom=True, seed=0)
         model.train()
-        return lambda: train.accumulate(model, batches, in_flight)
+        return lambda: accumulate(model, batches, in_flight)
 
     times = interleaved(
         {
@@ -281,9 +287,9 @@ def bench_bytes(setting: Setting) -> Figures:
     else:
         folder = next(path.parent for path in sorted(setting.bench.glob("*/config.json")))
         texts = setting.bench / "medquad" / "niddk.jsonl"
-    held, expected = server.hold_layers(folder, 2, 2), Expected.from_checkpoint(folder, 2, 2)
+    held, expected = hold_layers(folder, 2, 2), Expected.from_checkpoint(folder, 2, 2)
     about = {"steps": 10 if setting.quick else 200, "bottom-lr": 8e-3, "top-lr": 1.6e-2, "scheduler": "linear"}
-    config, tokenizer = Train.model_validate(about), data.prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
+    config, tokenizer = Train.model_validate(about), prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
     figures: Figures = {}
     ratios: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
@@ -293,9 +299,9 @@ def bench_bytes(setting: Setting) -> Figures:
         examples = data.load_examples(Data(path=str(texts), max_length=96), NodeConfig(), tokenizer, seed)
         client = load_client(folder, 2, 2, trunk, surrogate="blocks", surrogate_layers=2)
         model = adapters.attach(client, Lora(), train_bottom=True, seed=seed)
-        batches = data.training_batches(examples.train, tokenizer, config.batch_size, seed, 0)
+        batches = training_batches(examples.train, tokenizer, config.batch_size, seed, 0)
         done = train.train_round(model, train.make_optimizer(model, config), batches, config)
-        heldout = data.heldout_batches(examples.heldout, tokenizer, 16)
+        heldout = heldout_batches(examples.heldout, tokenizer, 16)
         return done.num_tokens, lambda: train.evaluate(model, heldout)
 
     codes: dict[str, Code] = {"float32": Tensor.float, "int8": _int8, "int8-per-token": _int8_per_token}
@@ -364,14 +370,14 @@ def bench_gpu(setting: Setting) -> Figures:
     folder = random_model(setting.work / "gpu", 2048, 18)
     figures: Figures = {}
     for compiled in (False, True):
-        held = server.hold_layers(folder, 1, 1, torch.bfloat16, device_map="cuda:0")
+        held = hold_layers(folder, 1, 1, torch.bfloat16, device_map="cuda:0")
         if compiled:
             held.model.compile(dynamic=True)
         num_params = sum(p.numel() for name, p in held.model.named_parameters() if "layers" in name)
         for name, batch in (("alone", 1), ("batched", 16)):
             hidden_states = torch.randn(batch, 512, 2048, dtype=torch.bfloat16, device="cuda:0")
 
-            def run(h: Tensor = hidden_states, held: server.HeldLayers = held) -> None:
+            def run(h: Tensor = hidden_states, held: HeldLayers = held) -> None:
                 held.run(h, None, None)
                 torch.cuda.synchronize()
 

@@ -22,12 +22,14 @@ from fl_split import wire
 from fl_split.config import Lora
 from fl_split.errors import TrunkUnavailable
 from fl_split.model import adapters
-from fl_split.model.loading import LocalTrunk, load_client
-from fl_split.node import train
-from fl_split.node.trunk_client import Expected, TrunkClient
+from fl_split.model.client import load_client
+from fl_split.model.loss import accumulate
+from fl_split.model.trunk import LocalTrunk
+from fl_split.node.expected import Expected
+from fl_split.node.trunk_client import TrunkClient
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.trunk import server
 from fl_split.trunk.access import add_token
+from fl_split.trunk.layers import hold_layers
 
 Figures = dict[str, float]
 
@@ -38,7 +40,7 @@ Figures = dict[str, float]
 def bench_overload(setting: Any) -> Figures:
     """64 institutions at ten times what the trunk can do: memory, answers, statuses, recovery."""
     folder = random_model(setting.work / "overload", 256, 8)
-    held = server.hold_layers(folder, 1, 1)
+    held = hold_layers(folder, 1, 1)
     tokens = setting.work / "tokens.json"
     bearers = [(("authorization", f"Bearer {add_token(tokens, f'clinic-{i}', None)}"),) for i in range(64)]
     generator = torch.Generator().manual_seed(0)
@@ -184,7 +186,7 @@ def bench_soak(setting: Any) -> Figures:
     """Training and mixed traffic over three replicas that are killed (-9) at random: answers, calls and steps."""
     folder = random_model(setting.work / "soak", 256, 8)
     expected = Expected.from_checkpoint(folder, 2, 2)
-    local = LocalTrunk(server.hold_layers(folder, 2, 2).model)
+    local = LocalTrunk(hold_layers(folder, 2, 2).model)
     seconds = 30.0 if setting.quick else 180.0
     stop = threading.Event()
     with ExitStack() as stack:
@@ -304,7 +306,7 @@ def _train(folder: Path, trunk: Any, go_on: Callable[[int, float], bool]) -> lis
         generator = torch.Generator().manual_seed(0)
         ids = [torch.randint(0, 512, (2, 24), generator=generator) for _ in range(4)]
         batches = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids]
-        losses.append(train.accumulate(model, batches, 4))
+        losses.append(accumulate(model, batches, 4))
         optimizer.step()
         optimizer.zero_grad()
     return losses

@@ -13,8 +13,6 @@ from flwr.common.config import parse_config_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_split.errors import ConfigError
-from fl_split.model.surrogate import Kind
-from fl_split.server.aggregation import Combine
 
 Scalar = str | int | float | bool
 Positive = Annotated[int, Field(ge=1)]
@@ -23,6 +21,8 @@ Tensors = Literal["both", "a-only", "b-only"]
 StrategyName = Literal[
     "fedavg", "fedavgm", "fedadam", "fedprox", "fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"
 ]
+Kind = Literal["none", "identity", "blocks", "distilled", "matched", "exact"]
+Combine = Literal["mean", "svd", "stack", "exact"]
 Task = Literal["causal-lm", "sequence-classification"]
 Partitioner = Literal["", "iid", "column", "dirichlet", "pathological", "linear", "exponential"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$|^$")]

@@ -22,7 +22,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fl_split.server.run_folder import cache_folder
+from fl_split.files import cache_folder
 
 logger = logging.getLogger(__name__)
 

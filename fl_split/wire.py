@@ -6,6 +6,7 @@ A message holds the hidden states of real tokens only, as raw little-endian byte
 that a decoder could execute. What leaves the node is exactly what `encode_request` writes.
 """
 
+import ipaddress
 import itertools
 import math
 from collections.abc import Sequence
@@ -296,3 +297,11 @@ def decode_pull_reply(reply: pb.PullReply, request: pb.PullRequest, hidden_size:
     if reply.dtype != request.forward.dtype:
         raise WireError(f"dtype={reply.dtype} in a reply to a request with dtype={request.forward.dtype}")
     return decode_rows(reply.gradient, reply.dtype, (), sum(request.forward.lengths), hidden_size)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address stays on this machine."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

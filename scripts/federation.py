@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 from fl_split import demo  # noqa: E402
 from fl_split.config import Scalar  # noqa: E402
 from fl_split.errors import FLSplitError  # noqa: E402
+from fl_split.files import write_atomic  # noqa: E402
 from fl_split.node.replicas import Credentials  # noqa: E402
-from fl_split.server.run_folder import write_atomic  # noqa: E402
 from fl_split.tools.certificates import make_authority, make_node_key, make_server_certificate  # noqa: E402
 from fl_split.tools.watch import ping  # noqa: E402
 from fl_split.trunk.access import add_token  # noqa: E402

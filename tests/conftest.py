@@ -21,8 +21,9 @@ from transformers.utils import logging as transformers_logging
 from fl_split import demo
 from fl_split.config import RunConfig
 from fl_split.model import adapters
-from fl_split.model.loading import LocalTrunk, load_client, load_trunk
-from fl_split.server.run_folder import NodeFolder
+from fl_split.model.client import load_client
+from fl_split.model.trunk import LocalTrunk, load_trunk
+from fl_split.node.state import NodeFolder
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way

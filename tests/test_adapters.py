@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from fl_split.config import Aggregation, Lora
 from fl_split.errors import ConfigError, NodeStateError
 from fl_split.model import adapters
-from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.model.client import load_client
+from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node.round import _base_quality
 
 

@@ -6,8 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fl_split.config import Combine
 from fl_split.errors import AggregationError
-from fl_split.server.aggregation import Combine, Update, check_scaling, combine, moved, take, truncate
+from fl_split.model.products import truncate
+from fl_split.node.received import moved, take
+from fl_split.server.aggregation import Update, check_scaling, combine
 
 A, B = "m.lora_A.weight", "m.lora_B.weight"
 IN, OUT = 7, 5

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.checkpoint import INDEX, node_needs, resolve_model, trunk_needs, weights_digest
-from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.model.client import load_client
+from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.tools.doctor import diagnose
 
 Hub = Callable[[Path, Path], None]

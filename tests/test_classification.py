@@ -18,15 +18,18 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 import client_app
 import server_app
 from fl_split.config import Aggregation, Lora, RunConfig, Train
-from fl_split.data.load import Batch
 from fl_split.errors import SplitError
 from fl_split.model import adapters
-from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.model.client import load_client
+from fl_split.model.loss import Batch, accumulate
 from fl_split.model.slots import Trunk
+from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node import evaluate as classification
 from fl_split.node import train
-from fl_split.node.trunk_client import Expected, TrunkClient
+from fl_split.node.expected import Expected
+from fl_split.node.trunk_client import TrunkClient
 from fl_split.trunk import server
+from fl_split.trunk.layers import hold_layers
 
 BATCH: Batch = {
     "input_ids": torch.randint(3, 99, (4, 9), generator=torch.Generator().manual_seed(0)),
@@ -67,7 +70,7 @@ def gradients(model: PeftModel) -> dict[str, dict[str, Tensor | None]]:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.eval()
-    train.accumulate(model, [BATCH])
+    accumulate(model, [BATCH])
     found: dict[str, dict[str, Tensor | None]] = {"bottom": {}, "trunk": {}, "top": {}}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -98,7 +101,7 @@ def test_padding_and_both_directions_hold_over_the_wire(saved: Callable[[str], P
     for name in ("bert", "modernbert", "mpnet", "deberta-v2"):
         folder = saved(name)
         full = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-        held = server.hold_layers(folder, 1, 2)
+        held = hold_layers(folder, 1, 2)
         assert not held.causal
         with (
             server.embedded(held) as address,
@@ -153,10 +156,10 @@ def test_accumulated_texts_weigh_the_same_however_they_are_batched(saved: Callab
     parts = [{k: v[:1] for k, v in BATCH.items()}, {k: v[1:] for k, v in BATCH.items()}]
     model = adapters.attach(client(saved("bert")), Lora(), train_bottom=True, seed=0)
     model.eval()
-    loss = train.accumulate(model, [BATCH])
+    loss = accumulate(model, [BATCH])
     whole = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
-    assert train.accumulate(model, parts) == pytest.approx(loss, rel=1e-5)
+    assert accumulate(model, parts) == pytest.approx(loss, rel=1e-5)
     for p, expected in zip((p for p in model.parameters() if p.grad is not None), whole, strict=True):
         torch.testing.assert_close(p.grad, expected, rtol=1e-3, atol=1e-6)
 

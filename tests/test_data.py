@@ -10,16 +10,11 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fl_split.config import Data, NodeConfig
-from fl_split.data.load import (
-    IGNORED,
-    Example,
-    Examples,
-    heldout_batches,
-    load_examples,
-    prepare_tokenizer,
-    training_batches,
-)
+from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
+from fl_split.data.examples import Example
+from fl_split.data.load import Examples, load_examples
 from fl_split.errors import ConfigError, DataError
+from fl_split.model.loss import IGNORED
 
 SECRET = "Zanzibar"
 

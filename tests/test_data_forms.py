@@ -11,8 +11,10 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fl_split.config import Data, NodeConfig, RunConfig
-from fl_split.data.load import IGNORED, Examples, load_examples, prepare_tokenizer
+from fl_split.data.batches import prepare_tokenizer
+from fl_split.data.load import Examples, load_examples
 from fl_split.errors import ConfigError, DataError
+from fl_split.model.loss import IGNORED
 
 SECRET = "Zanzibar"
 CHATML = (

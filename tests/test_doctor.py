@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,12 @@ from fl_split.config import NodeConfig, RunConfig, read_values
 from fl_split.errors import ConfigError
 from fl_split.node.round import _warn_of_room
 from fl_split.plan import fits_here as room
+from fl_split.plan import versions
 from fl_split.plan.fits_here import check_room
-from fl_split.tools import doctor
-from fl_split.tools.doctor import check_versions, diagnose
-from fl_split.trunk.server import embedded, hold_layers
+from fl_split.plan.versions import check_versions
+from fl_split.tools.doctor import diagnose
+from fl_split.trunk.layers import hold_layers
+from fl_split.trunk.server import embedded
 
 SECRET = "Zanzibar"
 
@@ -84,16 +87,16 @@ def test_another_trunk_fails_and_the_right_one_passes(tmp_path: Path, demo_model
 
 def test_versions_are_compared_with_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["torch>=999", "no-such-package", 'pytest; extra == "dev"', "flwr"]
-    monkeypatch.setattr(doctor, "requires", lambda name: asked)
+    monkeypatch.setattr(versions, "requires", lambda name: asked)
     (check,) = check_versions()
     assert check.status == "fail"
     assert "torch>=999 is wanted" in check.text
     assert "no-such-package is not installed" in check.text
 
     def missing(name: str) -> None:
-        raise doctor.PackageNotFoundError(name)
+        raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(doctor, "requires", missing)
+    monkeypatch.setattr(versions, "requires", missing)
     assert next(check_versions()).status == "warn"
 
 

@@ -24,10 +24,13 @@ import server_app
 from fl_split.config import Lora, RunConfig, Train
 from fl_split.errors import NodeStateError, RoundFailed, SplitError, TrunkUnavailable
 from fl_split.model import adapters
-from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.model.client import load_client
+from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node import train
-from fl_split.node.trunk_client import Expected, TrunkClient
+from fl_split.node.expected import Expected
+from fl_split.node.trunk_client import TrunkClient
 from fl_split.trunk import server
+from fl_split.trunk.layers import hold_layers
 
 Run = Callable[..., InProcessGrid]
 
@@ -162,7 +165,7 @@ def test_impossible_split_is_refused_before_anything_starts(run: Run) -> None:
 def test_wrong_version_is_said_when_a_run_starts(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fl_split.tools.doctor.requires", lambda name: ["torch>=999"])
+    monkeypatch.setattr("fl_split.plan.versions.requires", lambda name: ["torch>=999"])
     with pytest.raises(RoundFailed):
         run(nodes=0, **{"run.node-wait-s": 0.0})
     assert "versions: torch>=999 is wanted" in caplog.text
@@ -195,7 +198,7 @@ def test_unmodified_transformers_trainer_trains_a_client(demo_model: Path, tmp_p
 
 
 def serve(folder: str, port: int) -> None:
-    with server.embedded(server.hold_layers(Path(folder), 2, 2), port):
+    with server.embedded(hold_layers(Path(folder), 2, 2), port):
         time.sleep(600)
 
 

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from fl_split.config import Lora
 from fl_split.model import adapters
-from fl_split.model.loading import LocalTrunk, boundaries_of, head_of, load_client, load_trunk
+from fl_split.model.client import head_of, load_client
+from fl_split.model.loading import boundaries_of
+from fl_split.model.trunk import LocalTrunk, load_trunk
 
 ALL = [*DECODERS, *CLASSIFIERS]
 every_family = pytest.mark.parametrize("family", ALL, ids=lambda f: f"{f.name}{'-classifier' if f.classifier else ''}")

@@ -19,17 +19,22 @@ from fl_split import demo
 from fl_split.cli import app
 from fl_split.config import Data, Lora, NodeConfig, Train
 from fl_split.data import load as data
+from fl_split.data.batches import prepare_tokenizer, training_batches
 from fl_split.errors import ConfigError, DataError, SurrogateError, TrunkRefused
 from fl_split.model import adapters
-from fl_split.model.loading import LocalTrunk, boundaries_of, load_trunk, pull_back, run_trunk
+from fl_split.model.loading import boundaries_of
+from fl_split.model.loss import Batch, accumulate
 from fl_split.model.slots import remote_trunk_of
-from fl_split.model.surrogate import read_card
+from fl_split.model.thin import read_card
+from fl_split.model.trunk import LocalTrunk, load_trunk, pull_back, run_trunk
 from fl_split.node import train
-from fl_split.node.trunk_client import Expected, TrunkClient
+from fl_split.node.expected import Expected
+from fl_split.node.trunk_client import TrunkClient
 from fl_split.tools import fit_surrogate as matching
 from fl_split.tools.gradcheck import Candidate, bottom_gradient, build, gradcheck
 from fl_split.trunk import server
 from fl_split.trunk.config import TrunkConfig
+from fl_split.trunk.layers import hold_layers
 
 FIT = matching.Fit(layers=2, steps=40, batch_size=4, length=48)
 
@@ -45,25 +50,25 @@ def fitted(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def batches(demo_model: Path) -> list[data.Batch]:
+def batches(demo_model: Path) -> list[Batch]:
     """Private batches of one institution, which no fit has seen."""
-    tokenizer = data.prepare_tokenizer(AutoTokenizer.from_pretrained(demo_model))
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(demo_model))
     node = NodeConfig(data_path=str(demo.data_folder() / "hospital-north.jsonl"))
     examples = data.load_examples(Data.model_validate({"max-length": 64}), node, tokenizer, 0)
-    return list(islice(data.training_batches(examples.train, tokenizer, 8, 0, 0), 4))
+    return list(islice(training_batches(examples.train, tokenizer, 8, 0, 0), 4))
 
 
 @contextmanager
 def served(folder: Path, **changes: Any) -> Iterator[TrunkClient]:
     config = TrunkConfig.model_validate({"metrics": {"enabled": False}, **changes})
-    with server.embedded(server.hold_layers(folder, 2, 2), config=config) as address:
+    with server.embedded(hold_layers(folder, 2, 2), config=config) as address:
         with TrunkClient(address, Expected.from_checkpoint(folder, 2, 2), wire_dtype="float32") as client:
             client.connect()
             yield client
 
 
 def test_matched_beats_blocks_of_the_same_memory_and_identity_and_exact_are_told_apart(
-    demo_model: Path, fitted: Path, batches: list[data.Batch]
+    demo_model: Path, fitted: Path, batches: list[Batch]
 ) -> None:
     candidates = [
         Candidate("identity"),
@@ -90,7 +95,7 @@ def test_fit_improves_on_its_start_and_says_so_on_the_card(fitted: Path, demo_mo
 
 @pytest.mark.parametrize("kind", ["blocks", "matched", "identity"])
 def test_gradient_is_autograds_through_the_formula(
-    demo_model: Path, fitted: Path, batches: list[data.Batch], kind: str
+    demo_model: Path, fitted: Path, batches: list[Batch], kind: str
 ) -> None:
     """h2 = S(h1) + (T(h1) - S(h1)).detach(), written out in the same model."""
     import fl_split.remote as remote
@@ -105,7 +110,7 @@ def test_gradient_is_autograds_through_the_formula(
     assert got.norm() > 0
 
 
-def test_matched_client_has_the_full_models_loss(demo_model: Path, fitted: Path, batches: list[data.Batch]) -> None:
+def test_matched_client_has_the_full_models_loss(demo_model: Path, fitted: Path, batches: list[Batch]) -> None:
     trunk = LocalTrunk(load_trunk(demo_model, 2, 2))
     losses = [
         train.evaluate(build(demo_model, 2, 2, trunk, candidate, Lora()), batches)
@@ -193,19 +198,19 @@ def test_model_writes_its_own_public_text(demo_model: Path) -> None:
 # --------------------------------------------------------------------------------------------------- distilled
 
 
-def value_error(model: Any, batches: list[data.Batch]) -> float:
+def value_error(model: Any, batches: list[Batch]) -> float:
     """||S(h1) - h2||^2 / ||h2 - h1||^2 as the surrogate stands."""
     distiller = train.make_distiller(model, 1e-9)
     model.train()
     for batch in batches:
-        train.accumulate(model, [batch])
+        accumulate(model, [batch])
     model.zero_grad(set_to_none=True)
     remote_trunk_of(model.get_base_model()).distiller = None
     return distiller.value_error
 
 
 def test_distillation_brings_the_surrogate_closer_and_the_task_does_not_move_it(
-    demo_model: Path, batches: list[data.Batch]
+    demo_model: Path, batches: list[Batch]
 ) -> None:
     trunk = LocalTrunk(load_trunk(demo_model, 2, 2))
     model = build(demo_model, 2, 2, trunk, Candidate("distilled", 2), Lora())
@@ -224,7 +229,7 @@ def test_distillation_brings_the_surrogate_closer_and_the_task_does_not_move_it(
     assert not any(".kept." in name for name in adapters.adapter_state(model))  # nor do replies and exports
 
 
-def observed(demo_model: Path, batches: list[data.Batch], probe_every: int) -> tuple[Any, tuple[Any, ...], Any]:
+def observed(demo_model: Path, batches: list[Batch], probe_every: int) -> tuple[Any, tuple[Any, ...], Any]:
     """The distiller of one kept layer after one batch, what it was given, and that layer as a function of h1."""
     model = build(demo_model, 2, 2, LocalTrunk(load_trunk(demo_model, 2, 2)), Candidate("distilled", 1), Lora())
     distiller = train.make_distiller(model, 1e-3, probe_every)
@@ -237,7 +242,7 @@ def observed(demo_model: Path, batches: list[data.Batch], probe_every: int) -> t
 
     distiller.observe = spy  # type: ignore[method-assign]
     model.train()
-    train.accumulate(model, batches[:1])
+    accumulate(model, batches[:1])
     base = model.get_base_model().base_model
     kept = base.get_submodule(boundaries_of(model.get_base_model()).layers_path)[4].kept
 
@@ -248,7 +253,7 @@ def observed(demo_model: Path, batches: list[data.Batch], probe_every: int) -> t
     return distiller, seen[0], surrogate
 
 
-def test_distillers_gradient_is_that_of_the_value_error_alone(demo_model: Path, batches: list[data.Batch]) -> None:
+def test_distillers_gradient_is_that_of_the_value_error_alone(demo_model: Path, batches: list[Batch]) -> None:
     distiller, (start, _, value, mask, _), surrogate = observed(demo_model, batches, 0)
     real = mask.bool()
     error = (surrogate(start) - value)[real].pow(2).sum() / (value - start)[real].pow(2).sum()
@@ -273,7 +278,7 @@ class SpyingTrunk(LocalTrunk):
 
 
 def test_probes_say_nothing_that_depends_on_labels_and_are_sent_in_training_only(
-    demo_model: Path, batches: list[data.Batch]
+    demo_model: Path, batches: list[Batch]
 ) -> None:
     sent = []
     for labels in (batches[0]["labels"], batches[0]["input_ids"].roll(1, 1)):
@@ -283,7 +288,7 @@ def test_probes_say_nothing_that_depends_on_labels_and_are_sent_in_training_only
         train.evaluate(model, batches[:1])
         model.train()
         torch.manual_seed(0)
-        train.accumulate(model, [{**batches[0], "labels": labels}] * 4)
+        accumulate(model, [{**batches[0], "labels": labels}] * 4)
         sent.append(trunk.sent)
     assert len(sent[0]) == 1 + 4 + 2
     assert all(torch.equal(a, b) for a, b in zip(*sent, strict=True))
@@ -295,7 +300,7 @@ def test_probes_say_nothing_that_depends_on_labels_and_are_sent_in_training_only
     assert torch.equal(moved[~real], start[~real])
 
 
-def test_probes_gradient_is_that_of_the_slopes_error(demo_model: Path, batches: list[data.Batch]) -> None:
+def test_probes_gradient_is_that_of_the_slopes_error(demo_model: Path, batches: list[Batch]) -> None:
     distiller, (start, _, value, mask, probe), surrogate = observed(demo_model, batches, 1)
     here, there, real = surrogate(start), surrogate(probe.moved), mask.bool()
     wanted = run_trunk(load_trunk(demo_model, 2, 2), probe.moved, mask, None) - value
@@ -307,7 +312,7 @@ def test_probes_gradient_is_that_of_the_slopes_error(demo_model: Path, batches: 
 
 
 def test_probes_bring_the_bottoms_gradient_closer_to_the_exact_one_than_values_alone(
-    demo_model: Path, batches: list[data.Batch]
+    demo_model: Path, batches: list[Batch]
 ) -> None:
     trunk = LocalTrunk(load_trunk(demo_model, 2, 2))
     exact = bottom_gradient(build(demo_model, 2, 2, trunk, Candidate("exact"), Lora()), batches)

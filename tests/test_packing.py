@@ -9,12 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, PreTrainedTokenizerBase
 
 from fl_split.config import Data, Lora, RunConfig
-from fl_split.data.load import Batch, Example, heldout_batches, prepare_tokenizer, training_batches
+from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
+from fl_split.data.examples import Example
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model import adapters
-from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.model.client import load_client
+from fl_split.model.loss import Batch, accumulate, count_targets, count_tokens
 from fl_split.model.packing import check_packing
-from fl_split.node.train import accumulate, count_targets, count_tokens, evaluate
+from fl_split.model.trunk import LocalTrunk, load_trunk
+from fl_split.node.train import evaluate
 
 GROUPED = Data.model_validate({"group-by-length": True})
 PACKED = Data(packing=True)

@@ -12,9 +12,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from fl_split.config import Lora
-from fl_split.data.load import Batch
 from fl_split.model import adapters
-from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.model.client import load_client
+from fl_split.model.loss import Batch, accumulate
+from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.model.turns import in_turn, run_in_turns
 from fl_split.node import train
 
@@ -72,7 +73,7 @@ def test_gradients_equal_the_sequential_ones(
             if "lora_B" in name:  # zero at the start: A would get no gradient
                 torch.nn.init.normal_(parameter, std=0.1)
         torch.manual_seed(5)
-        losses = [train.accumulate(model, batches(5), flying) for _ in range(2)]
+        losses = [accumulate(model, batches(5), flying) for _ in range(2)]
         outcomes.append((losses, [p.grad for p in model.parameters() if p.grad is not None]))
         assert min(flying, 2) <= trunk.most_open <= flying
     (losses, gradients), (losses_in_turns, gradients_in_turns) = outcomes

@@ -12,13 +12,15 @@ from transformers import AutoConfig, MixtralConfig, MptConfig
 
 from fl_split import wire
 from fl_split.config import RunConfig
-from fl_split.data.load import Batch
 from fl_split.errors import ConfigError, SplitError
-from fl_split.model import adapters
+from fl_split.model import adapters, loss
 from fl_split.model.checkpoint import read_config
-from fl_split.model.loading import checkpoint_activations, load_client, load_trunk
+from fl_split.model.client import checkpoint_activations, load_client
+from fl_split.model.loss import Batch
+from fl_split.model.trunk import load_trunk
 from fl_split.node import train
-from fl_split.node.trunk_client import Expected, TrunkClient
+from fl_split.node.expected import Expected
+from fl_split.node.trunk_client import TrunkClient
 from fl_split.plan.plan import (
     PROCESS_BYTES,
     Link,
@@ -32,6 +34,7 @@ from fl_split.plan.plan import (
 )
 from fl_split.trunk import server
 from fl_split.trunk.config import TrunkConfig
+from fl_split.trunk.layers import hold_layers
 
 BATCH, LENGTH = 3, 40
 FAMILIES = ("llama", "qwen2", "gpt2", "mistral")
@@ -85,9 +88,9 @@ def peak_of_a_step(folder: Path, run: RunConfig) -> int:
     mask = torch.ones_like(ids)
     mask[0, -3:] = 0
     batches: list[Batch] = [{"input_ids": ids, "attention_mask": mask, "labels": ids}]
-    train.accumulate(model, batches)  # which leaves gradients to add to
+    loss.accumulate(model, batches)  # which leaves gradients to add to
     with torch.profiler.profile(profile_memory=True) as profile:
-        train.accumulate(model, batches)
+        loss.accumulate(model, batches)
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]  # no public way to the order
     sizes = [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()) if event.name() == "[memory]"]
     return max(accumulate(sizes))
@@ -129,7 +132,7 @@ def test_bytes_of_probes_and_exact_gradients_are_those_on_the_wire(
     folder, run = checkpoint("llama"), run_config(**{"surrogate.kind": kind, **keys})
     plan = make_plan(AutoConfig.from_pretrained(folder), run)
     config = TrunkConfig.model_validate({"metrics": {"enabled": False}, "server": {"exact-gradient": True}})
-    with server.embedded(server.hold_layers(folder, 2, 2), config=config) as address:
+    with server.embedded(hold_layers(folder, 2, 2), config=config) as address:
         expected = Expected.from_checkpoint(folder, 2, 2)
         with TrunkClient(address, expected, wire_dtype=run.trunk.wire_dtype) as trunk:
             client = load_client(folder, 2, 2, trunk, surrogate=run.surrogate.kind, surrogate_layers=1)
@@ -137,7 +140,7 @@ def test_bytes_of_probes_and_exact_gradients_are_those_on_the_wire(
             if kind == "distilled":
                 train.make_distiller(model, 1e-3, run.surrogate.probe_every)
             ids = torch.randint(99, (BATCH, LENGTH))
-            train.accumulate(model, [{"input_ids": ids, "labels": ids}] * 2)
+            loss.accumulate(model, [{"input_ids": ids, "labels": ids}] * 2)
             sent, received = trunk.bytes_sent, trunk.bytes_received
     if run.trunk.wire_dtype == "int8":  # how many channels are kept depends on the numbers
         assert 0.95 * 2 * plan.request_bytes < sent <= 2 * plan.request_bytes

@@ -19,11 +19,13 @@ import client_app
 import server_app
 from fl_split import wire
 from fl_split.config import NodeConfig, RunConfig
-from fl_split.data.load import load_examples, prepare_tokenizer
+from fl_split.data.batches import prepare_tokenizer
+from fl_split.data.load import load_examples
 from fl_split.model import adapters
 from fl_split.model.slots import RemoteTrunk
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk import server
+from fl_split.trunk.layers import hold_layers
 
 Sent = list[tuple[str, bytes]]
 
@@ -31,7 +33,7 @@ Sent = list[tuple[str, bytes]]
 @contextmanager
 def tapped_trunk(folder: Path, sent: Sent) -> Iterator[str]:
     """A trunk behind a proxy that passes raw bytes on and notes what a node sends; yields the proxy's address."""
-    with server.embedded(server.hold_layers(folder, 2, 2)) as behind:
+    with server.embedded(hold_layers(folder, 2, 2)) as behind:
         channel = grpc.insecure_channel(behind)
 
         class Tap(grpc.GenericRpcHandler):
@@ -147,7 +149,7 @@ def test_a_failing_nodes_words_hold_nothing_private(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("patient Zanzibar")
 
-    monkeypatch.setattr("fl_split.node.round.data.load_examples", fail)
+    monkeypatch.setattr("fl_split.node.round.load_examples", fail)
     with pytest.raises(Exception, match="RuntimeError on the node") as error:
         run_app(tmp_path)
     assert "Zanzibar" not in str(error.value)

@@ -10,9 +10,10 @@ from transformers import AutoModel
 
 from fl_split import wire
 from fl_split.errors import ConfigError
-from fl_split.model.loading import pull_back
-from fl_split.model.surrogate import linears
-from fl_split.node.trunk_client import Expected, TrunkClient
+from fl_split.model.thin import linears
+from fl_split.model.trunk import pull_back
+from fl_split.node.expected import Expected
+from fl_split.node.trunk_client import TrunkClient
 from fl_split.trunk import layers as holding
 from fl_split.trunk import server
 from fl_split.trunk.config import Model

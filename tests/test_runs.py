@@ -10,7 +10,9 @@ import torch
 
 from fl_split.config import RunConfig
 from fl_split.errors import NodeStateError
-from fl_split.server.run_folder import NodeFolder, Rounds, RunFolder, SavedRound, write_atomic
+from fl_split.files import Rounds, write_atomic
+from fl_split.node.state import NodeFolder, SavedRound
+from fl_split.server.run_folder import RunFolder
 
 VERSIONS = {"fl-split": "test"}
 

@@ -21,18 +21,14 @@ from transformers import (
 from fl_split import malloc as heap
 from fl_split.config import Lora
 from fl_split.errors import ConfigError, SplitError
-from fl_split.model import loading as splitting
+from fl_split.model import client as ends
 from fl_split.model.adapters import attach
+from fl_split.model.client import checkpoint_activations, load_client
 from fl_split.model.family import examine
-from fl_split.model.loading import (
-    Boundaries,
-    LocalTrunk,
-    boundaries_of,
-    checkpoint_activations,
-    load_client,
-    load_trunk,
-)
-from fl_split.node.train import accumulate, make_distiller
+from fl_split.model.loading import Boundaries, boundaries_of
+from fl_split.model.loss import accumulate
+from fl_split.model.trunk import LocalTrunk, load_trunk
+from fl_split.node.train import make_distiller
 
 FAMILIES = ["llama", "qwen2", "mistral", "gpt2"]
 MASKS = {
@@ -255,14 +251,14 @@ def test_what_the_layers_freed_is_given_back_before_the_logits_of_a_large_batch(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given_back: list[bool] = []
-    monkeypatch.setattr(splitting, "give_back_freed", lambda: given_back.append(True))
+    monkeypatch.setattr(ends, "give_back_freed", lambda: given_back.append(True))
     folder = checkpoint("llama")
     client = load_client(folder, 2, 2, LocalTrunk(load_trunk(folder, 2, 2)))
     model = attach(client, Lora(), train_bottom=True, seed=0).train()
     ids = torch.randint(99, (2, 8))
     model(input_ids=ids)
     assert not given_back
-    monkeypatch.setattr(splitting, "_LARGE_BYTES", 2 * 8 * 4 * client.config.hidden_size)
+    monkeypatch.setattr(ends, "_LARGE_BYTES", 2 * 8 * 4 * client.config.hidden_size)
     model(input_ids=ids)
     with torch.no_grad():
         model(input_ids=ids)

@@ -29,7 +29,8 @@ from fl_split.errors import AggregationError, ConfigError, RoundFailed
 from fl_split.model import adapters
 from fl_split.node import train
 from fl_split.node.round import RoundResult
-from fl_split.server import strategy as strategies
+from fl_split.server import flower
+from fl_split.server.flower import flower_strategy
 
 Run = Callable[..., InProcessGrid]
 
@@ -419,7 +420,7 @@ def test_robust_strategies_are_not_moved_by_a_node_that_lies(name: str, values: 
         {"aggregation.share": "top", "aggregation.strategy": name, "aggregation.min-nodes": len(values),
          "aggregation.malicious-nodes": liars}
     ).aggregation  # fmt: skip
-    arrays, _ = strategies.flower_strategy(config, Dp()).aggregate_train(1, replies_of(*values))
+    arrays, _ = flower_strategy(config, Dp()).aggregate_train(1, replies_of(*values))
     assert arrays is not None and arrays["x"].numpy().tolist() == [expected] * 3
 
 
@@ -455,6 +456,6 @@ def test_epsilon_without_its_package_is_an_error_that_names_it(monkeypatch: pyte
     def absent(config: object) -> None:
         raise ImportError("dp-accounting")
 
-    monkeypatch.setattr(strategies, "RdpAccountant", absent)
+    monkeypatch.setattr(flower, "RdpAccountant", absent)
     with pytest.raises(ConfigError, match=r"pip install 'fl-split\[dp\]'"):
-        strategies.flower_strategy(Aggregation(share="top", weighting="equal"), Dp(mode="client-fixed"))
+        flower_strategy(Aggregation(share="top", weighting="equal"), Dp(mode="client-fixed"))

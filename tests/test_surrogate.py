@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fl_split.config import Lora
 from fl_split.model.adapters import adapter_shapes, attach, fresh_state, load_adapter_state, part_of
-from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.model.client import load_client
 from fl_split.model.surrogate import join, kept_layers
+from fl_split.model.trunk import LocalTrunk, load_trunk
 
 
 def test_join_has_the_trunks_value_and_the_surrogates_gradient() -> None:

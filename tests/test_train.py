@@ -9,9 +9,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from fl_split.config import Lora, Train
-from fl_split.data.load import IGNORED, Batch
 from fl_split.model import adapters
-from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.model.client import load_client
+from fl_split.model.loss import IGNORED, Batch, accumulate, count_targets
+from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node import train
 
 
@@ -49,8 +50,8 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_batch(make_model: Ca
     whole, parts = make_model(), make_model()
     batch = make_batch(0, (9, 9, 6, 4))
     rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(4)]
-    loss = train.accumulate(whole, [batch])
-    assert train.accumulate(parts, rows) == pytest.approx(loss, rel=1e-5)
+    loss = accumulate(whole, [batch])
+    assert accumulate(parts, rows) == pytest.approx(loss, rel=1e-5)
     assert len(gradients(parts)) > 0
     for got, expected in zip(gradients(parts), gradients(whole), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
@@ -61,7 +62,7 @@ def test_loss_counts_response_tokens_only(make_model: Callable[[], PeftModel]) -
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none")
     real = batch["labels"][:, 1:] != IGNORED
-    assert int(real.sum()) == train.count_targets(batch) == 5 + 1
+    assert int(real.sum()) == count_targets(batch) == 5 + 1
     assert train.evaluate(model, [batch]) == pytest.approx((losses[real].sum() / real.sum()).item(), rel=1e-5)
 
 

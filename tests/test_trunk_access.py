@@ -21,11 +21,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fl_split.errors import ConfigError, TrunkRefused, TrunkUnavailable
-from fl_split.node.trunk_client import Credentials, Expected, TrunkClient
+from fl_split.node.expected import Expected
+from fl_split.node.replicas import Credentials
+from fl_split.node.trunk_client import TrunkClient
 from fl_split.trunk import server
 from fl_split.trunk.access import TokenBook, Unauthenticated, add_token, read_tokens, revoke_tokens
 from fl_split.trunk.admission import Gate, TooManyCalls
 from fl_split.trunk.config import Limits, TrunkConfig
+from fl_split.trunk.layers import hold_layers
 
 NOW = datetime.datetime.now(datetime.UTC)
 DAY = datetime.timedelta(days=1)
@@ -77,7 +80,7 @@ def ca(tmp_path: Path) -> Pair:
 def served(checkpoint: Callable[[str], Path]) -> Callable[..., Any]:
     """Start a trunk with `security` keys, as a context; yields a function that connects a client."""
     folder = checkpoint("llama")
-    held = server.hold_layers(folder, 2, 2)
+    held = hold_layers(folder, 2, 2)
     expected = Expected.from_checkpoint(folder, 2, 2)
 
     @contextmanager

@@ -22,8 +22,10 @@ from typer.testing import CliRunner
 
 from fl_split import wire
 from fl_split.cli import app
-from fl_split.model.loading import LocalTrunk, load_trunk
-from fl_split.node.trunk_client import Credentials, Expected, TrunkClient
+from fl_split.model.trunk import LocalTrunk, load_trunk
+from fl_split.node.expected import Expected
+from fl_split.node.replicas import Credentials
+from fl_split.node.trunk_client import TrunkClient
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.server import TrunkServer

@@ -18,15 +18,17 @@ from fl_split import wire
 from fl_split.config import Lora
 from fl_split.errors import ConfigError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
 from fl_split.model import adapters
-from fl_split.model.loading import LocalTrunk, load_client
+from fl_split.model.client import load_client
+from fl_split.model.loss import accumulate
 from fl_split.model.slots import Trunk
-from fl_split.node import train
+from fl_split.model.trunk import LocalTrunk
+from fl_split.node.expected import Expected
 from fl_split.node.replicas import split_address
-from fl_split.node.trunk_client import Expected, TrunkClient
+from fl_split.node.trunk_client import TrunkClient
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk import server
 from fl_split.trunk.config import TrunkConfig
-from fl_split.trunk.layers import trunk_id
+from fl_split.trunk.layers import HeldLayers, hold_layers, trunk_id
 from fl_split.trunk.padding import run_packed
 
 HIDDEN = 32
@@ -38,8 +40,8 @@ def folder(checkpoint: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def held(folder: Path) -> server.HeldLayers:
-    return server.hold_layers(folder, 2, 2)
+def held(folder: Path) -> HeldLayers:
+    return hold_layers(folder, 2, 2)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ Answer = Callable[[pb.ForwardRequest, grpc.ServicerContext], pb.ForwardReply]
 
 
 @contextmanager
-def fake_trunk(held: server.HeldLayers, answer: Answer, port: int = 0, **about: Any) -> Iterator[tuple[str, list[str]]]:
+def fake_trunk(held: HeldLayers, answer: Answer, port: int = 0, **about: Any) -> Iterator[tuple[str, list[str]]]:
     """A trunk whose Forward is `answer`; yields its address and the methods called."""
     calls: list[str] = []
     description = held.describe(TrunkConfig().limits)
@@ -78,7 +80,7 @@ def fake_trunk(held: server.HeldLayers, answer: Answer, port: int = 0, **about: 
         fake.stop(0).wait()
 
 
-def echo(held: server.HeldLayers) -> Answer:
+def echo(held: HeldLayers) -> Answer:
     def answer(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
         return pb.ForwardReply(
             dtype=request.dtype, hidden_states=request.hidden_states, trunk_id=held.identity.trunk_id
@@ -91,7 +93,7 @@ def echo(held: server.HeldLayers) -> Answer:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_large_requests_are_cut_by_sequences(held: server.HeldLayers, expected: Expected, padded: bool) -> None:
+def test_large_requests_are_cut_by_sequences(held: HeldLayers, expected: Expected, padded: bool) -> None:
     hidden_states = torch.randn(7, 20, HIDDEN)
     mask = (torch.arange(20)[None] < torch.tensor([20, 3, 18, 20, 1, 9, 20])[:, None]).long() if padded else None
     sizes: list[int] = []
@@ -111,7 +113,7 @@ def test_large_requests_are_cut_by_sequences(held: server.HeldLayers, expected: 
     assert client.bytes_sent > int(real.sum()) * HIDDEN * 4
 
 
-def test_messages_stay_below_what_grpc_takes_by_default(held: server.HeldLayers, expected: Expected) -> None:
+def test_messages_stay_below_what_grpc_takes_by_default(held: HeldLayers, expected: Expected) -> None:
     sizes: list[int] = []
 
     def answer(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
@@ -128,7 +130,7 @@ def test_messages_stay_below_what_grpc_takes_by_default(held: server.HeldLayers,
 # ------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_a_refusal_with_a_time_is_obeyed(held: server.HeldLayers, expected: Expected) -> None:
+def test_a_refusal_with_a_time_is_obeyed(held: HeldLayers, expected: Expected) -> None:
     times: list[float] = []
 
     def answer(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
@@ -145,7 +147,7 @@ def test_a_refusal_with_a_time_is_obeyed(held: server.HeldLayers, expected: Expe
     assert calls.count("Describe") == 1  # it is the same trunk: no need to check it again
 
 
-def test_an_overloaded_trunk_is_an_error_within_the_time_limit(held: server.HeldLayers, expected: Expected) -> None:
+def test_an_overloaded_trunk_is_an_error_within_the_time_limit(held: HeldLayers, expected: Expected) -> None:
     def answer(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
         context.set_trailing_metadata(((wire.PUSHBACK, "100"),))
         context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
@@ -159,7 +161,7 @@ def test_an_overloaded_trunk_is_an_error_within_the_time_limit(held: server.Held
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL])
-def test_other_refusals_are_final(held: server.HeldLayers, expected: Expected, code: grpc.StatusCode) -> None:
+def test_other_refusals_are_final(held: HeldLayers, expected: Expected, code: grpc.StatusCode) -> None:
     def answer(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
         context.abort(code, "no")
         raise RuntimeError
@@ -170,7 +172,7 @@ def test_other_refusals_are_final(held: server.HeldLayers, expected: Expected, c
     assert calls == ["Describe", "Forward"]
 
 
-def test_an_answer_that_does_not_come_is_an_error(held: server.HeldLayers, expected: Expected) -> None:
+def test_an_answer_that_does_not_come_is_an_error(held: HeldLayers, expected: Expected) -> None:
     def answer(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
         time.sleep(0.6)
         return echo(held)(request, context)
@@ -180,7 +182,7 @@ def test_an_answer_that_does_not_come_is_an_error(held: server.HeldLayers, expec
             client.start(torch.ones(1, 2, HIDDEN), None, None).result()
 
 
-def test_a_reply_that_does_not_fit_is_an_error(held: server.HeldLayers, expected: Expected) -> None:
+def test_a_reply_that_does_not_fit_is_an_error(held: HeldLayers, expected: Expected) -> None:
     def answer(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
         return pb.ForwardReply(dtype=request.dtype, hidden_states=b"12", trunk_id=held.identity.trunk_id)
 
@@ -200,15 +202,13 @@ def test_a_reply_that_does_not_fit_is_an_error(held: server.HeldLayers, expected
         ({"weights_digest": "f" * 64}, "has other weights"),
     ],
 )
-def test_another_trunk_is_refused(
-    held: server.HeldLayers, expected: Expected, about: dict[str, Any], message: str
-) -> None:
+def test_another_trunk_is_refused(held: HeldLayers, expected: Expected, about: dict[str, Any], message: str) -> None:
     with fake_trunk(held, echo(held), **about) as (address, _), TrunkClient(address, expected) as client:
         with pytest.raises(TrunkMismatch, match=message):
             client.connect()
 
 
-def test_a_dtype_the_trunk_does_not_speak_is_refused(held: server.HeldLayers, expected: Expected) -> None:
+def test_a_dtype_the_trunk_does_not_speak_is_refused(held: HeldLayers, expected: Expected) -> None:
     about = held.describe(TrunkConfig().limits)
     del about.dtypes[:]
     about.dtypes.append(pb.FLOAT32)
@@ -216,7 +216,7 @@ def test_a_dtype_the_trunk_does_not_speak_is_refused(held: server.HeldLayers, ex
         expected.check(about, "x", pb.INT8)
 
 
-def test_a_reply_from_a_trunk_that_was_not_checked_is_not_used(held: server.HeldLayers, expected: Expected) -> None:
+def test_a_reply_from_a_trunk_that_was_not_checked_is_not_used(held: HeldLayers, expected: Expected) -> None:
     """Behind one name there may be several trunks: whoever answers Forward may not be who answered Describe."""
     others = iter([b"x" * 16, b"y" * 16])
 
@@ -230,7 +230,7 @@ def test_a_reply_from_a_trunk_that_was_not_checked_is_not_used(held: server.Held
     assert calls == ["Describe", "Forward"] * 3
 
 
-def test_a_trunk_whose_replies_are_always_another_s_is_an_error(held: server.HeldLayers, expected: Expected) -> None:
+def test_a_trunk_whose_replies_are_always_another_s_is_an_error(held: HeldLayers, expected: Expected) -> None:
     def answer(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
         return pb.ForwardReply(dtype=request.dtype, hidden_states=request.hidden_states, trunk_id=b"x" * 16)
 
@@ -240,7 +240,7 @@ def test_a_trunk_whose_replies_are_always_another_s_is_an_error(held: server.Hel
         assert client.num_retries == calls.count("Forward") - 1 == 3
 
 
-def test_replicas_of_different_trunks_do_not_mix(held: server.HeldLayers, expected: Expected) -> None:
+def test_replicas_of_different_trunks_do_not_mix(held: HeldLayers, expected: Expected) -> None:
     blind = replace(expected, weights_digest=None)  # as of a node that has only its own part of the checkpoint
     with fake_trunk(held, echo(held)) as (first, _), fake_trunk(held, echo(held), trunk_id=b"y" * 16) as (second, _):
         with TrunkClient(f"{first},{second}", blind, timeout_s=5) as client:
@@ -249,8 +249,8 @@ def test_replicas_of_different_trunks_do_not_mix(held: server.HeldLayers, expect
                 client.start(torch.ones(1, 2, HIDDEN), None, None).result()
 
 
-def test_a_trunk_of_another_precision_is_another_trunk(folder: Path, held: server.HeldLayers) -> None:
-    narrow = server.hold_layers(folder, 2, 2, torch.bfloat16).identity
+def test_a_trunk_of_another_precision_is_another_trunk(folder: Path, held: HeldLayers) -> None:
+    narrow = hold_layers(folder, 2, 2, torch.bfloat16).identity
     assert (narrow.compute_dtype, held.identity.compute_dtype) == ("bfloat16", "float32")
     assert narrow.weights_digest == held.identity.weights_digest and narrow.trunk_id != held.identity.trunk_id
     assert narrow.trunk_id != trunk_id(pb.DescribeReply(quantization="torchao-int8", **_fields(narrow)))
@@ -266,7 +266,7 @@ def _fields(about: pb.DescribeReply) -> dict[str, Any]:
 
 
 def test_a_replica_lost_while_a_request_is_packed_costs_nothing(
-    held: server.HeldLayers, expected: Expected, monkeypatch: pytest.MonkeyPatch
+    held: HeldLayers, expected: Expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another call may be lost at any moment between the check and the cut."""
     pack = wire.pack_batch
@@ -287,7 +287,7 @@ class _Lost(grpc.RpcError):
         return grpc.StatusCode.UNAVAILABLE
 
 
-def test_a_replica_that_hangs_does_not_lose_the_call(held: server.HeldLayers, expected: Expected) -> None:
+def test_a_replica_that_hangs_does_not_lose_the_call(held: HeldLayers, expected: Expected) -> None:
     hang = threading.Event()
 
     def never(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
@@ -304,7 +304,7 @@ def test_a_replica_that_hangs_does_not_lose_the_call(held: server.HeldLayers, ex
     assert calls.count("Forward") == 1
 
 
-def test_replicas_are_taken_in_turns(held: server.HeldLayers, expected: Expected) -> None:
+def test_replicas_are_taken_in_turns(held: HeldLayers, expected: Expected) -> None:
     with ExitStack() as stack:
         replicas = [stack.enter_context(fake_trunk(held, echo(held))) for _ in range(3)]
         client = stack.enter_context(TrunkClient(", ".join(address for address, _ in replicas), expected))
@@ -314,7 +314,7 @@ def test_replicas_are_taken_in_turns(held: server.HeldLayers, expected: Expected
         assert all(calls.count("Describe") == 1 for _, calls in replicas)
 
 
-def test_a_full_replica_is_left_alone_while_another_has_room(held: server.HeldLayers, expected: Expected) -> None:
+def test_a_full_replica_is_left_alone_while_another_has_room(held: HeldLayers, expected: Expected) -> None:
     def full(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
         context.set_trailing_metadata(((wire.PUSHBACK, "5000"),))
         context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
@@ -330,7 +330,7 @@ def test_a_full_replica_is_left_alone_while_another_has_room(held: server.HeldLa
     assert others.count("Forward") == 6
 
 
-def test_one_dead_replica_of_two_costs_nothing(held: server.HeldLayers, expected: Expected) -> None:
+def test_one_dead_replica_of_two_costs_nothing(held: HeldLayers, expected: Expected) -> None:
     with server.embedded(held) as address, TrunkClient(f"127.0.0.1:9,{address}", expected, timeout_s=5) as client:
         started = time.monotonic()
         for _ in range(4):
@@ -338,7 +338,7 @@ def test_one_dead_replica_of_two_costs_nothing(held: server.HeldLayers, expected
         assert time.monotonic() - started < 2
 
 
-def test_calls_in_flight_survive_replicas_that_come_and_go(held: server.HeldLayers, expected: Expected) -> None:
+def test_calls_in_flight_survive_replicas_that_come_and_go(held: HeldLayers, expected: Expected) -> None:
     """Two replicas stop and start under load, never both at once: every answer comes, and is right."""
     inputs = [torch.randn(2, 6, HIDDEN, generator=torch.Generator().manual_seed(i)) for i in range(60)]
     ports: list[int] = []
@@ -373,9 +373,7 @@ def test_calls_in_flight_survive_replicas_that_come_and_go(held: server.HeldLaye
             thread.join()
 
 
-def test_a_replica_that_dies_in_mid_step_changes_nothing(
-    folder: Path, held: server.HeldLayers, expected: Expected
-) -> None:
+def test_a_replica_that_dies_in_mid_step_changes_nothing(folder: Path, held: HeldLayers, expected: Expected) -> None:
     """One of two replicas goes while it computes: loss and gradients of the step are those of a trunk in here."""
     ids = torch.randint(3, 99, (6, 2, 9), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids]
@@ -394,7 +392,7 @@ def test_a_replica_that_dies_in_mid_step_changes_nothing(
 
     def step(trunk: Trunk) -> tuple[float, list[torch.Tensor]]:
         model = adapters.attach(load_client(folder, 2, 2, trunk), Lora(), train_bottom=True, seed=0)
-        loss = train.accumulate(model, batches, 3)
+        loss = accumulate(model, batches, 3)
         return loss, [p.grad for p in model.parameters() if p.grad is not None]
 
     with ExitStack() as stack, ThreadPoolExecutor(1) as killer:
@@ -412,10 +410,8 @@ def test_a_replica_that_dies_in_mid_step_changes_nothing(
     torch.testing.assert_close(gradients, right_gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_a_replica_that_serves_something_else_is_an_error(
-    folder: Path, held: server.HeldLayers, expected: Expected
-) -> None:
-    other = server.hold_layers(folder, 1, 2)
+def test_a_replica_that_serves_something_else_is_an_error(folder: Path, held: HeldLayers, expected: Expected) -> None:
+    other = hold_layers(folder, 1, 2)
     with server.embedded(held) as first, server.embedded(other) as second:
         with TrunkClient(f"{first},{second}", expected, timeout_s=5) as client:
             futures = [client.start(torch.ones(1, 2, HIDDEN), None, None) for _ in range(2)]
@@ -423,7 +419,7 @@ def test_a_replica_that_serves_something_else_is_an_error(
                 [future.result() for future in futures]
 
 
-def test_one_dns_name_reaches_a_trunk(held: server.HeldLayers, expected: Expected) -> None:
+def test_one_dns_name_reaches_a_trunk(held: HeldLayers, expected: Expected) -> None:
     with server.embedded(held) as address:
         port = address.rpartition(":")[2]
         for name in (f"localhost:{port}", f"dns:///localhost:{port}"):

@@ -29,9 +29,11 @@ from fl_split import wire
 from fl_split.config import Lora
 from fl_split.errors import ConfigError, SurrogateError, TrunkError, TrunkUnavailable, WireError
 from fl_split.model import adapters
-from fl_split.model.loading import LocalTrunk, load_client
-from fl_split.node import train
-from fl_split.node.trunk_client import Expected, TrunkClient
+from fl_split.model.client import load_client
+from fl_split.model.loss import accumulate
+from fl_split.model.trunk import LocalTrunk
+from fl_split.node.expected import Expected
+from fl_split.node.trunk_client import TrunkClient, fetch
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk import admission as gates
 from fl_split.trunk import layers as holding
@@ -39,23 +41,23 @@ from fl_split.trunk import messages, server
 from fl_split.trunk.access import add_token
 from fl_split.trunk.batching import Batcher
 from fl_split.trunk.config import Model, TrunkConfig
+from fl_split.trunk.layers import HeldLayers, hold_layers
 from fl_split.trunk.metrics import serve_metrics
-from fl_split.trunk.published import fetch
 
 HIDDEN = 32
 _Code = grpc.StatusCode
 
 
 @pytest.fixture(scope="module")
-def held(checkpoint: Callable[[str], Path]) -> server.HeldLayers:
-    return server.hold_layers(checkpoint("llama"), 2, 2)
+def held(checkpoint: Callable[[str], Path]) -> HeldLayers:
+    return hold_layers(checkpoint("llama"), 2, 2)
 
 
-class Gated(server.HeldLayers):
+class Gated(HeldLayers):
     """The same layers, but while `gate` is closed no forward pass ends; `lengths` are those of the passes so far."""
 
     @classmethod
-    def of(cls, held: server.HeldLayers) -> "Gated":
+    def of(cls, held: HeldLayers) -> "Gated":
         gated = cls(held.model, held.identity, held.causal)
         object.__setattr__(gated, "gate", threading.Event())
         object.__setattr__(gated, "lengths", [])
@@ -98,7 +100,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def serving(held: server.HeldLayers, **sections: dict[str, Any]) -> Iterator[grpc.Channel]:
+def serving(held: HeldLayers, **sections: dict[str, Any]) -> Iterator[grpc.Channel]:
     config = TrunkConfig.model_validate(sections)
     options = [("grpc.http2.bdp_probe", 0)]  # else grpc may take a reply that nobody asks for
     with server.embedded(held, config=config) as address, grpc.insecure_channel(address, options) as channel:
@@ -106,7 +108,7 @@ def serving(held: server.HeldLayers, **sections: dict[str, Any]) -> Iterator[grp
 
 
 @contextmanager
-def running(held: server.HeldLayers, **sections: dict[str, Any]) -> Iterator[tuple[server.TrunkServer, grpc.Channel]]:
+def running(held: HeldLayers, **sections: dict[str, Any]) -> Iterator[tuple[server.TrunkServer, grpc.Channel]]:
     """As `serving`, with the server itself."""
     made: list[server.TrunkServer] = []
     build = server.TrunkServer._build
@@ -175,7 +177,7 @@ def refused(channel: grpc.Channel, message: bytes, **options: Any) -> grpc.RpcEr
 @pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16", "int8"])
 def test_remote_equals_local(checkpoint: Callable[[str], Path], family: str, wire_dtype: str) -> None:
     torch.manual_seed(0)
-    held = server.hold_layers(checkpoint(family), 2, 2)
+    held = hold_layers(checkpoint(family), 2, 2)
     hidden_states = torch.randn(3, 10, HIDDEN)
     mask = (torch.arange(10)[None] < torch.tensor([10, 4, 7])[:, None]).long()
     left = mask.flip(1)
@@ -189,7 +191,7 @@ def test_remote_equals_local(checkpoint: Callable[[str], Path], family: str, wir
             assert (remote[real] - local[real]).norm() < tolerance * local[real].norm()
 
 
-def test_many_callers_at_once_get_what_each_would_get_alone(held: server.HeldLayers) -> None:
+def test_many_callers_at_once_get_what_each_would_get_alone(held: HeldLayers) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(1 + i % 3, 3 + i % 7, HIDDEN, generator=generator) for i in range(40)]
     with serving(held) as channel, ThreadPoolExecutor(8) as threads:
@@ -206,9 +208,7 @@ def test_many_callers_at_once_get_what_each_would_get_alone(held: server.HeldLay
 
 
 @pytest.mark.parametrize("batching", [False, True])
-def test_calls_in_flight_change_nothing(
-    checkpoint: Callable[[str], Path], held: server.HeldLayers, batching: bool
-) -> None:
+def test_calls_in_flight_change_nothing(checkpoint: Callable[[str], Path], held: HeldLayers, batching: bool) -> None:
     """Bit for bit if each call runs alone, else up to the rounding of another batch size."""
     folder, sizes = checkpoint("llama"), set[int]()
     generator = torch.Generator().manual_seed(0)
@@ -217,7 +217,7 @@ def test_calls_in_flight_change_nothing(
         ids = torch.randint(3, 99, (2, 9) if i % 2 else (1, 30), generator=generator)
         batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
 
-    class Slow(server.HeldLayers):
+    class Slow(HeldLayers):
         def run(self, hidden_states: Tensor, *args: Any) -> Tensor:
             time.sleep(0.1)  # so that calls meet
             sizes.add(len(hidden_states))
@@ -228,7 +228,7 @@ def test_calls_in_flight_change_nothing(
         model = adapters.attach(client, Lora(), train_bottom=True, seed=0)
         model.train()
         torch.manual_seed(1)
-        loss = train.accumulate(model, batches, in_flight)
+        loss = accumulate(model, batches, in_flight)
         return loss, [p.grad for p in model.parameters() if p.grad is not None]
 
     slow, config = Slow(held.model, held.identity, held.causal), {"batching": {"enabled": batching}}
@@ -245,10 +245,10 @@ def test_calls_in_flight_change_nothing(
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(b.abs().max()))
 
 
-def test_a_server_warms_up_what_it_may_run(held: server.HeldLayers) -> None:
+def test_a_server_warms_up_what_it_may_run(held: HeldLayers) -> None:
     forms: list[tuple[int, bool, bool]] = []
 
-    class Watched(server.HeldLayers):
+    class Watched(HeldLayers):
         def run(self, hidden_states: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
             forms.append((len(hidden_states), mask is not None, positions is not None))
             return super().run(hidden_states, mask, positions)
@@ -257,7 +257,7 @@ def test_a_server_warms_up_what_it_may_run(held: server.HeldLayers) -> None:
         assert forms == [(1, False, False), (2, False, False), (1, True, True)]
 
 
-def test_exact_gradients_are_cut_as_calls_are(checkpoint: Callable[[str], Path], held: server.HeldLayers) -> None:
+def test_exact_gradients_are_cut_as_calls_are(checkpoint: Callable[[str], Path], held: HeldLayers) -> None:
     torch.manual_seed(0)
     hidden_states, gradient = torch.randn(5, 8, HIDDEN), torch.randn(5, 8, HIDDEN)
     mask = (torch.arange(8)[None] < torch.tensor([8, 3, 7, 8, 1])[:, None]).long()
@@ -288,7 +288,7 @@ def test_exact_gradients_are_cut_as_calls_are(checkpoint: Callable[[str], Path],
         (request(positions=[1]), "positions has 1 entries"),
     ],
 )
-def test_malformed_requests_are_refused_by_field(held: server.HeldLayers, message: bytes, text: str) -> None:
+def test_malformed_requests_are_refused_by_field(held: HeldLayers, message: bytes, text: str) -> None:
     with serving(held) as channel:
         error = refused(channel, message)
         assert error.code() is _Code.INVALID_ARGUMENT
@@ -296,7 +296,7 @@ def test_malformed_requests_are_refused_by_field(held: server.HeldLayers, messag
         assert len(forward(channel)(request(), timeout=5).hidden_states) == 5 * HIDDEN * 4
 
 
-def test_messages_beyond_the_limit_and_compressed_ones_are_refused(held: server.HeldLayers) -> None:
+def test_messages_beyond_the_limit_and_compressed_ones_are_refused(held: HeldLayers) -> None:
     with serving(held, limits={"max-tokens": 64}) as channel:
         error = refused(channel, bytes(100_000))
         assert error.code() is _Code.RESOURCE_EXHAUSTED
@@ -305,7 +305,7 @@ def test_messages_beyond_the_limit_and_compressed_ones_are_refused(held: server.
         assert forward(channel)(request(), timeout=5)
 
 
-def test_a_message_beyond_the_limit_is_counted_as_its_caller_sees_it(held: server.HeldLayers) -> None:
+def test_a_message_beyond_the_limit_is_counted_as_its_caller_sees_it(held: HeldLayers) -> None:
     with running(held, limits={"max-tokens": 64}) as (trunk, channel):
         assert refused(channel, bytes(100_000)).code() is _Code.RESOURCE_EXHAUSTED
         wait_until(lambda: counted(trunk, "Forward", "RESOURCE_EXHAUSTED") == 1)
@@ -337,14 +337,14 @@ def test_the_largest_request_is_not_refused_for_its_size() -> None:
     assert messages.decode_pull(data, limits)[1].rows.shape == (512, 2 * HIDDEN)
 
 
-def test_a_request_for_a_surrogate_is_a_few_bytes(held: server.HeldLayers) -> None:
+def test_a_request_for_a_surrogate_is_a_few_bytes(held: HeldLayers) -> None:
     with serving(held) as channel, pytest.raises(grpc.RpcError, match="has 17 bytes: expected at most 16") as error:
         channel.unary_unary(f"/{wire.SERVICE}/Surrogate")(bytes([26, 15, *range(15)]), timeout=5)
     assert error.value.code() is _Code.INVALID_ARGUMENT
 
 
 def test_exact_gradients_wait_in_a_bounded_queue(
-    held: server.HeldLayers, batchers: list[Batcher], monkeypatch: pytest.MonkeyPatch
+    held: HeldLayers, batchers: list[Batcher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
     run_pulls = messages.run_pulls
@@ -361,8 +361,8 @@ def test_exact_gradients_wait_in_a_bounded_queue(
     assert (codes.count(_Code.OK), codes.count(_Code.RESOURCE_EXHAUSTED)) == (2, 10)
 
 
-def test_errors_reveal_no_internals(held: server.HeldLayers, caplog: pytest.LogCaptureFixture) -> None:
-    class Broken(server.HeldLayers):
+def test_errors_reveal_no_internals(held: HeldLayers, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(HeldLayers):
         def run(self, *args: Any) -> Tensor:
             if len(args[0]) == 1 and args[0].shape[1] == 5:
                 raise RuntimeError("tensor([0.123, /secret/path")
@@ -376,7 +376,7 @@ def test_errors_reveal_no_internals(held: server.HeldLayers, caplog: pytest.LogC
     assert "call request-12345678 failed: RuntimeError > " in caplog.text and "layout.py:" in caplog.text
 
 
-def test_a_call_without_a_message_and_one_that_is_too_slow_are_refused(held: server.HeldLayers) -> None:
+def test_a_call_without_a_message_and_one_that_is_too_slow_are_refused(held: HeldLayers) -> None:
     with serving(held, limits={"receive-timeout-s": 0.2}) as channel:
         call = channel.stream_unary(f"/{wire.SERVICE}/Forward")
         with pytest.raises(grpc.RpcError, match="the call holds no message"):
@@ -395,7 +395,7 @@ def test_a_call_without_a_message_and_one_that_is_too_slow_are_refused(held: ser
         assert forward(channel)(request(), timeout=5)
 
 
-def test_raw_bytes_and_a_flood_of_connections_do_no_harm(held: server.HeldLayers) -> None:
+def test_raw_bytes_and_a_flood_of_connections_do_no_harm(held: HeldLayers) -> None:
     with server.embedded(held, config=TrunkConfig.model_validate({"limits": {"connections": 20}})) as address:
         host, _, port = address.partition(":")
         sockets = []
@@ -409,13 +409,13 @@ def test_raw_bytes_and_a_flood_of_connections_do_no_harm(held: server.HeldLayers
             assert forward(channel)(request(), timeout=10, wait_for_ready=True)
 
 
-def test_unknown_methods_are_unimplemented(held: server.HeldLayers) -> None:
+def test_unknown_methods_are_unimplemented(held: HeldLayers) -> None:
     with serving(held) as channel, pytest.raises(grpc.RpcError) as error:
         channel.unary_unary(f"/{wire.SERVICE}/Train")(b"", timeout=5)
     assert error.value.code() is _Code.UNIMPLEMENTED
 
 
-def test_a_surrogate_that_is_not_published_is_not_found(held: server.HeldLayers) -> None:
+def test_a_surrogate_that_is_not_published_is_not_found(held: HeldLayers) -> None:
     with serving(held) as channel, pytest.raises(grpc.RpcError, match="publishes no surrogate") as error:
         channel.unary_unary(f"/{wire.SERVICE}/Surrogate")(b"", timeout=5)
     assert error.value.code() is _Code.NOT_FOUND
@@ -440,7 +440,7 @@ def test_a_surrogate_that_does_not_come_whole_leaves_nothing_behind(tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-def test_one_connection_more_than_there_may_be_is_refused(held: server.HeldLayers) -> None:
+def test_one_connection_more_than_there_may_be_is_refused(held: HeldLayers) -> None:
     with server.embedded(held, config=TrunkConfig.model_validate({"limits": {"connections": 3}})) as address:
         with ExitStack() as stack:
             first = [stack.enter_context(own_channel(address)) for _ in range(3)]
@@ -454,7 +454,7 @@ def test_one_connection_more_than_there_may_be_is_refused(held: server.HeldLayer
                 assert forward(fourth)(request(), timeout=20, wait_for_ready=True)
 
 
-def test_idle_connections_are_closed_and_make_room(held: server.HeldLayers) -> None:
+def test_idle_connections_are_closed_and_make_room(held: HeldLayers) -> None:
     limits = {"connections": 2, "idle-s": 1.0}
     with server.embedded(held, config=TrunkConfig.model_validate({"limits": limits})) as address, ExitStack() as stack:
         for channel in [stack.enter_context(own_channel(address)) for _ in range(2)]:
@@ -464,7 +464,7 @@ def test_idle_connections_are_closed_and_make_room(held: server.HeldLayers) -> N
 
 
 @pytest.mark.slow
-def test_connections_that_say_nothing_are_closed_and_make_room(held: server.HeldLayers) -> None:
+def test_connections_that_say_nothing_are_closed_and_make_room(held: HeldLayers) -> None:
     with server.embedded(held, config=TrunkConfig.model_validate({"limits": {"connections": 20}})) as address:
         host, _, port = address.partition(":")
         silent = [socket.create_connection((host, int(port)), timeout=5) for _ in range(30)]
@@ -486,7 +486,7 @@ def bearers(tmp_path: Path) -> tuple[Path, Any, Any]:
 
 
 def test_a_light_caller_is_served_while_a_heavy_one_waits(
-    held: server.HeldLayers, bearers: tuple[Path, Any, Any], batchers: list[Batcher]
+    held: HeldLayers, bearers: tuple[Path, Any, Any], batchers: list[Batcher]
 ) -> None:
     file, heavy, light = bearers
     sections = {"security": {"tokens": str(file)}, "batching": {"max-batch-tokens": 40}, "limits": {"queue-s": 600.0}}
@@ -502,9 +502,7 @@ def test_a_light_caller_is_served_while_a_heavy_one_waits(
     assert gated.lengths[before:].index(39) <= 2  # in order of arrival it would be 40
 
 
-def test_slow_senders_of_one_caller_do_not_keep_others_out(
-    held: server.HeldLayers, bearers: tuple[Path, Any, Any]
-) -> None:
+def test_slow_senders_of_one_caller_do_not_keep_others_out(held: HeldLayers, bearers: tuple[Path, Any, Any]) -> None:
     file, heavy, light = bearers
     sections = {"security": {"tokens": str(file)}, "limits": {"reading": 2, "reading-per-caller": 1}}
     with serving(held, **sections) as channel:
@@ -524,7 +522,7 @@ def test_slow_senders_of_one_caller_do_not_keep_others_out(
 
 
 def test_silent_senders_of_two_callers_do_not_keep_a_third_out(
-    held: server.HeldLayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    held: HeldLayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gates, "_IDLE_S", 0.2)
     file = tmp_path / "tokens.json"
@@ -550,7 +548,7 @@ def test_silent_senders_of_two_callers_do_not_keep_a_third_out(
         assert {call.code() for call in calls if call is not displaced} == {_Code.OK}
 
 
-def test_replies_that_nobody_takes_count_as_open_calls(held: server.HeldLayers) -> None:
+def test_replies_that_nobody_takes_count_as_open_calls(held: HeldLayers) -> None:
     large = request(4096, lengths=[64] * 64)  # more than gRPC takes unasked
     with running(held, limits={"calls-per-caller": 3}, server={"drain-s": 0.2}) as (trunk, channel):
         call = channel.unary_stream(f"/{wire.SERVICE}/Forward")
@@ -568,7 +566,7 @@ def test_replies_that_nobody_takes_count_as_open_calls(held: server.HeldLayers) 
         wait_until(lambda: counted(trunk, "Forward", "OK") == 1 and counted(trunk, "Forward", "CANCELLED") == 2)
 
 
-def test_a_caller_with_replies_to_take_is_refused_more(held: server.HeldLayers) -> None:
+def test_a_caller_with_replies_to_take_is_refused_more(held: HeldLayers) -> None:
     large = request(8192, lengths=[64] * 128)  # replies of 1.05 MB
     with running(held, limits={"unread-mb": 1}, server={"drain-s": 0.2}) as (trunk, channel):
         call = channel.unary_stream(f"/{wire.SERVICE}/Forward")
@@ -580,7 +578,7 @@ def test_a_caller_with_replies_to_take_is_refused_more(held: server.HeldLayers) 
         assert forward(channel)(request(), timeout=5)
 
 
-def test_a_call_that_ended_leaves_no_message_to_the_collector(held: server.HeldLayers) -> None:
+def test_a_call_that_ended_leaves_no_message_to_the_collector(held: HeldLayers) -> None:
     large = request(4096, lengths=[64] * 64)
     with serving(held) as channel:
         forward(channel)(large, timeout=60)
@@ -596,7 +594,7 @@ def test_a_call_that_ended_leaves_no_message_to_the_collector(held: server.HeldL
             gc.enable()
 
 
-def test_of_a_call_that_waits_to_be_read_little_is_received(held: server.HeldLayers) -> None:
+def test_of_a_call_that_waits_to_be_read_little_is_received(held: HeldLayers) -> None:
     large = request(8192, lengths=[64] * 128)
     with running(held, limits={"reading": 1}, server={"drain-s": 0.2}) as (trunk, channel):
         silent = channel.stream_unary(f"/{wire.SERVICE}/Forward").future(iter(queue.Queue().get, None), timeout=60)
@@ -610,7 +608,7 @@ def test_of_a_call_that_waits_to_be_read_little_is_received(held: server.HeldLay
                 call.cancel()
 
 
-def test_a_full_queue_refuses_with_a_time_to_come_back(held: server.HeldLayers) -> None:
+def test_a_full_queue_refuses_with_a_time_to_come_back(held: HeldLayers) -> None:
     limits = {"max-tokens": 64, "queue-tokens": 64}
     gated = Gated.of(held)
     with serving(gated, limits=limits, batching={"max-batch-tokens": 40}) as channel:
@@ -625,7 +623,7 @@ def test_a_full_queue_refuses_with_a_time_to_come_back(held: server.HeldLayers) 
                 assert 0 < int(dict(call.trailing_metadata())[wire.PUSHBACK]) <= 10_000
 
 
-def test_too_many_calls_of_one_caller_are_refused(held: server.HeldLayers) -> None:
+def test_too_many_calls_of_one_caller_are_refused(held: HeldLayers) -> None:
     gated = Gated.of(held)
     with serving(gated, limits={"calls-per-caller": 2}) as channel:
         gated.close()
@@ -636,7 +634,7 @@ def test_too_many_calls_of_one_caller_are_refused(held: server.HeldLayers) -> No
         assert "too many calls at once" in next(c for c in calls if c.code() is not _Code.OK).details()
 
 
-def test_queued_tokens_are_right_while_nothing_is_computed(held: server.HeldLayers) -> None:
+def test_queued_tokens_are_right_while_nothing_is_computed(held: HeldLayers) -> None:
     gated = Gated.of(held)
     with running(gated) as (trunk, channel):
         before = gated.close()
@@ -654,7 +652,7 @@ def test_queued_tokens_are_right_while_nothing_is_computed(held: server.HeldLaye
         busy.result()
 
 
-def test_cancelled_and_late_calls_are_not_computed(held: server.HeldLayers, batchers: list[Batcher]) -> None:
+def test_cancelled_and_late_calls_are_not_computed(held: HeldLayers, batchers: list[Batcher]) -> None:
     gated = Gated.of(held)
     with serving(gated) as channel:
         before = gated.close()
@@ -675,7 +673,7 @@ def test_cancelled_and_late_calls_are_not_computed(held: server.HeldLayers, batc
 # --------------------------------------------------------------------------------------------------- observability
 
 
-def test_health_and_reflection(held: server.HeldLayers) -> None:
+def test_health_and_reflection(held: HeldLayers) -> None:
     with serving(held) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for name in ("", wire.SERVICE):
@@ -690,7 +688,7 @@ def test_health_and_reflection(held: server.HeldLayers) -> None:
         assert b"ForwardRequest" in answer.file_descriptor_response.file_descriptor_proto[0]
 
 
-def test_health_and_reflection_take_little(held: server.HeldLayers) -> None:
+def test_health_and_reflection_take_little(held: HeldLayers) -> None:
     """They need no token: neither large messages nor many open calls must get far."""
     with running(held, server={"drain-s": 20.0}) as (trunk, channel):
         health = health_pb2_grpc.HealthStub(channel)
@@ -714,9 +712,7 @@ def test_health_and_reflection_take_little(held: server.HeldLayers) -> None:
     assert time.monotonic() - started < 5  # watches do not make a drain longer
 
 
-def test_a_trunk_that_can_serve_no_more_says_so_and_ends(
-    held: server.HeldLayers, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trunk_that_can_serve_no_more_says_so_and_ends(held: HeldLayers, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: server.TrunkServer, jobs: list[Any], seconds: float) -> None:
         raise ZeroDivisionError("tensor([0.123")
 
@@ -744,7 +740,7 @@ def test_a_trunk_that_can_serve_no_more_says_so_and_ends(
     asyncio.run(main())
 
 
-def test_a_server_is_ready_only_when_warm_and_not_while_it_drains(held: server.HeldLayers) -> None:
+def test_a_server_is_ready_only_when_warm_and_not_while_it_drains(held: HeldLayers) -> None:
     async def main() -> list[int]:
         gated = Gated.of(held)
         running = server.TrunkServer(gated, TrunkConfig.model_validate({"server": {"port": 0}}))
@@ -786,7 +782,7 @@ def test_a_server_is_ready_only_when_warm_and_not_while_it_drains(held: server.H
 
 
 def test_calls_leave_a_line_and_counts_but_no_values(
-    held: server.HeldLayers, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    held: HeldLayers, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     running: Future[server.TrunkServer] = Future()
     build = server.TrunkServer._build
@@ -861,7 +857,7 @@ def test_flags_come_before_the_file(tmp_path: Path) -> None:
             TrunkConfig.load(file)
 
 
-def test_a_taken_port_is_an_error(held: server.HeldLayers) -> None:
+def test_a_taken_port_is_an_error(held: HeldLayers) -> None:
     with server.embedded(held) as address, pytest.raises(OSError, match="cannot listen on 127.0.0.1"):
         with server.embedded(held, port=int(address.partition(":")[2])):
             pass
@@ -915,7 +911,7 @@ def test_a_trunk_takes_the_threads_it_is_given(
 
 
 def test_an_embedded_trunk_leaves_half_of_the_cpus_to_the_nodes(
-    held: server.HeldLayers, monkeypatch: pytest.MonkeyPatch
+    held: HeldLayers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
     monkeypatch.setattr(server, "num_cpus", lambda: 8)
@@ -936,7 +932,7 @@ def test_device_map_goes_to_transformers(checkpoint: Callable[[str], Path], monk
     assert plain.identity == mapped.identity
 
 
-def test_models_whose_result_depends_on_the_batch_are_not_batched(held: server.HeldLayers) -> None:
+def test_models_whose_result_depends_on_the_batch_are_not_batched(held: HeldLayers) -> None:
     config = TrunkConfig().batching
     assert held.allowed(config).enabled
     eight, four = (pb.DescribeReply(quantization=f"bitsandbytes-{bits}bit") for bits in (8, 4))

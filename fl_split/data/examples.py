@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fl_split.config import Data
 from fl_split.errors import DataError
-
-IGNORED = -100  # label of a token that the loss does not count
+from fl_split.model.loss import IGNORED
 
 Example = dict[str, Any]  # "input_ids": one per token; "labels": one per token, or the class of the whole
 

@@ -1,45 +1,32 @@
-"""Private examples -> batches of tokens. Nothing in here leaves the node, and no error quotes a row.
+"""Private examples, prepared once, and divided into a part to train on and a part that is held out.
 
-Data path: rows (`rows.py`) -> examples (`examples.py`) -> **held-out and training part -> batches** -> bottom.
+Data path: rows (`readers`) -> examples (`examples`) -> **two parts of them** -> batches (`batches`). Nothing in here
+leaves the node, and no error quotes a row.
 """
 
 import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fl_split.config import Data, NodeConfig
-from fl_split.data.examples import IGNORED, MALFORMED, UNKNOWN_LABEL, Example, Unusable, example_maker
+from fl_split.data.examples import MALFORMED, UNKNOWN_LABEL, Example, Unusable, example_maker
 from fl_split.data.readers import find_rows
 from fl_split.data.store import Prepared, Store, in_memory
 from fl_split.errors import DataError
 
-__all__ = [
-    "IGNORED",
-    "Batch",
-    "Example",
-    "Examples",
-    "Report",
-    "heldout_batches",
-    "load_examples",
-    "prepare_tokenizer",
-    "training_batches",
-]
-
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, torch.Tensor]  # "input_ids", "attention_mask": [batch, seq]; "labels": [batch, seq], or [batch]
 
 _PLACES = 5  # bad rows that are named, of each kind
-_SORTED = 50  # batches that are sorted by length together
 
 
 @dataclass
@@ -181,102 +168,3 @@ def _log(report: Report, config: Data) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- batches
-
-
-def training_batches(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    seed: int,
-    first_example: int,
-    config: Data | None = None,
-) -> Iterator[Batch]:
-    """Batches without end, each epoch in an order of its own, beginning with the `first_example`-th example drawn.
-
-    The order depends on nothing but the arguments, so that a resumed round sees what it would have seen.
-
-    Args:
-        examples: What to train on.
-        tokenizer: Pads.
-        batch_size: Examples of a batch.
-        seed: Of the order.
-        first_example: A multiple of `batch_size`.
-        config: `data.group-by-length` and `data.packing`; by default neither.
-    """
-    grouped = config is not None and config.group_by_length
-
-    def draw() -> Iterator[Example]:
-        epoch, start = divmod(first_example, len(examples))
-        while True:
-            generator = torch.Generator().manual_seed(hash((seed, epoch)))
-            order = torch.randperm(len(examples), generator=generator)
-            if grouped:  # a batch that has begun with the epoch before is filled up first
-                begun = min(-epoch * len(examples) % batch_size, len(examples))
-                order = torch.cat([order[:begun], _grouped(order[begun:], examples, batch_size, generator)])
-            yield from (examples[i] for i in order[start:].tolist())
-            epoch, start = epoch + 1, 0
-
-    drawn = draw()
-    collate = _collator(tokenizer, config is not None and config.packing)
-    while True:
-        yield collate([next(drawn) for _ in range(batch_size)])
-
-
-def _grouped(
-    order: torch.Tensor, examples: Sequence[Example], batch_size: int, generator: torch.Generator
-) -> torch.Tensor:
-    """Put examples of similar length into the same batch: sort within a stretch of batches, then mix the batches."""
-    lengths = torch.from_numpy(_lengths(examples))
-    stretches = order.split(_SORTED * batch_size)
-    batches = torch.cat([stretch[lengths[stretch].argsort(stable=True)] for stretch in stretches]).split(batch_size)
-    full = [batch for batch in batches if len(batch) == batch_size]
-    mixed = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
-    return torch.cat([*mixed, *batches[len(full) :]])
-
-
-def heldout_batches(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    config: Data | None = None,
-) -> Iterable[Batch]:
-    """All examples once, those of similar length together."""
-    by_length = torch.from_numpy(_lengths(examples)).argsort(stable=True).tolist()
-    collate = _collator(tokenizer, config is not None and config.packing)
-    for i in range(0, len(by_length), batch_size):
-        yield collate([examples[j] for j in by_length[i : i + batch_size]])
-
-
-def _lengths(examples: Sequence[Example]) -> Any:
-    if isinstance(examples, Prepared):
-        return examples.lengths
-    return torch.tensor([len(example["input_ids"]) for example in examples]).numpy()
-
-
-def _collator(tokenizer: PreTrainedTokenizerBase, packing: bool) -> Callable[[list[Example]], Batch]:
-    if packing:
-        return _pack
-    per_token = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=IGNORED)
-    per_sequence = DataCollatorWithPadding(tokenizer)
-    return lambda examples: (per_sequence if isinstance(examples[0]["labels"], int) else per_token)(examples)
-
-
-def _pack(examples: list[Example]) -> Batch:
-    """Lay examples end to end in one row, without padding; each position counts from 0, which keeps them apart."""
-    ids = [token for example in examples for token in example["input_ids"]]
-    positions = [i for example in examples for i in range(len(example["input_ids"]))]
-    # The first token of an example would be predicted from the last of another.
-    labels = [label for example in examples for label in (IGNORED, *example["labels"][1:])]
-    return {
-        "input_ids": torch.tensor([ids]),
-        "position_ids": torch.tensor([positions]),
-        "labels": torch.tensor([labels]),
-    }
-
-
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Pad on the right, with the end token where a tokenizer has no pad token (both are masked)."""
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer

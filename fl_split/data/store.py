@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from fl_split.data.examples import Example
-from fl_split.server.run_folder import write_atomic
+from fl_split.files import write_atomic
 
 Array = np.ndarray[Any, Any]
 

@@ -26,7 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fl_split.config import Aggregation, Lora, Share
 from fl_split.errors import ConfigError, NodeStateError
-from fl_split.model.loading import boundaries_of, head_of
+from fl_split.model.client import head_of
+from fl_split.model.loading import boundaries_of
 
 Part = Literal["bottom", "trunk", "top"]
 Variant = Literal["lora", "rslora", "dora"]

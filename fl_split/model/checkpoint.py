@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from fl_split import demo
+from fl_split.config import Kind
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries
-from fl_split.model.surrogate import Kind, kept_layers
+from fl_split.model.surrogate import kept_layers
 
 INDEX = "model.safetensors.index.json"  # which file of a checkpoint holds which weight
 _ABOUT = ("*.json", "*.model", "*.txt", "*.jinja")  # config, tokenizer, index

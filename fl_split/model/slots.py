@@ -14,8 +14,10 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
+from fl_split.config import Kind
+from fl_split.model.distill import Distiller, Probe
 from fl_split.model.family import Hole
-from fl_split.model.surrogate import Distiller, Kind, Probe, join, join_exact
+from fl_split.model.surrogate import join, join_exact
 from fl_split.model.turns import in_turn
 
 

@@ -22,9 +22,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fl_split.data.load import Batch
 from fl_split.model.adapters import part_of
-from fl_split.node.train import accumulate
+from fl_split.model.loss import Batch, accumulate
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from fl_split.data.load import Batch
+from fl_split.model.loss import Batch, forward
 from fl_split.model.turns import run_in_turns
-from fl_split.node.train import forward
 
 
 @dataclass(frozen=True)

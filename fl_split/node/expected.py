@@ -12,7 +12,7 @@ from fl_split.errors import TrunkMismatch
 from fl_split.model.checkpoint import config_digest, weights_digest
 from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries
-from fl_split.model.surrogate import check_card
+from fl_split.model.thin import check_card
 from fl_split.proto import trunk_pb2 as pb
 
 

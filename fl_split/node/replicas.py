@@ -16,8 +16,7 @@ import grpc
 
 from fl_split.errors import ConfigError
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.trunk.config import is_loopback
-from fl_split.wire import EXACT_SERVICE, SERVICE
+from fl_split.wire import EXACT_SERVICE, SERVICE, is_loopback
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),  # replies are checked against their requests

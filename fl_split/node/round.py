@@ -16,24 +16,23 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from fl_split.config import Lora, NodeConfig, RunConfig
-from fl_split.data import load as data
-from fl_split.errors import ConfigError
+from fl_split.config import NodeConfig, RunConfig
+from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
+from fl_split.data.load import load_examples
 from fl_split.model import adapters
-from fl_split.model.checkpoint import node_needs, read_config, resolve_model
-from fl_split.model.loading import checkpoint_activations, load_client, sketch_client
-from fl_split.model.packing import check_packing
-from fl_split.model.slots import Trunk
-from fl_split.model.surrogate import Distiller
+from fl_split.model.checkpoint import node_needs, resolve_model
+from fl_split.model.distill import Distiller
+from fl_split.model.loss import Batch
 from fl_split.node import evaluate as classification
 from fl_split.node import train
+from fl_split.node.build import build_model, check_consent, connect, make_distiller, with_cache
+from fl_split.node.card import base_name, card_text
 from fl_split.node.descent import Descent, DescentProbe, warn_if_stuck
+from fl_split.node.received import take
+from fl_split.node.state import NodeFolder, Quality, SavedRound
 from fl_split.node.trunk_cache import CachedTrunk
-from fl_split.node.trunk_client import Credentials, Expected, TrunkClient
 from fl_split.plan.fits_here import check_room
 from fl_split.plan.plan import choose_split
-from fl_split.server import aggregation
-from fl_split.server.run_folder import NodeFolder, Quality, SavedRound, cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -74,38 +73,38 @@ def run_round(
         FLSplitError: Anything that a person can mend; the text holds no private data.
     """
     transformers_logging.disable_progress_bar()
-    _check_consent(config, node)
+    check_consent(config, node)
     config = choose_split(config)
     split, surrogate = config.split, config.surrogate
     needs = node_needs(split.bottom_layers, split.top_layers, surrogate.kind, surrogate.layers)
     folder = resolve_model(config.model.name, config.model.revision, needs)
-    tokenizer = data.prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
     home = node.folder(config, instructions.run_name)
     if instructions.server_round == 1:
         _warn_of_room(config, node)
-    examples = data.load_examples(config.data, node, tokenizer, config.train.seed, store=home / "examples")
+    examples = load_examples(config.data, node, tokenizer, config.train.seed, store=home / "examples")
     store = NodeFolder(home, instructions.run_id)
     server_round, in_flight = instructions.server_round, config.trunk.in_flight
 
     with ExitStack() as stack:
         client, expected = connect(config, node, folder, instructions.trunk_address, stack)
-        trunk = _with_cache(config, client, expected, home, stack)
-        model = _build_model(config, node.lora(config.lora), folder, client, trunk, tokenizer.pad_token_id)
+        trunk = with_cache(config, client, expected, home, stack)
+        model = build_model(config, node.lora(config.lora), folder, client, trunk, tokenizer.pad_token_id)
         optimizer = train.make_optimizer(model, config.train)
-        distiller = _make_distiller(config, model)
+        distiller = make_distiller(config, model)
         saved = store.load_before(server_round) or SavedRound(0)
         _restore(model, optimizer, distiller, saved)
         _take(config, model, optimizer, received, server_round)
 
         def heldout() -> Quality:
-            batches = data.heldout_batches(examples.heldout, tokenizer, config.train.batch_size, config.data)
+            batches = heldout_batches(examples.heldout, tokenizer, config.train.batch_size, config.data)
             if config.task == "sequence-classification":
                 return asdict(classification.evaluate(model, batches, in_flight))
             return {"loss": train.evaluate(model, batches, in_flight)}
 
-        def batches(seed: int, first: int) -> Iterator[data.Batch]:
+        def batches(seed: int, first: int) -> Iterator[Batch]:
             size = config.train.batch_size
-            return data.training_batches(examples.train, tokenizer, size, seed, first, config.data)
+            return training_batches(examples.train, tokenizer, size, seed, first, config.data)
 
         quality = _quality_before(config, model, heldout, saved)
         probe = None
@@ -140,8 +139,8 @@ def run_round(
     heldout_metrics = {
         f"heldout-{name.replace('_', '-')}-{when}": x for when, values in quality.items() for name, x in values.items()
     }
-    card = _card(config, node, server_round, heldout_metrics, len(examples.train))
-    adapters.export(model, store.adapter, _base_name(config, folder), config.model.revision, card)
+    card = card_text(config, node, server_round, heldout_metrics, len(examples.train))
+    adapters.export(model, store.adapter, base_name(config, folder), config.model.revision, card)
     metrics: dict[str, int | float] = {
         "partition-id": node.partition_id,
         "num-examples": len(examples.train),
@@ -165,125 +164,11 @@ def run_round(
     return RoundResult(shared, adapters.scaling_of(model), metrics, store.adapter)
 
 
-def starting_adapter(config: RunConfig) -> dict[str, Tensor]:
-    """The shared weights that every node starts from, by name in order, from the model's configuration alone.
-
-    Raises:
-        ConfigError: Some of them depend on the model's own weights.
-    """
-    base = read_config(config.model.name, config.model.revision)
-    ends = config.split.bottom_layers, config.split.top_layers
-    client = sketch_client(base, *ends, config.data.label_names)
-    model = adapters.attach(client, config.lora, train_bottom=config.surrogate.kind != "none", seed=config.train.seed)
-    every = adapters.adapter_shapes(model)
-    shapes = {name: shape for name, shape in every.items() if adapters.is_shared(model, name, config.aggregation)}
-    fresh = adapters.fresh_state(shapes, config.train.seed)
-    if unknown := [name for name in shapes if name not in fresh]:
-        raise ConfigError(
-            f"aggregation.strategy={config.aggregation.strategy!r} and dp.mode={config.dp.mode!r} need to know where "
-            f"nodes start, but {unknown[0]} depends on weights that the server does not hold: use 'fedavg' without dp"
-        )
-    return fresh
-
-
 def _warn_of_room(config: RunConfig, node: NodeConfig) -> None:
     """Say before the first round what `fl-split doctor` would have said of memory and disk."""
     for check in check_room(config, node):
         if check.status == "fail":
             logger.warning("%s: %s", check.name, check.text)
-
-
-def _check_consent(config: RunConfig, node: NodeConfig) -> None:
-    """Exact gradients need the institution's own word, wherever it speaks for itself (a simulation cannot ask)."""
-    if config.surrogate.kind != "exact":
-        return
-    if (node.data_path or node.out_dir) and not node.allow_exact_gradient:
-        raise ConfigError(
-            "this run has surrogate.kind='exact', which sends dL/dh2, the gradient of this node's private loss, to the "
-            "trunk: to allow it, set allow-exact-gradient=true in --node-config; else use another surrogate.kind"
-        )
-    logger.warning("surrogate.kind='exact': dL/dh2, the gradient of this node's private loss, goes to the trunk")
-
-
-def connect(
-    config: RunConfig, node: NodeConfig, folder: Path, address: str, stack: ExitStack
-) -> tuple[TrunkClient, Expected]:
-    """Reach the trunk and check that it is the run's.
-
-    Args:
-        config: The run's, with its split chosen.
-        node: Its address of the trunk comes first.
-        folder: The base model's.
-        address: Where the server says that the trunk is.
-        stack: Closes the client.
-
-    Raises:
-        TrunkError: It cannot be reached, is another, or does not let this node in.
-    """
-    expected = Expected.from_checkpoint(folder, config.split.bottom_layers, config.split.top_layers)
-    client = TrunkClient(
-        node.trunk_address or address,
-        expected,
-        wire_dtype=config.trunk.wire_dtype,
-        timeout_s=config.trunk.timeout_s,
-        in_flight=config.trunk.in_flight,
-        credentials=Credentials(
-            node.trunk_ca, node.trunk_cert, node.trunk_key, node.trunk_token_file, node.trunk_allow_plaintext
-        ),
-    )
-    stack.enter_context(client)
-    client.connect()
-    return client, expected
-
-
-def _with_cache(config: RunConfig, client: TrunkClient, expected: Expected, home: Path, stack: ExitStack) -> Trunk:
-    """A frozen bottom asks the trunk about each example once."""
-    if config.surrogate.kind != "none" or not config.trunk.cache_mb:
-        return client
-    salt = f"{expected}|{client.trunk_id.hex()}|{config.trunk.wire_dtype}".encode()  # its precision is in its id
-    cache = CachedTrunk(client, home / "trunk-cache.sqlite", config.trunk.cache_mb * 1_000_000, salt)
-    stack.callback(cache.close)
-    return cache
-
-
-def _build_model(
-    config: RunConfig, lora: Lora, folder: Path, client: TrunkClient, trunk: Trunk, pad_token_id: int | None
-) -> PeftModel:
-    kind = config.surrogate.kind
-    model = load_client(
-        folder,
-        config.split.bottom_layers,
-        config.split.top_layers,
-        trunk,
-        surrogate=kind,
-        surrogate_layers=config.surrogate.layers,
-        matched=client.fetch_surrogate(cache_folder() / "surrogates") if kind == "matched" else None,
-        dtype=getattr(torch, config.model.dtype),
-        labels=config.data.label_names,
-        seed=config.train.seed,
-    )
-    model.config.pad_token_id = pad_token_id  # a decoder classifies by the last token that is not padding
-    if config.train.activation_checkpointing:
-        checkpoint_activations(model)
-    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
-    if config.data.packing:
-        check_packing(model)
-    if kind == "none":
-        logger.warning(
-            "surrogate.kind='none': the bottom stays frozen, without an adapter, because nothing on this node can give "
-            "it a gradient; only the top is trained"
-        )
-    adapted = adapters.attach(model, lora, train_bottom=kind != "none", seed=config.train.seed)
-    if config.aggregation.tensors == "b-only":
-        adapters.freeze_a(adapted, config.aggregation.share)
-    return adapted
-
-
-def _make_distiller(config: RunConfig, model: PeftModel) -> Distiller | None:
-    surrogate = config.surrogate
-    if surrogate.kind == "distilled" or (surrogate.kind == "matched" and surrogate.distill):
-        return train.make_distiller(model, surrogate.distill_lr, surrogate.probe_every)
-    return None
 
 
 def _restore(
@@ -307,7 +192,7 @@ def _take(
     """Put what the server made of the nodes' shared weights into this node's model; mutates model and optimizer."""
     how, own = config.aggregation.combine, adapters.adapter_state(model)
     fresh = adapters.fresh_state(adapters.adapter_shapes(model), config.train.seed + server_round)
-    taken, residual = aggregation.take(received, how, own, fresh, adapters.scaling_of(model))
+    taken, residual = take(received, how, own, fresh, adapters.scaling_of(model))
     adapters.load_adapter_state(model, taken)
     adapters.add_residual(model, residual)
     if how in ("svd", "stack"):  # other directions than those that the optimizer remembers
@@ -361,35 +246,3 @@ def _to_save(
         falls,
         quality,
     )
-
-
-def _base_name(config: RunConfig, folder: Path) -> str:
-    """What the export names as its base: a hub id as it is, a local folder by its path."""
-    is_local = config.model.name == "demo" or config.model.name.startswith(("/", "~"))
-    return str(folder) if is_local else config.model.name
-
-
-def _card(config: RunConfig, node: NodeConfig, server_round: int, quality: dict[str, float], num_examples: int) -> str:
-    revision = config.model.revision or "default"
-    results = "\n".join(f"| {name} the last round | {value:.4f} |" for name, value in quality.items())
-    labels = f"| labels, in order | {', '.join(config.data.label_names)} |\n" if config.data.labels else ""
-    return f"""---
-library_name: peft
-base_model: {config.model.name}
----
-
-# LoRA adapter of node {node.partition_id}
-
-Trained with fl-split on the first {config.split.bottom_layers} and last {config.split.top_layers} layers.
-
-| | |
-|---|---|
-| base model | {config.model.name} (revision: {revision}) |
-| node | {node.partition_id} of {node.num_partitions} |
-| rounds | {server_round} of {config.num_server_rounds}, {config.train.steps} steps each |
-| training examples | {num_examples} |
-| surrogate | {config.surrogate.kind} |
-| variant, rank, alpha | {config.lora.variant}, {node.lora(config.lora).rank}, {config.lora.alpha:g} |
-{results}
-{labels}| shared with other nodes | {config.aggregation.share} |
-"""

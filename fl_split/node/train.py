@@ -6,7 +6,6 @@ labels and every gradient exist only here.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,10 +16,10 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from fl_split.config import Train
-from fl_split.data.load import IGNORED, Batch
 from fl_split.model.adapters import parameter_groups, part_of
+from fl_split.model.distill import Distiller
+from fl_split.model.loss import Batch, accumulate, count_targets, count_tokens, forward
 from fl_split.model.slots import remote_trunk_of
-from fl_split.model.surrogate import Distiller
 from fl_split.model.turns import run_in_turns
 
 
@@ -106,26 +105,6 @@ def train_round(
     return Trained(loss_sum / config.steps, num_tokens, time.monotonic() - started)
 
 
-def accumulate(model: PeftModel, batches: Iterable[Batch], in_flight: int = 1) -> float:
-    """Add one step's gradients, of the mean loss over all targets of its micro-batches; return that loss.
-
-    With `in_flight` > 1, as many calls to the trunk are under way while the node computes; the result is the same.
-    """
-    batches = list(batches)
-    num_targets = sum(count_targets(batch) for batch in batches)
-    seeds = torch.randint(2**62, (len(batches),)).tolist()  # dropout's, whatever runs in between
-
-    def run(batch: Batch, seed: int) -> float:
-        torch.manual_seed(seed)
-        loss = forward(model, batch, num_targets)[0]  # the logits, by far the largest tensor, go before backward begins
-        loss.backward()
-        return float(loss.item())
-
-    tasks = [partial(run, batch, seed) for batch, seed in zip(batches, seeds, strict=True)]
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        return sum(run_in_turns(tasks, in_flight))
-
-
 def evaluate(model: PeftModel, batches: Iterable[Batch], in_flight: int = 1) -> float:
     """Mean loss per response token, without training; the trunk is called as in training."""
     model.eval()
@@ -137,36 +116,6 @@ def evaluate(model: PeftModel, batches: Iterable[Batch], in_flight: int = 1) -> 
 
     results = list(run_in_turns([partial(run, batch) for batch in batches], in_flight))
     return sum(loss for loss, _ in results) / sum(num_targets for _, num_targets in results)
-
-
-def count_tokens(batch: Batch) -> int:
-    """Real tokens; a batch without a mask has no others."""
-    return int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
-
-
-def forward(model: PeftModel, batch: Batch, num_targets: int) -> tuple[Tensor, Tensor]:
-    """One micro-batch through bottom, trunk and top.
-
-    Returns:
-        The sum of the cross entropies of all targets over `num_targets`, and the logits: ``[batch, seq, vocab]``, or
-        ``[batch, labels]`` of a classifier.
-    """
-    batch = _to_device(batch, model)
-    with _autocast(model):
-        if batch["labels"].dim() > 1:
-            out = model(**batch, num_items_in_batch=num_targets)
-            return out.loss, out.logits
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits: Tensor = model(**inputs).logits.float()
-        # Not the model's own loss: some families' takes no count of targets.
-        return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum") / num_targets, logits
-
-
-def count_targets(batch: Batch) -> int:
-    """What the loss counts: tokens, but for the first of a sequence, which is predicted from nothing; or texts."""
-    if batch["labels"].dim() == 1:
-        return len(batch["labels"])
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def _scheduler(
@@ -182,17 +131,6 @@ def _scheduler(
         optimizer._opt_called = True  # type: ignore[attr-defined]  # these steps were done in earlier rounds
         scheduler.step()
     return scheduler
-
-
-def _to_device(batch: Batch, model: PeftModel) -> Batch:
-    return {name: value.to(model.device) for name, value in batch.items()}
-
-
-def _autocast(model: PeftModel) -> AbstractContextManager[object]:
-    """Mixed precision where the device is made for it."""
-    if model.device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    return nullcontext()
 
 
 def optimizer_state(model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -5,9 +5,12 @@ that the node computes while the trunk does. The trunk is stateless, so a call t
 whichever replica is there.
 """
 
+import hashlib
 import itertools
 import logging
+import os
 import random
+import tempfile
 import threading
 import time
 import uuid
@@ -22,13 +25,12 @@ import torch
 from torch import Tensor
 
 from fl_split import wire
-from fl_split.errors import TrunkError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
+from fl_split.errors import SurrogateError, TrunkError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
 from fl_split.malloc import share_heap
-from fl_split.model.surrogate import read_card
+from fl_split.model.thin import read_card
 from fl_split.node.expected import Expected
 from fl_split.node.replicas import Credentials, Replica, Replicas
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.trunk.published import fetch
 
 __all__ = ["Credentials", "Expected", "TrunkClient"]
 
@@ -331,3 +333,39 @@ def _gather(calls: "list[Future[Tensor]]", join: Callable[[list[Tensor]], Tensor
     for call in calls:
         call.add_done_callback(done)
     return whole
+
+
+def fetch(description: pb.DescribeReply, piece: Callable[[int], bytes], cache: Path) -> Path:
+    """The node's side: the published file, from `cache` or fetched into it.
+
+    Args:
+        description: What the trunk says of itself.
+        piece: Fetches the bytes from an offset on; empty at the end.
+        cache: Folder of files named by their digest.
+
+    Raises:
+        SurrogateError: None is published, or what came is not what was announced.
+    """
+    if not description.surrogate_digest:
+        raise SurrogateError(
+            "surrogate.kind='matched' needs a surrogate that the trunk publishes, and this trunk publishes none: its "
+            "owner can fit one with 'fl-split surrogate fit'; until then use surrogate.kind='blocks'"
+        )
+    target = cache / f"{description.surrogate_digest.hex()}.safetensors"
+    if target.is_file():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    file = tempfile.NamedTemporaryFile(dir=cache, delete=False)
+    try:
+        with file:
+            while file.tell() < description.surrogate_bytes and (data := piece(file.tell())):
+                digest.update(data)
+                file.write(data)
+        if digest.digest() != description.surrogate_digest:
+            raise SurrogateError("the trunk's surrogate came damaged: its digest is not the announced one; try again")
+        os.replace(file.name, target)
+    except BaseException:
+        os.unlink(file.name)
+        raise
+    return target

@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PretrainedConfig
 
 from fl_split.config import RunConfig
-from fl_split.data.load import Batch
 from fl_split.model import adapters
+from fl_split.model.client import checkpoint_activations, stop_dropout
 from fl_split.model.family import Anatomy, Hole
-from fl_split.model.loading import Boundaries, checkpoint_activations, stop_dropout
-from fl_split.node import train
+from fl_split.model.loading import Boundaries
+from fl_split.model.loss import Batch, forward
 
 _ATTENTION = "fl_split_live"  # stands in for a fused kernel on the meta device
 
@@ -81,7 +81,7 @@ def step_on_meta(
         waits: list[int] = []  # what a micro-batch holds while it waits for the trunk
         layers[cut.end].register_forward_pre_hook(lambda *_: waits.append(live.num_bytes))
         with live:
-            train.forward(client, batch, num_targets=1)[0].backward()
+            forward(client, batch, num_targets=1)[0].backward()
     waiting = min(run.trunk.in_flight, run.train.accumulation) - 1
     return 4 * trained, live.peak + waiting * waits[0]
 

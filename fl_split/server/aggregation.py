@@ -15,22 +15,26 @@ so that a node that missed rounds is not behind.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fl_split.config import Combine
 from fl_split.errors import AggregationError
-
-Combine = Literal["mean", "svd", "stack", "exact"]
-Arrays = Mapping[str, Tensor]
-Factors = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank]; they stand for B A
-
-_A, _B = ".lora_A.weight", ".lora_B.weight"
-_RESIDUAL_A, _RESIDUAL_B = ".residual_A.weight", ".residual_B.weight"
-_NEGLIGIBLE = 1e-7  # of the largest singular value: float32 cannot hold less
+from fl_split.model.products import (
+    LORA_A,
+    LORA_B,
+    RESIDUAL_A,
+    RESIDUAL_B,
+    Arrays,
+    Factors,
+    add,
+    modules,
+    prefixes,
+    truncate,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def combine(updates: Sequence[Update], how: Combine, residual: Arrays | None = N
         AggregationError: No updates, a weight or scaling that is not above 0, arrays that do not belong together.
     """
     check(updates, how)
-    others = [name for name in updates[0].arrays if not name.endswith((_A, _B))]
+    others = [name for name in updates[0].arrays if not name.endswith((LORA_A, LORA_B))]
     result = {name: _mean(updates, name) for name in others}
     if how in ("mean", "exact"):
         result |= {name: _mean(updates, name) for name in updates[0].arrays if name not in result}
@@ -69,91 +73,28 @@ def combine(updates: Sequence[Update], how: Combine, residual: Arrays | None = N
     for module in modules(updates[0].arrays):
         product = mean_product(updates, module)
         if how == "svd":
-            largest = max(len(u.arrays[module + _A]) for u in updates)
-            result[module + _A], result[module + _B] = truncate(product, largest)
+            largest = max(len(u.arrays[module + LORA_A]) for u in updates)
+            result[module + LORA_A], result[module + LORA_B] = truncate(product, largest)
             continue
         parts = [product]
-        if residual and module + _RESIDUAL_A in residual:
-            parts.append((residual[module + _RESIDUAL_A], residual[module + _RESIDUAL_B]))
+        if residual and module + RESIDUAL_A in residual:
+            parts.append((residual[module + RESIDUAL_A], residual[module + RESIDUAL_B]))
         if how == "exact":
-            parts.append((result[module + _A], -updates[0].scaling * result[module + _B]))
-        result[module + _RESIDUAL_A], result[module + _RESIDUAL_B] = truncate(add(parts))
+            parts.append((result[module + LORA_A], -updates[0].scaling * result[module + LORA_B]))
+        result[module + RESIDUAL_A], result[module + RESIDUAL_B] = truncate(add(parts))
     return result
-
-
-def take(
-    received: Arrays, how: Combine, own: Arrays, fresh: Arrays, scaling: float
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a node makes of the arrays that the server sent: the inverse side of `combine`.
-
-    Args:
-        received: From `combine`; empty at the start.
-        how: As there.
-        own: The node's adapter, whose ranks stay what they are.
-        fresh: A new adapter, with B = 0, of the same shapes.
-        scaling: alpha / rank of this node.
-
-    Returns:
-        New values of some of the adapter's arrays, and the factors of what is to be added to the model itself, by
-        module: names without their ending, A first.
-    """
-    adapter = {name: value for name, value in received.items() if not name.endswith((_RESIDUAL_A, _RESIDUAL_B))}
-    if how == "svd":
-        for module in modules(adapter):
-            a, b = adapter[module + _A], adapter[module + _B] / scaling
-            rank, width = len(own[module + _A]), len(a)
-            # more rank than the update has: the rest starts anew, since A = B = 0 would never learn
-            adapter[module + _A] = torch.cat([a[:rank], fresh[module + _A][width:]])
-            adapter[module + _B] = torch.cat([b[:, :rank], fresh[module + _B][:, width:]], dim=1)
-    residual = {name: value for name, value in received.items() if name not in adapter}
-    if how == "stack":
-        adapter |= {m + end: fresh[m + end] for m in _prefixes(residual, _RESIDUAL_A) for end in (_A, _B)}
-    return adapter, residual
-
-
-def modules(arrays: Arrays) -> list[str]:
-    """Names of the modules whose A *and* B are at hand, in order."""
-    return [module for module in _prefixes(arrays, _A) if module + _B in arrays]
 
 
 def mean_product(updates: Sequence[Update], module: str) -> Factors:
     """Weighted mean of scaling * B A over the nodes, as factors ``[sum of ranks, in]`` and ``[out, sum of ranks]``."""
     total = sum(u.weight for u in updates)
-    return add([(u.arrays[module + _A], u.weight / total * u.scaling * u.arrays[module + _B]) for u in updates])
-
-
-def add(products: Sequence[Factors]) -> Factors:
-    """Factors of a sum of products, exactly: ranks add up."""
-    return torch.cat([a.double() for a, _ in products]), torch.cat([b.double() for _, b in products], dim=1)
-
-
-def truncate(factors: Factors, rank: int | None = None) -> Factors:
-    """The best approximation of B A of a rank (Eckart and Young), without ever forming B A.
-
-    Args:
-        factors: A ``[any, in]`` and B ``[out, any]``.
-        rank: Of the result, or less where `in` or `out` is; None keeps all that float32 can hold, at least 1.
-
-    Returns:
-        A with orthonormal rows and B, float32, singular values in descending order.
-    """
-    a, b = factors
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    q_b, r_b = torch.linalg.qr(b.double())
-    u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    if rank is None:
-        rank = max(1, int((s > _NEGLIGIBLE * s[0]).sum()))
-    return (v[:rank] @ q_a.T).float().contiguous(), (q_b @ (u[:, :rank] * s[:rank])).float().contiguous()
+    return add([(u.arrays[module + LORA_A], u.weight / total * u.scaling * u.arrays[module + LORA_B]) for u in updates])
 
 
 def _mean(updates: Sequence[Update], name: str) -> Tensor:
     total = sum(u.weight for u in updates)
     mean = sum(u.weight / total * u.arrays[name].double() for u in updates)
     return torch.as_tensor(mean).to(updates[0].arrays[name].dtype)
-
-
-def _prefixes(arrays: Arrays, ending: str) -> list[str]:
-    return [name.removesuffix(ending) for name in arrays if name.endswith(ending)]
 
 
 def check(updates: Sequence[Update], how: Combine) -> None:
@@ -181,8 +122,8 @@ def check(updates: Sequence[Update], how: Combine) -> None:
             )
         for name, value in update.arrays.items():
             other = first.arrays[name].shape
-            free = how in ("svd", "stack") and name.endswith((_A, _B))
-            axis = 0 if name.endswith(_A) else 1
+            free = how in ("svd", "stack") and name.endswith((LORA_A, LORA_B))
+            axis = 0 if name.endswith(LORA_A) else 1
             kept = [s for i, s in enumerate(value.shape) if not (free and i == axis)]
             expected = [s for i, s in enumerate(other) if not (free and i == axis)]
             if kept != expected:
@@ -190,23 +131,12 @@ def check(updates: Sequence[Update], how: Combine) -> None:
                     f"{name} is {tuple(value.shape)} on {update.node} and {tuple(other)} on {first.node}: "
                     + ("only ranks may differ" if free else "different ranks need aggregation.combine 'svd' or 'stack'")
                 )
-        for module in _prefixes(update.arrays, _A) if how != "mean" else ():
+        for module in prefixes(update.arrays, LORA_A) if how != "mean" else ():
             if (
-                module + _B not in update.arrays
-                or update.arrays[module + _A].shape[0] != (update.arrays[module + _B].shape[1])
+                module + LORA_B not in update.arrays
+                or update.arrays[module + LORA_A].shape[0] != (update.arrays[module + LORA_B].shape[1])
             ):
                 raise AggregationError(f"{module} of {update.node} has an A without a B of the same rank")
-
-
-def moved(new: Arrays, old: Arrays) -> dict[str, Tensor]:
-    """`new`, with one number moved by a hair if all equal `old`: Flower's clipping divides by the update's norm."""
-    same = new.keys() == old.keys() and all(torch.equal(value, old[name]) for name, value in new.items())
-    if not new or not same:
-        return dict(new)
-    name = next(iter(new))
-    flat = new[name].clone().flatten()
-    flat[0] += max(1e-6 * float(flat[0].abs()), 1e-12)
-    return {**new, name: flat.view_as(new[name])}
 
 
 def check_scaling(updates: Sequence[Update], alpha: float, by_root: bool) -> None:
@@ -221,8 +151,8 @@ def check_scaling(updates: Sequence[Update], alpha: float, by_root: bool) -> Non
         AggregationError: The scaling is another.
     """
     for update in updates:
-        ranks = {value.shape[0] for name, value in update.arrays.items() if name.endswith(_A)}
-        ranks |= {value.shape[1] for name, value in update.arrays.items() if name.endswith(_B)}
+        ranks = {value.shape[0] for name, value in update.arrays.items() if name.endswith(LORA_A)}
+        ranks |= {value.shape[1] for name, value in update.arrays.items() if name.endswith(LORA_B)}
         for rank in sorted(ranks):
             expected = alpha / (math.sqrt(rank) if by_root else rank)
             if not math.isclose(update.scaling, expected, rel_tol=1e-6):

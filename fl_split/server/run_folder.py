@@ -14,151 +14,23 @@ A round's folder is written under another name and renamed when complete.
 
 import json
 import os
-import re
-import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fl_split.config import RunConfig, Scalar
 from fl_split.errors import NodeStateError
+from fl_split.files import Rounds, write_atomic
 
-_TENSORS = ("adapter", "optimizer", "surrogate", "surrogate_optimizer")  # of SavedRound, a file each
 _KEPT_ROUNDS = 2  # the server may have lost the last one, and then asks for it again
-Quality = dict[str, float]  # on held-out examples: `loss`, and of a classifier `accuracy` and `macro_f1`
 _MAY_CHANGE = ("num-server-rounds", "run.", "trunk.", "aggregation.min-nodes")
 _MAY_NOT = ("trunk.wire-dtype",)  # what the trunk is given, so the numbers that come out
 _MAY_NOT_WITH_DP = ("aggregation.min-nodes",)  # the noise of a node's part, which epsilon counts on
-
-
-def cache_folder() -> Path:
-    """Where things are kept that can be had again: ``$XDG_CACHE_HOME`` or ``~/.cache``, then ``fl-split``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fl-split"
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file's content; a reader sees all of the old or all of the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder last through a power cut, where the system can (POSIX)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class Rounds:
-    """Named tensors of finished rounds, one folder a round."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def finished(self) -> list[int]:
-        """Numbers of the rounds at hand, ascending."""
-        names = (re.fullmatch(r"round-(\d+)", p.name) for p in self._folder.glob("round-*"))
-        return sorted(int(match[1]) for match in names if match)
-
-    def save(self, number: int, files: Mapping[str, dict[str, Tensor]], keep: int) -> None:
-        """Add a round, or replace it, and forget all but the newest `keep` up to it."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=self._folder, prefix=".round-"))
-        for name, tensors in files.items():
-            file = scratch / f"{name}.safetensors"
-            save_file(tensors, file)
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        _sync(scratch)
-        target = self._path(number)
-        if target.exists():
-            shutil.rmtree(target)
-        scratch.rename(target)
-        _sync(self._folder)
-        _sync(self._folder.parent)  # that this folder is there, and a run's metrics
-        for old in self.finished():
-            if old > number or old <= number - keep:
-                shutil.rmtree(self._path(old))
-        for leftover in self._folder.glob(".round-*"):
-            shutil.rmtree(leftover)
-
-    def load(self, number: int, name: str) -> dict[str, Tensor]:
-        """One file of a finished round."""
-        return load_file(self._path(number) / f"{name}.safetensors")
-
-    def _path(self, number: int) -> Path:
-        return self._folder / f"round-{number:04d}"
-
-
-@dataclass(frozen=True)
-class SavedRound:
-    """What a node keeps of a finished round, for itself; round 0 is the start."""
-
-    number: int
-    adapter: dict[str, Tensor] = field(default_factory=dict)
-    optimizer: dict[str, Tensor] = field(default_factory=dict)
-    surrogate: dict[str, Tensor] = field(default_factory=dict)  # empty unless it is distilled
-    surrogate_optimizer: dict[str, Tensor] = field(default_factory=dict)
-    falls: list[float] = field(default_factory=list)  # of the loss by the bottom's update, one a round
-    quality: dict[str, Quality] = field(default_factory=dict)  # on held-out examples: `base`, and `after` that round
-
-
-class NodeFolder:
-    """A node's private results. Nothing in here is read by anybody but the node."""
-
-    def __init__(self, root: Path, run_id: str) -> None:
-        self.adapter = root / "adapter"
-        self.rounds = Rounds(root / "state" / run_id)
-
-    def load_before(self, server_round: int) -> SavedRound | None:
-        """The newest round before `server_round`; None at the start.
-
-        Raises:
-            NodeStateError: Later rounds are at hand: a server loses one round at most.
-        """
-        finished = self.rounds.finished()
-        if finished and max(finished) > server_round:
-            raise NodeStateError(
-                f"this node has finished round {max(finished)} and is asked for round {server_round}: the server's "
-                "run folder is older than the node's; start a run with another run.name"
-            )
-        before = [n for n in finished if n < server_round]
-        if not before:
-            return None
-        number = before[-1]
-        files = {name: self.rounds.load(number, name.replace("_", "-")) for name in _TENSORS}
-        numbers = self.rounds.load(number, "numbers")
-        falls = numbers.pop("falls").tolist()
-        quality: dict[str, Quality] = {}
-        for key, value in numbers.items():
-            when, _, name = key.partition("|")
-            quality.setdefault(when, {})[name] = value.item()
-        return SavedRound(number, **files, falls=falls, quality=quality)
-
-    def save(self, saved: SavedRound) -> None:
-        """Keep what a round has trained."""
-        files = {name.replace("_", "-"): getattr(saved, name) for name in _TENSORS}
-        numbers: dict[str, Any] = {"falls": saved.falls}
-        numbers |= {f"{when}|{name}": x for when, values in saved.quality.items() for name, x in values.items()}
-        files["numbers"] = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
-        self.rounds.save(saved.number, files, keep=_KEPT_ROUNDS)
 
 
 @dataclass

@@ -6,24 +6,25 @@ made early and all at once. What leaves the node is what connecting to a trunk s
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from packaging.requirements import Requirement
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fl_split.config import NodeConfig, RunConfig
-from fl_split.data import load as data
+from fl_split.data.batches import prepare_tokenizer
+from fl_split.data.load import Examples, load_examples
 from fl_split.data.readers import num_files
 from fl_split.errors import ConfigError, FLSplitError, SplitError
 from fl_split.model.checkpoint import node_needs, read_config, resolve_model, weights_digest
 from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries
-from fl_split.node import round as node
+from fl_split.model.loss import IGNORED
+from fl_split.node.build import connect
 from fl_split.plan.fits_here import Check, check_room
 from fl_split.plan.plan import PROCESS_BYTES, auto_class, choose_split
+from fl_split.plan.versions import check_versions
 
 T = TypeVar("T")
 
@@ -66,31 +67,6 @@ def _try(name: str, look: Callable[[], tuple[str, T]]) -> tuple[Check, T | None]
     return Check("pass", name, text), found
 
 
-def check_versions() -> Iterator[Check]:
-    """Whether the packages installed are those that fl-split asks for."""
-    try:
-        needed = [Requirement(line) for line in requires("fl-split") or ()]
-    except PackageNotFoundError:
-        yield Check("warn", "versions", "fl-split is not installed here, so nothing says which versions it needs")
-        return
-    wrong = []
-    for requirement in needed:
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            have = version(requirement.name)
-        except PackageNotFoundError:
-            wrong.append(f"{requirement} is not installed")
-            continue
-        if not requirement.specifier.contains(have, prereleases=True):
-            wrong.append(f"{requirement} is wanted, {have} is installed")
-    if wrong:
-        yield Check("fail", "versions", f"{'; '.join(wrong)}: install fl-split anew, in an environment of its own")
-    else:
-        shown = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "flwr"))
-        yield Check("pass", "versions", shown)
-
-
 def _model(config: RunConfig) -> tuple[str, tuple[RunConfig, Path]]:
     config = choose_split(config)
     split, surrogate = config.split, config.surrogate
@@ -111,7 +87,7 @@ def _model(config: RunConfig) -> tuple[str, tuple[RunConfig, Path]]:
 
 def _tokenizer(folder: Path) -> tuple[str, PreTrainedTokenizerBase]:
     try:
-        tokenizer = data.prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
+        tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"no tokenizer can be loaded from {folder} ({type(error).__name__}): put the model's tokenizer files there"
@@ -124,11 +100,11 @@ def check_data(
 ) -> Iterator[Check]:
     """Columns, bad rows, lengths, and how much of the examples is learnt from."""
 
-    def load() -> tuple[str, data.Examples]:
+    def load() -> tuple[str, Examples]:
         node_config = own
         if not own.data_path and own.num_partitions == 1:  # nobody said how many nodes there are: one a file
             node_config = own.model_copy(update={"num_partitions": num_files(config.data)})
-        return "", data.load_examples(config.data, node_config, tokenizer, config.train.seed, max_rows=max_rows)
+        return "", load_examples(config.data, node_config, tokenizer, config.train.seed, max_rows=max_rows)
 
     check, examples = _try("data", load)
     if examples is None:
@@ -151,7 +127,7 @@ def check_data(
         yield Check("pass", "lengths", text + f"; {report.num_truncated} cut")
     if config.task == "causal-lm":
         sample = [label for example in examples.train[:_SAMPLE] for label in example["labels"]]
-        share = sum(label != data.IGNORED for label in sample) / len(sample)
+        share = sum(label != IGNORED for label in sample) / len(sample)
         yield Check("pass", "targets", f"the loss counts {100 * share:.0f} % of the tokens")
 
 
@@ -161,5 +137,5 @@ def _trunk(config: RunConfig, own: NodeConfig, folder: Path) -> tuple[str, None]
         return "embedded: the run starts it", None
     trunk = config.trunk.model_copy(update={"timeout_s": min(config.trunk.timeout_s, _PATIENCE_S)})
     with ExitStack() as stack:
-        node.connect(config.model_copy(update={"trunk": trunk}), own, folder, address, stack)
+        connect(config.model_copy(update={"trunk": trunk}), own, folder, address, stack)
     return f"{address} answers, holds this run's layers and lets this node in", None

@@ -30,13 +30,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.pytorch_utils import Conv1D
 
 from fl_split.config import Lora
-from fl_split.data.load import IGNORED
 from fl_split.errors import ConfigError, DataError
 from fl_split.model import adapters
 from fl_split.model.checkpoint import config_digest, weights_digest
 from fl_split.model.family import examine
-from fl_split.model.loading import Boundaries, boundaries_of, load_trunk
-from fl_split.model.surrogate import LowRank, linears, replace
+from fl_split.model.loading import Boundaries, boundaries_of
+from fl_split.model.loss import IGNORED
+from fl_split.model.thin import LowRank, linears, replace
+from fl_split.model.trunk import load_trunk
 
 logger = logging.getLogger(__name__)
 

@@ -15,14 +15,16 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from fl_split import demo
-from fl_split.config import Data, Lora, NodeConfig
-from fl_split.data.load import Batch, load_examples, prepare_tokenizer, training_batches
+from fl_split.config import Data, Kind, Lora, NodeConfig
+from fl_split.data.batches import prepare_tokenizer, training_batches
+from fl_split.data.load import load_examples
 from fl_split.model import adapters
 from fl_split.model.checkpoint import resolve_model
-from fl_split.model.loading import LocalTrunk, load_client, load_trunk
+from fl_split.model.client import load_client
+from fl_split.model.loss import Batch, accumulate
 from fl_split.model.slots import Trunk
-from fl_split.model.surrogate import Kind, read_card
-from fl_split.node import train
+from fl_split.model.thin import read_card
+from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node.expected import Expected
 
 
@@ -123,7 +125,7 @@ def build(
 def bottom_gradient(model: PeftModel, batches: Sequence[Batch]) -> Tensor:
     """Gradient of the mean loss over the batches with respect to the bottom adapter, flat; clears all gradients."""
     model.eval()
-    train.accumulate(model, batches)
+    accumulate(model, batches)
     parts = [
         parameter.grad.flatten()
         for name, parameter in model.named_parameters()

@@ -18,7 +18,7 @@ import grpc
 from filelock import FileLock
 
 from fl_split.errors import ConfigError
-from fl_split.server.run_folder import write_atomic
+from fl_split.files import write_atomic
 from fl_split.trunk.config import Security
 
 logger = logging.getLogger(__name__)

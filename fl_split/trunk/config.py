@@ -3,7 +3,6 @@
 Defaults live here; a test holds `configs/trunk.toml` and docs/trunk.md equal to them.
 """
 
-import ipaddress
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_split.errors import ConfigError
+from fl_split.wire import is_loopback
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
@@ -172,14 +172,6 @@ class TrunkConfig(_Section):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError("wrong trunk configuration:\n" + "\n".join(_explain(e) for e in error.errors())) from None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address stays on this machine."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _override(values: dict[str, Any], override: str) -> None:

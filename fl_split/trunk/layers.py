@@ -17,7 +17,8 @@ from fl_split import __version__, wire
 from fl_split.errors import ConfigError
 from fl_split.malloc import give_back_freed
 from fl_split.model.checkpoint import config_digest, resolve_model, trunk_needs, weights_digest
-from fl_split.model.loading import boundaries_of, load_trunk, run_trunk
+from fl_split.model.loading import boundaries_of
+from fl_split.model.trunk import load_trunk, run_trunk
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk.config import Batching, Limits, Model
 from fl_split.trunk.padding import is_causal

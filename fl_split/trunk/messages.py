@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fl_split import wire
 from fl_split.errors import WireError
-from fl_split.model.loading import pull_back
+from fl_split.model.trunk import pull_back
 from fl_split.proto import trunk_pb2 as pb
 
 Fields = Mapping[int, Any]  # of a message: its tensors, None for bytes, or the fields of a message in it

@@ -1,0 +1,79 @@
+"""Files and folders: written atomically, cached, kept by round, so that a kill at any moment loses nothing finished."""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def cache_folder() -> Path:
+    """Where things are kept that can be had again: ``$XDG_CACHE_HOME`` or ``~/.cache``, then ``fl-split``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fl-split"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file's content; a reader sees all of the old or all of the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder last through a power cut, where the system can (POSIX)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Rounds:
+    """Named tensors of finished rounds, one folder a round."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def finished(self) -> list[int]:
+        """Numbers of the rounds at hand, ascending."""
+        names = (re.fullmatch(r"round-(\d+)", p.name) for p in self._folder.glob("round-*"))
+        return sorted(int(match[1]) for match in names if match)
+
+    def save(self, number: int, files: Mapping[str, dict[str, Tensor]], keep: int) -> None:
+        """Add a round, or replace it, and forget all but the newest `keep` up to it."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=self._folder, prefix=".round-"))
+        for name, tensors in files.items():
+            file = scratch / f"{name}.safetensors"
+            save_file(tensors, file)
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        _sync(scratch)
+        target = self._path(number)
+        if target.exists():
+            shutil.rmtree(target)
+        scratch.rename(target)
+        _sync(self._folder)
+        _sync(self._folder.parent)  # that this folder is there, and a run's metrics
+        for old in self.finished():
+            if old > number or old <= number - keep:
+                shutil.rmtree(self._path(old))
+        for leftover in self._folder.glob(".round-*"):
+            shutil.rmtree(leftover)
+
+    def load(self, number: int, name: str) -> dict[str, Tensor]:
+        """One file of a finished round."""
+        return load_file(self._path(number) / f"{name}.safetensors")
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"round-{number:04d}"
