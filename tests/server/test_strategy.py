@@ -31,6 +31,7 @@ from fl_split.node import train
 from fl_split.node.round import RoundResult
 from fl_split.server import flower
 from fl_split.server.flower import flower_strategy
+from fl_split.server.strategy import _check_numbers
 
 Run = Callable[..., InProcessGrid]
 
@@ -425,9 +426,9 @@ def test_robust_strategies_are_not_moved_by_a_node_that_lies(name: str, values: 
 
 
 def test_two_nodes_of_one_number_are_named() -> None:
-    strategies._check_numbers([{"partition-id": 0, "node": 7}, {"partition-id": 1, "node": 8}])
+    _check_numbers([{"partition-id": 0, "node": 7}, {"partition-id": 1, "node": 8}])
     with pytest.raises(ConfigError, match="nodes 7 and 9 both have partition-id=0: give each SuperNode a number"):
-        strategies._check_numbers([{"partition-id": 0, "node": 7}, {"partition-id": 0, "node": 9}])
+        _check_numbers([{"partition-id": 0, "node": 7}, {"partition-id": 0, "node": 9}])
 
 
 @pytest.mark.parametrize(

@@ -143,5 +143,5 @@ def test_parties_hold_each_weight_once(whole: Callable[[Family], Whole], family:
 
 
 def test_docs_show_the_table_of_families() -> None:
-    docs = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    docs = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
     assert table() in docs, "put the output of tests/families.py's table() into docs/models.md"
