@@ -373,7 +373,7 @@ def test_errors_reveal_no_internals(held: HeldLayers, caplog: pytest.LogCaptureF
     assert error.code() is _Code.INTERNAL
     assert "secret" not in error.details() and "request-12345678" in error.details()
     assert "secret" not in caplog.text
-    assert "call request-12345678 failed: RuntimeError > " in caplog.text and "layout.py:" in caplog.text
+    assert "call request-12345678 failed: RuntimeError > " in caplog.text and "padding.py:" in caplog.text
 
 
 def test_a_call_without_a_message_and_one_that_is_too_slow_are_refused(held: HeldLayers) -> None:
