@@ -47,6 +47,7 @@ from fl_split.model.loading import Boundaries
 from fl_split.model.loss import Batch, accumulate
 from fl_split.model.trunk import LocalTrunk, load_trunk, run_trunk
 from fl_split.node import train
+from fl_split.node.evaluate import evaluate
 from fl_split.node.expected import Expected
 from fl_split.node.trunk_cache import CachedTrunk
 from fl_split.node.trunk_client import TrunkClient
@@ -146,15 +147,15 @@ def run(setting: Setting, task: Task) -> float:
     private, tokenizer = examples(setting, task.institution, task.seed)
     trunk = LocalTrunk(load_trunk(setting.model, BOTTOM, TOP))
     bottom, top, *own = map(float, task.rates.split(","))
-    model, distiller = task.method.build(setting, trunk, *(own or [0.0]))
+    model, _ = task.method.build(setting, trunk, *(own or [0.0]))
     config = Train.model_validate(
         {"steps": setting.steps, "batch-size": BATCH, "bottom-lr": bottom, "top-lr": top, "scheduler": "linear"}
     )
     optimizer = train.make_optimizer(model, config)
     torch.manual_seed(task.seed)  # of the probes
     batches = training_batches(private.train, tokenizer, BATCH, task.seed, 0)
-    train.train_round(model, optimizer, batches, config, distiller=distiller)
-    return train.evaluate(model, heldout_batches(private.heldout, tokenizer, 16))
+    train.train_round(model, optimizer, batches, config)
+    return evaluate(model, heldout_batches(private.heldout, tokenizer, 16))["loss"]
 
 
 class Runs:

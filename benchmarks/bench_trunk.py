@@ -41,6 +41,7 @@ from fl_split.model.loss import accumulate
 from fl_split.model.slots import Trunk
 from fl_split.model.trunk import LocalTrunk
 from fl_split.node import train
+from fl_split.node.evaluate import evaluate
 from fl_split.node.expected import Expected
 from fl_split.node.replicas import Credentials
 from fl_split.node.trunk_client import TrunkClient
@@ -302,7 +303,7 @@ def bench_bytes(setting: Setting) -> Figures:
         batches = training_batches(examples.train, tokenizer, config.batch_size, seed, 0)
         done = train.train_round(model, train.make_optimizer(model, config), batches, config)
         heldout = heldout_batches(examples.heldout, tokenizer, 16)
-        return done.num_tokens, lambda: train.evaluate(model, heldout)
+        return done.num_tokens, lambda: evaluate(model, heldout)
 
     codes: dict[str, Code] = {"float32": Tensor.float, "int8": _int8, "int8-per-token": _int8_per_token}
     for seed in range(setting.seeds):

@@ -11,15 +11,15 @@ from fl_split.config import Lora, NodeConfig, RunConfig
 from fl_split.errors import ConfigError
 from fl_split.files import cache_folder
 from fl_split.model import adapters
+from fl_split.model.checkpoint import node_needs, resolve_model
 from fl_split.model.client import checkpoint_activations, load_client
-from fl_split.model.distill import Distiller
 from fl_split.model.packing import check_packing
 from fl_split.model.slots import Trunk
-from fl_split.node import train
 from fl_split.node.expected import Expected
 from fl_split.node.replicas import Credentials
 from fl_split.node.trunk_cache import CachedTrunk
 from fl_split.node.trunk_client import TrunkClient
+from fl_split.plan.fits_here import check_room
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,24 @@ def check_consent(config: RunConfig, node: NodeConfig) -> None:
             "trunk: to allow it, set allow-exact-gradient=true in --node-config; else use another surrogate.kind"
         )
     logger.warning("surrogate.kind='exact': dL/dh2, the gradient of this node's private loss, goes to the trunk")
+
+
+def warn_of_room(config: RunConfig, node: NodeConfig) -> None:
+    """Say before the first round what `fl-split doctor` would have said of memory and disk."""
+    for check in check_room(config, node):
+        if check.status == "fail":
+            logger.warning("%s: %s", check.name, check.text)
+
+
+def find_model(config: RunConfig) -> Path:
+    """The folder of the base model, with the weights that a node needs; `config` has its split chosen.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    split, surrogate = config.split, config.surrogate
+    needs = node_needs(split.bottom_layers, split.top_layers, surrogate.kind, surrogate.layers)
+    return resolve_model(config.model.name, config.model.revision, needs)
 
 
 def connect(
@@ -69,7 +87,7 @@ def connect(
 
 def with_cache(config: RunConfig, client: TrunkClient, expected: Expected, home: Path, stack: ExitStack) -> Trunk:
     """A frozen bottom asks the trunk about each example once."""
-    if config.surrogate.kind != "none" or not config.trunk.cache_mb:
+    if config.surrogate.trains_bottom or not config.trunk.cache_mb:
         return client
     salt = f"{expected}|{client.trunk_id.hex()}|{config.trunk.wire_dtype}".encode()  # its precision is in its id
     cache = CachedTrunk(client, home / "trunk-cache.sqlite", config.trunk.cache_mb * 1_000_000, salt)
@@ -90,7 +108,7 @@ def build_model(
         surrogate=kind,
         surrogate_layers=config.surrogate.layers,
         matched=client.fetch_surrogate(cache_folder() / "surrogates") if kind == "matched" else None,
-        dtype=getattr(torch, config.model.dtype),
+        dtype=config.model.torch_dtype,
         labels=config.data.label_names,
         seed=config.train.seed,
     )
@@ -100,20 +118,12 @@ def build_model(
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     if config.data.packing:
         check_packing(model)
-    if kind == "none":
+    if not config.surrogate.trains_bottom:
         logger.warning(
             "surrogate.kind='none': the bottom stays frozen, without an adapter, because nothing on this node can give "
             "it a gradient; only the top is trained"
         )
-    adapted = adapters.attach(model, lora, train_bottom=kind != "none", seed=config.train.seed)
+    adapted = adapters.attach(model, lora, train_bottom=config.surrogate.trains_bottom, seed=config.train.seed)
     if config.aggregation.tensors == "b-only":
         adapters.freeze_a(adapted, config.aggregation.share)
     return adapted
-
-
-def make_distiller(config: RunConfig, model: PeftModel) -> Distiller | None:
-    """What trains the surrogate on the way, if the run asks for it; mutates the model."""
-    surrogate = config.surrogate
-    if surrogate.kind == "distilled" or (surrogate.kind == "matched" and surrogate.distill):
-        return train.make_distiller(model, surrogate.distill_lr, surrogate.probe_every)
-    return None

@@ -71,7 +71,7 @@ def step_on_meta(
         checkpoint_activations(model)
         model.config.use_cache = False  # it would grow when a layer is run again
     with torch.device("meta"):
-        client = adapters.attach(model, run.lora, train_bottom=run.surrogate.kind != "none", seed=0).train()
+        client = adapters.attach(model, run.lora, train_bottom=run.surrogate.trains_bottom, seed=0).train()
         trained = sum(p.numel() * p.element_size() for p in client.parameters() if p.requires_grad)
         ids = torch.zeros((run.train.batch_size, run.data.max_length), dtype=torch.long)
         batch: Batch = {"input_ids": ids, "labels": ids[:, 0] if run.task == "sequence-classification" else ids}

@@ -18,7 +18,7 @@ def starting_adapter(config: RunConfig) -> dict[str, Tensor]:
     base = read_config(config.model.name, config.model.revision)
     ends = config.split.bottom_layers, config.split.top_layers
     client = sketch_client(base, *ends, config.data.label_names)
-    model = adapters.attach(client, config.lora, train_bottom=config.surrogate.kind != "none", seed=config.train.seed)
+    model = adapters.attach(client, config.lora, train_bottom=config.surrogate.trains_bottom, seed=config.train.seed)
     every = adapters.adapter_shapes(model)
     shapes = {name: shape for name, shape in every.items() if adapters.is_shared(model, name, config.aggregation)}
     fresh = adapters.fresh_state(shapes, config.train.seed)

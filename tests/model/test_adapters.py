@@ -14,7 +14,7 @@ from fl_split.errors import ConfigError, NodeStateError
 from fl_split.model import adapters
 from fl_split.model.client import load_client
 from fl_split.model.trunk import LocalTrunk, load_trunk
-from fl_split.node.round import _base_quality
+from fl_split.node.evaluate import base_scores
 
 
 def client_with_adapter(folder: Path, lora: Lora | None = None, *, train_bottom: bool = True) -> PeftModel:
@@ -142,7 +142,7 @@ def test_what_is_frozen_stays_so_when_the_base_is_measured(checkpoint: Callable[
     adapters.freeze_a(model, "top")
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and not any(".residual." in name for name in trained)
-    _base_quality(model, lambda: {"loss": 0.0})
+    base_scores(model, lambda: {"loss": 0.0})
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
 
 

@@ -17,7 +17,7 @@ from fl_split.model.client import load_client
 from fl_split.model.loss import Batch, accumulate, count_targets, count_tokens
 from fl_split.model.packing import check_packing
 from fl_split.model.trunk import LocalTrunk, load_trunk
-from fl_split.node.train import evaluate
+from fl_split.node.evaluate import evaluate
 
 GROUPED = Data.model_validate({"group-by-length": True})
 PACKED = Data(packing=True)

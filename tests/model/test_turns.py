@@ -17,7 +17,7 @@ from fl_split.model.client import load_client
 from fl_split.model.loss import Batch, accumulate
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.model.turns import in_turn, run_in_turns
-from fl_split.node import train
+from fl_split.node.evaluate import evaluate
 
 
 class SlowTrunk(LocalTrunk):
@@ -87,7 +87,7 @@ def test_evaluation_equals_the_sequential_one(checkpoint: Callable[[str], Path])
     trunk = SlowTrunk(load_trunk(folder, 1, 2))
     model = adapters.attach(load_client(folder, 1, 2, trunk), Lora(), train_bottom=True, seed=0)
     assert isinstance(model, PeftModel)
-    assert train.evaluate(model, batches(6), 4) == train.evaluate(model, batches(6), 1)
+    assert evaluate(model, batches(6), 4) == evaluate(model, batches(6), 1)
 
 
 def test_waiting_overlaps() -> None:

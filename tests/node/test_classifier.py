@@ -24,8 +24,8 @@ from fl_split.model.client import load_client
 from fl_split.model.loss import Batch, accumulate
 from fl_split.model.slots import Trunk
 from fl_split.model.trunk import LocalTrunk, load_trunk
-from fl_split.node import evaluate as classification
 from fl_split.node import train
+from fl_split.node.evaluate import evaluate, macro_f1
 from fl_split.node.expected import Expected
 from fl_split.node.trunk_client import TrunkClient
 from fl_split.trunk import server
@@ -147,9 +147,9 @@ def test_head_is_float32_on_a_base_in_bfloat16_and_learns(saved: Callable[[str],
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     config = Train.model_validate({"steps": 12, "bottom-lr": 1e-2, "top-lr": 1e-2, "scheduler": "constant"})
-    before = classification.evaluate(model, [BATCH])
+    before = evaluate(model, [BATCH])
     train.train_round(model, train.make_optimizer(model, config), iter([BATCH] * 12), config)
-    assert classification.evaluate(model, [BATCH]).loss < before.loss / 2
+    assert evaluate(model, [BATCH])["loss"] < before["loss"] / 2
 
 
 def test_accumulated_texts_weigh_the_same_however_they_are_batched(saved: Callable[[str], Path]) -> None:
@@ -167,7 +167,7 @@ def test_accumulated_texts_weigh_the_same_however_they_are_batched(saved: Callab
 def test_scores_are_those_of_the_definition() -> None:
     # classes 0: tp 1, fp 1, fn 0 -> 2/3; 1: tp 1, fp 0, fn 1 -> 2/3; 2 only in truth -> 0; 3 nowhere: not counted
     predicted, truth = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 1, 2])
-    assert classification.macro_f1(predicted, truth) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    assert macro_f1(predicted, truth) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
 
 
 @pytest.mark.parametrize(("share", "head", "expected"), [

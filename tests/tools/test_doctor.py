@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fl_split.cli import app
 from fl_split.config import NodeConfig, RunConfig, read_values
 from fl_split.errors import ConfigError
-from fl_split.node.round import _warn_of_room
+from fl_split.node.build import warn_of_room
 from fl_split.plan import fits_here as room
 from fl_split.plan import versions
 from fl_split.plan.fits_here import check_room
@@ -112,7 +112,7 @@ def test_too_little_memory_or_disk_fails_with_a_remedy_and_is_said_before_the_fi
     assert (memory.status, disk.status) == ("fail", "fail")
     assert "split.client-memory" in memory.text
     assert "set run.dir or out-dir" in disk.text
-    _warn_of_room(config, NodeConfig())
+    warn_of_room(config, NodeConfig())
     assert "memory: a node needs about" in caplog.text
     monkeypatch.setattr(room.os, "access", lambda path, mode: False)
     assert "cannot be written to" in list(check_room(config, NodeConfig()))[1].text

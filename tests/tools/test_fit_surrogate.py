@@ -28,6 +28,7 @@ from fl_split.model.slots import remote_trunk_of
 from fl_split.model.thin import read_card
 from fl_split.model.trunk import LocalTrunk, load_trunk, pull_back, run_trunk
 from fl_split.node import train
+from fl_split.node.evaluate import evaluate
 from fl_split.node.expected import Expected
 from fl_split.node.trunk_client import TrunkClient
 from fl_split.tools import fit_surrogate as matching
@@ -111,7 +112,7 @@ def test_gradient_is_autograds_through_the_formula(
 def test_matched_client_has_the_full_models_loss(demo_model: Path, fitted: Path, batches: list[Batch]) -> None:
     trunk = LocalTrunk(load_trunk(demo_model, 2, 2))
     losses = [
-        train.evaluate(build(demo_model, 2, 2, trunk, candidate, Lora()), batches)
+        evaluate(build(demo_model, 2, 2, trunk, candidate, Lora()), batches)
         for candidate in (Candidate("none"), Candidate("matched", matched=fitted))
     ]
     assert losses[0] == losses[1]
@@ -217,10 +218,10 @@ def test_distillation_brings_the_surrogate_closer_and_the_task_does_not_move_it(
     optimizer = train.make_optimizer(model, config)
     frozen = train.make_distiller(model, 1e-30)
     weights = frozen.state()
-    train.train_round(model, optimizer, iter(batches * 5), config, distiller=frozen)
+    train.train_round(model, optimizer, iter(batches * 5), config)
     assert all(torch.allclose(value, weights[name], rtol=0, atol=1e-12) for name, value in frozen.state().items())
-    distiller = train.make_distiller(model, 1e-3)
-    train.train_round(model, optimizer, iter(batches * 5), config, distiller=distiller)
+    train.make_distiller(model, 1e-3)
+    train.train_round(model, optimizer, iter(batches * 5), config)
     assert value_error(model, batches[:1]) < 0.9 * before
     names = {group["name"] for group in optimizer.param_groups}
     assert names == {"bottom", "top"}  # the task's optimizer does not hold it
@@ -283,7 +284,7 @@ def test_probes_say_nothing_that_depends_on_labels_and_are_sent_in_training_only
         trunk = SpyingTrunk(demo_model)
         model = build(demo_model, 2, 2, trunk, Candidate("distilled", 2), Lora())
         train.make_distiller(model, 1e-3, probe_every=2)
-        train.evaluate(model, batches[:1])
+        evaluate(model, batches[:1])
         model.train()
         torch.manual_seed(0)
         accumulate(model, [{**batches[0], "labels": labels}] * 4)
@@ -317,9 +318,9 @@ def test_probes_bring_the_bottoms_gradient_closer_to_the_exact_one_than_values_a
     cosines = []
     for probe_every in (0, 1):
         model = build(demo_model, 2, 2, trunk, Candidate("distilled", 2), Lora())
-        distiller = train.make_distiller(model, 1e-3, probe_every)
+        train.make_distiller(model, 1e-3, probe_every)
         still = Train.model_validate({"steps": 40, "bottom-lr": 0.0, "top-lr": 0.0})
-        train.train_round(model, train.make_optimizer(model, still), iter(batches * 40), still, distiller=distiller)
+        train.train_round(model, train.make_optimizer(model, still), iter(batches * 40), still)
         cosines.append(torch.cosine_similarity(bottom_gradient(model, batches), exact, dim=0).item())
     assert 1 - cosines[1] < 0.9 * (1 - cosines[0])
 
