@@ -23,10 +23,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fl_split.config import Aggregation, Data, Lora, NodeConfig, Train
-from fl_split.data import load as data
 from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
+from fl_split.data.load import Examples, load_examples
 from fl_split.model import adapters
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.trunk import LocalTrunk, load_trunk
@@ -55,12 +55,12 @@ def whole_model(folder: Path, labels: list[str]) -> PeftModel:
 def make(kind: str, folder: Path, labels: list[str], trunk: LocalTrunk) -> PeftModel:
     if kind == "whole":
         return whole_model(folder, labels)
-    client = load_client(folder, BOTTOM, TOP, trunk, surrogate=kind, labels=labels)
+    client = load_ends(folder, BOTTOM, TOP, trunk, surrogate=kind, labels=labels)
     return adapters.attach(client, Lora(), train_bottom=kind != "none", seed=0)
 
 
 def federate(
-    models: list[PeftModel], nodes: list[data.Examples], tokenizer: object, config: Train, rounds: int
+    models: list[PeftModel], nodes: list[Examples], tokenizer: object, config: Train, rounds: int
 ) -> list[Scores]:
     """FedAvg of the tops, by the nodes' numbers of texts; returns the scores of each node."""
     how = Aggregation(share="top")
@@ -110,8 +110,7 @@ def main() -> None:
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
     keys = {"text": "answer", "label": "topic", "labels": ",".join(labels), "max-length": MAX_LENGTH, "holdout": 0.2}
     nodes = [
-        data.load_examples(Data.model_validate({"path": str(file), **keys}), NodeConfig(), tokenizer, 0)
-        for file in files
+        load_examples(Data.model_validate({"path": str(file), **keys}), NodeConfig(), tokenizer, 0) for file in files
     ]
     if options.quick:
         nodes = [replace(node, heldout=node.heldout[:32]) for node in nodes]

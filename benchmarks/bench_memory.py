@@ -33,11 +33,11 @@ from transformers.utils import logging as transformers_logging
 from fl_split.config import Lora, RunConfig
 from fl_split.model import adapters
 from fl_split.model.checkpoint import read_config
-from fl_split.model.client import checkpoint_activations, load_client
+from fl_split.model.ends import checkpoint_activations, load_ends
 from fl_split.model.loss import Batch
 from fl_split.node import train
 from fl_split.node.expected import Expected
-from fl_split.node.trunk_client import TrunkClient
+from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.plan.plan import make_plan
 from fl_split.trunk.layers import hold_layers
 from fl_split.trunk.server import embedded
@@ -131,9 +131,9 @@ def batch_of(run: RunConfig, vocab_size: int) -> Batch:
 def client(config: RunConfig, folder: Path, address: str) -> dict[str, int]:
     watch = Watch()
     dtype = config.model.torch_dtype
-    with TrunkClient(address, Expected.from_checkpoint(folder, BOTTOM, TOP), timeout_s=600) as trunk:
+    with TrunkConnection(address, Expected.from_checkpoint(folder, BOTTOM, TOP), timeout_s=600) as trunk:
         trunk.connect()
-        model = load_client(folder, BOTTOM, TOP, trunk, surrogate="blocks", surrogate_layers=2, dtype=dtype)
+        model = load_ends(folder, BOTTOM, TOP, trunk, surrogate="blocks", surrogate_layers=2, dtype=dtype)
         watch.mark("loading")
         if config.train.activation_checkpointing:
             checkpoint_activations(model)

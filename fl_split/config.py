@@ -12,10 +12,12 @@ from click import ClickException
 from flwr.common.config import parse_config_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fl_split.errors import ConfigError
+from fl_split.errors import ConfigError, explain_invalid
 
 if TYPE_CHECKING:
     import torch
+
+_KEYS = "the table of keys in docs/configuration.md"
 
 Scalar = str | int | float | bool
 Positive = Annotated[int, Field(ge=1)]
@@ -352,7 +354,7 @@ class RunConfig(_Section):
         try:
             return cls.model_validate(nested)
         except ValidationError as error:
-            raise ConfigError("wrong configuration:\n" + "\n".join(_explain(e) for e in error.errors())) from None
+            raise ConfigError("wrong configuration:\n" + explain_invalid(error, _KEYS)) from None
 
     def to_flat(self) -> dict[str, Scalar]:
         """Inverse of `from_flat`: every key as the user writes it."""
@@ -479,7 +481,7 @@ class NodeConfig(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise ConfigError("wrong node-config:\n" + "\n".join(_explain(e) for e in error.errors())) from None
+            raise ConfigError("wrong node-config:\n" + explain_invalid(error, _KEYS)) from None
 
     def lora(self, of_run: Lora) -> Lora:
         """The run's adapters with this node's own rank, if it has one."""
@@ -509,11 +511,3 @@ def absolute(key: str, path: str) -> Path:
             f"{key}={path!r} is relative, and Flower runs apps in folders of its own: write it from / or ~"
         )
     return expanded
-
-
-def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"  {key}: no such key; see the table of keys in docs/configuration.md"
-    text = error["msg"].removeprefix("Value error, ")
-    return f"  {key}={error['input']!r}: {text[0].lower()}{text[1:]}" if key else f"  {text}"

@@ -103,7 +103,7 @@ def resolve_model(name: str, revision: str, needs: Callable[[PretrainedConfig], 
 
 
 def _files_needed(folder: Path, needs: Callable[[PretrainedConfig], Needs] | None) -> list[str]:
-    """Names or patterns of the files with weights, of a checkpoint of which everything else is in `folder`."""
+    """Name the files with needed weights, or give a pattern; all else of the checkpoint is in `folder` already."""
     index = folder / INDEX
     if needs is None or not index.is_file():
         return ["*.safetensors"]

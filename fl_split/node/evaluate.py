@@ -87,7 +87,7 @@ def macro_f1(predicted: Tensor, truth: Tensor) -> float:
 
 
 def _run(model: PeftModel, batch: Batch) -> tuple[float, int, tuple[Tensor, Tensor] | None]:
-    """One batch's summed loss and number of targets; of a classifier also predicted and true classes."""
+    """Run one batch: its summed loss and number of targets, and of a classifier predicted and true classes."""
     with torch.no_grad():
         loss, logits = forward(model, batch, num_targets=1)
     classes = (logits.argmax(-1).cpu(), batch["labels"].cpu()) if batch["labels"].dim() == 1 else None

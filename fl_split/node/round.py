@@ -1,6 +1,6 @@
 """One node's round, from its configuration to what it gives away.
 
-Data path: config -> private examples -> client model with adapters -> local round -> own disk -> shared part, metrics.
+Data path: config -> private examples -> the ends with adapters -> local round -> own disk -> shared part, metrics.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ from fl_split.node.received import receive
 from fl_split.node.state import NodeFolder, SavedRound
 from fl_split.node.train import RoundSettings, Trained, train_round
 from fl_split.node.trunk_cache import CachedTrunk
-from fl_split.node.trunk_client import TrunkClient
+from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.plan.plan import choose_split
 
 
@@ -101,8 +101,8 @@ class Round:
     base: Path  # the base model's folder
     tokenizer: PreTrainedTokenizerBase
     examples: Examples
-    client: TrunkClient
-    trunk: Trunk  # the client, or a cache before it
+    connection: TrunkConnection
+    trunk: Trunk  # the connection, or a cache before it
     model: PeftModel
     optimizer: torch.optim.Optimizer
     distiller: Distiller | None  # if the surrogate is trained on the way
@@ -118,9 +118,9 @@ class Round:
         if instructions.server_round == 1:
             warn_of_room(config, node)
         examples = load_examples(config.data, node, tokenizer, config.train.seed, store=home / "examples")
-        client, expected = connect(config, node, base, instructions.trunk_address, stack)
-        trunk = with_cache(config, client, expected, home, stack)
-        model = build_model(config, node.lora(config.lora), base, client, trunk, tokenizer.pad_token_id)
+        connection, expected = connect(config, node, base, instructions.trunk_address, stack)
+        trunk = with_cache(config, connection, expected, home, stack)
+        model = build_model(config, node.lora(config.lora), base, connection, trunk, tokenizer.pad_token_id)
         optimizer, distiller, surrogate = train.make_optimizer(model, config.train), None, config.surrogate
         if surrogate.is_trained:
             distiller = train.make_distiller(model, surrogate.distill_lr, surrogate.probe_every)
@@ -132,7 +132,7 @@ class Round:
             base=base,
             tokenizer=tokenizer,
             examples=examples,
-            client=client,
+            connection=connection,
             trunk=trunk,
             model=model,
             optimizer=optimizer,
@@ -230,8 +230,8 @@ class Round:
             train_tokens=trained.num_tokens,
             tokens_per_s=trained.num_tokens / trained.seconds,
             train_s=trained.seconds,
-            trunk_forward_s=self.client.forward_s,
-            activation_bytes=self.client.bytes_sent,
+            trunk_forward_s=self.connection.forward_s,
+            activation_bytes=self.connection.bytes_sent,
             cached_sequences=self.trunk.hits if isinstance(self.trunk, CachedTrunk) else 0,
             rounds_missed=self.instructions.server_round - 1 - self.saved.number,
         )

@@ -1,9 +1,12 @@
 """What a node keeps on its own disk between rounds; nobody else reads it.
 
-nodes/<partition-id>/             in simulation; on a deployed node <out-dir>/<run.name>/
-adapter/                      the PEFT export
-state/<run id>/round-0003/    adapter, optimizer and surrogate as safetensors: private
-examples/                     the prepared examples: private
+    <run.dir>/<run.name>/nodes/<partition-id>/    in simulation; on a deployed node <out-dir>/<run.name>/
+        adapter/                                  the PEFT export
+        state/<run id>/round-0003/                adapter, optimizer, surrogate and numbers as safetensors: private
+        examples/                                 the prepared examples: private
+        trunk-cache.sqlite                        what the trunk answered, of a frozen bottom: private
+
+A round's folder is written under another name and renamed when complete, so a kill loses no finished round.
 """
 
 from dataclasses import dataclass, field
@@ -14,9 +17,8 @@ import torch
 from torch import Tensor
 
 from fl_split.errors import NodeStateError
-from fl_split.files import Rounds
+from fl_split.files import KEPT_ROUNDS, Rounds
 from fl_split.node.evaluate import Scores
-from fl_split.server.run_folder import _KEPT_ROUNDS
 
 _TENSORS = ("adapter", "optimizer", "surrogate", "surrogate_optimizer")  # of SavedRound, a file each
 
@@ -72,4 +74,4 @@ class NodeFolder:
         numbers: dict[str, Any] = {"falls": saved.falls}
         numbers |= {f"{when}|{name}": x for when, values in saved.scores.items() for name, x in values.items()}
         files["numbers"] = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
-        self.rounds.save(saved.number, files, keep=_KEPT_ROUNDS)
+        self.rounds.save(saved.number, files, keep=KEPT_ROUNDS)

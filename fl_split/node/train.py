@@ -18,7 +18,7 @@ from fl_split.config import Train
 from fl_split.model.adapters import parameter_groups, part_of
 from fl_split.model.distill import Distiller
 from fl_split.model.loss import Batch, accumulate, count_tokens
-from fl_split.model.slots import remote_trunk_of
+from fl_split.model.slots import trunk_calls_of
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ def make_optimizer(model: PeftModel, config: Train) -> torch.optim.AdamW:
 
 
 def make_distiller(model: PeftModel, lr: float, probe_every: int = 0) -> Distiller:
-    """Begin to train a client's surrogate, from now on, on what its trunk returns; mutates the client."""
+    """Train a model's surrogate from now on, on what its trunk returns; mutates the model."""
     names = {name: p for name, p in model.named_parameters() if part_of(model, name) == "trunk"}
     distiller = Distiller(names, lr, probe_every)
-    remote_trunk_of(model.get_base_model()).distiller = distiller
+    trunk_calls_of(model.get_base_model()).distiller = distiller
     return distiller
 
 
@@ -65,7 +65,7 @@ def train_round(
     """Train the adapters for ``train.steps`` optimizer steps, and the surrogate if it has a distiller.
 
     Args:
-        model: The client with its adapters; mutated.
+        model: The ends with their adapters; mutated.
         optimizer: From `make_optimizer`; mutated.
         batches: Endless micro-batches.
         config: Steps, accumulation, scheduler and clipping.
@@ -116,7 +116,7 @@ class _Proximal:
 
 def _distiller_of(model: PeftModel) -> Distiller | None:
     base = model.get_base_model()
-    return remote_trunk_of(base).distiller if hasattr(base, "remote_trunk") else None  # a whole model has no trunk
+    return trunk_calls_of(base).distiller if hasattr(base, "trunk_calls") else None  # a whole model has no trunk
 
 
 def _scheduler(

@@ -1,7 +1,7 @@
 """`fl-split doctor`: would this run work on this machine? Asked before it starts; each answer comes with its remedy.
 
-The checks are those that a run makes anyway (`load_examples`, `TrunkClient.connect`, `Boundaries.of`, `check_room`),
-made early and all at once. What leaves the node is what connecting to a trunk sends: a token, and no data.
+The checks are those that a run makes anyway (`load_examples`, `build.connect`, `Boundaries.of`, `check_room`), made
+early and all at once. What leaves the node is what connecting to a trunk sends: a token, and no data.
 """
 
 from collections.abc import Callable, Iterator

@@ -20,14 +20,14 @@ import server_app
 from fl_split.config import Aggregation, Lora, RunConfig, Train
 from fl_split.errors import SplitError
 from fl_split.model import adapters
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.loss import Batch, accumulate
 from fl_split.model.slots import Trunk
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node import train
 from fl_split.node.evaluate import evaluate, macro_f1
 from fl_split.node.expected import Expected
-from fl_split.node.trunk_client import TrunkClient
+from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.trunk import server
 from fl_split.trunk.layers import hold_layers
 
@@ -60,7 +60,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def client(folder: Path, trunk: Trunk | None = None, **options: Any) -> PreTrainedModel:
     options = {"labels": LABELS, **options}
-    return load_client(folder, 1, 2, trunk or LocalTrunk(load_trunk(folder, 1, 2)), **options)
+    return load_ends(folder, 1, 2, trunk or LocalTrunk(load_trunk(folder, 1, 2)), **options)
 
 
 def gradients(model: PeftModel) -> dict[str, dict[str, Tensor | None]]:
@@ -105,7 +105,7 @@ def test_padding_and_both_directions_hold_over_the_wire(saved: Callable[[str], P
         assert not held.causal
         with (
             server.embedded(held) as address,
-            TrunkClient(address, Expected.from_checkpoint(folder, 1, 2), wire_dtype="float32") as trunk,
+            TrunkConnection(address, Expected.from_checkpoint(folder, 1, 2), wire_dtype="float32") as trunk,
             torch.no_grad(),
         ):
             model = client(folder, trunk)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fl_split.config import Lora, Train
 from fl_split.model import adapters
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.loss import IGNORED, Batch, accumulate, count_targets
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node import train
@@ -21,7 +21,7 @@ from fl_split.node.evaluate import evaluate
 def make_model(checkpoint: Callable[[str], Path]) -> Callable[[], PeftModel]:
     def make() -> PeftModel:
         folder = checkpoint("llama")
-        client = load_client(folder, 1, 2, LocalTrunk(load_trunk(folder, 1, 2)))
+        client = load_ends(folder, 1, 2, LocalTrunk(load_trunk(folder, 1, 2)))
         return adapters.attach(client, Lora(), train_bottom=True, seed=0)
 
     return make

@@ -27,7 +27,6 @@ import server_app
 from fl_split.config import Aggregation, Dp, NodeConfig, RunConfig
 from fl_split.errors import AggregationError, ConfigError, RoundFailed
 from fl_split.model import adapters
-from fl_split.node import round as node_round
 from fl_split.node.evaluate import evaluate
 from fl_split.node.round import RoundResult
 from fl_split.node.train import train_round
@@ -283,7 +282,7 @@ def test_a_alone_is_the_base_and_takes_no_pass_of_its_own(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[dict[str, float]] = []
-    monkeypatch.setattr(node_round, "evaluate", lambda *args: passes.append(evaluate(*args)) or passes[-1])
+    monkeypatch.setattr("fl_split.node.round.evaluate", lambda *args: passes.append(evaluate(*args)) or passes[-1])
     run(**{"aggregation.tensors": "a-only"})
     assert len(passes) == 2 * (3 + 2)  # base, before and after on two nodes; base once a run
     for entry in (entry for entry in metrics(tmp_path / "x") if "partition-id" in entry):
@@ -370,7 +369,7 @@ def test_node_that_missed_a_round_catches_up(
         starts.append({n: sum(m.get_delta_weight(a).detach() for a in m.active_adapters) for n, m in layers.items()})
         return train_round(model, *args)
 
-    monkeypatch.setattr(node_round, "train_round", spy)
+    monkeypatch.setattr("fl_split.node.round.train_round", spy)
     changes = {"aggregation.combine": combine, "num-server-rounds": 3, "data.holdout": 0.1}
     run(nodes=3, grid_class=poor_grid(round_2={1002: "fails"}), **THREE, **changes)
     nodes = [entry for entry in metrics(tmp_path / "x") if "partition-id" in entry]
