@@ -80,6 +80,11 @@ class Surrogate(_Section):
         "trunk; `identity`; `none`: the bottom stays frozen; `exact`: dL/dh2 leaves the node",
     )
     layers: Positive = Field(2, description="trunk layers kept on the node, for `blocks` and `distilled`")
+    check: bool = Field(
+        True,
+        description="try the bottom's gradient on examples kept apart for it, and train the bottom only in rounds in "
+        "which it lowers the loss for sure; not for kinds with an exact gradient",
+    )
     file: str = Field("", description="made by `fl-split surrogate fit`, for the embedded trunk to publish")
     distill: bool = Field(False, description="train a `matched` surrogate on the node as well")
     distill_lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="AdamW's rate for the surrogate itself")
@@ -93,6 +98,11 @@ class Surrogate(_Section):
     def trains_bottom(self) -> bool:
         """Whether the bottom gets a gradient; without one it has no adapter either."""
         return self.kind != "none"
+
+    @property
+    def is_tried(self) -> bool:
+        """Whether the bottom's gradient, which may be wrong, is tried before it is followed."""
+        return self.check and self.kind in ("identity", "blocks", "distilled", "matched")
 
     @property
     def is_trained(self) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fl_split.errors import NodeStateError
 from fl_split.files import KEPT_ROUNDS, Rounds
 from fl_split.node.evaluate import Scores
+from fl_split.node.trial import Gain
 
 _TENSORS = ("adapter", "optimizer", "surrogate", "surrogate_optimizer")  # of SavedRound, a file each
 
@@ -32,7 +33,7 @@ class SavedRound:
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     surrogate: dict[str, Tensor] = field(default_factory=dict)  # empty unless it is distilled
     surrogate_optimizer: dict[str, Tensor] = field(default_factory=dict)
-    falls: list[float] = field(default_factory=list)  # of the loss by the bottom's update, one a round
+    trial: Gain = Gain()  # the newest one of the bottom's gradient
     scores: dict[str, Scores] = field(default_factory=dict)  # on held-out examples: `base`, and `after` that round
 
 
@@ -61,17 +62,17 @@ class NodeFolder:
         number = before[-1]
         files = {name: self.rounds.load(number, name.replace("_", "-")) for name in _TENSORS}
         numbers = self.rounds.load(number, "numbers")
-        falls = numbers.pop("falls").tolist()
+        trial = Gain(*(numbers.pop(name).item() for name in ("trial-gain", "trial-gain-error")))
         scores: dict[str, Scores] = {}
         for key, value in numbers.items():
             when, _, name = key.partition("|")
             scores.setdefault(when, {})[name] = value.item()
-        return SavedRound(number, **files, falls=falls, scores=scores)
+        return SavedRound(number, **files, trial=trial, scores=scores)
 
     def save(self, saved: SavedRound) -> None:
         """Keep what a round has trained."""
         files = {name.replace("_", "-"): getattr(saved, name) for name in _TENSORS}
-        numbers: dict[str, Any] = {"falls": saved.falls}
+        numbers: dict[str, Any] = {"trial-gain": saved.trial.mean, "trial-gain-error": saved.trial.error}
         numbers |= {f"{when}|{name}": x for when, values in saved.scores.items() for name, x in values.items()}
         files["numbers"] = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
         self.rounds.save(saved.number, files, keep=KEPT_ROUNDS)
