@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from click import ClickException
-from flwr.common.config import parse_config_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_split.errors import ConfigError
@@ -404,6 +402,9 @@ def read_values(file: Path | None, overrides: list[str]) -> dict[str, Scalar]:
     Raises:
         ConfigError: There is no such file, or something cannot be parsed.
     """
+    from click import ClickException
+    from flwr.common.config import parse_config_args
+
     values: dict[str, Scalar] = {}
     for given in ([str(file)] if file else [], overrides):
         try:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fl_split.errors import NodeStateError
 from fl_split.files import Rounds
-from fl_split.server.run_folder import _KEPT_ROUNDS
 
 _TENSORS = ("adapter", "optimizer", "surrogate", "surrogate_optimizer")  # of SavedRound, a file each
 
@@ -74,4 +73,4 @@ class NodeFolder:
         numbers: dict[str, Any] = {"falls": saved.falls}
         numbers |= {f"{when}|{name}": x for when, values in saved.quality.items() for name, x in values.items()}
         files["numbers"] = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
-        self.rounds.save(saved.number, files, keep=_KEPT_ROUNDS)
+        self.rounds.save(saved.number, files)

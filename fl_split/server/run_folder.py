@@ -27,7 +27,6 @@ from fl_split.config import RunConfig, Scalar
 from fl_split.errors import NodeStateError
 from fl_split.files import Rounds, write_atomic
 
-_KEPT_ROUNDS = 2  # the server may have lost the last one, and then asks for it again
 _MAY_CHANGE = ("num-server-rounds", "run.", "trunk.", "aggregation.min-nodes")
 _MAY_NOT = ("trunk.wire-dtype",)  # what the trunk is given, so the numbers that come out
 _MAY_NOT_WITH_DP = ("aggregation.min-nodes",)  # the noise of a node's part, which epsilon counts on
@@ -104,7 +103,7 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         files = {"shared": shared, "server": server_state or {}}
-        self._rounds.save(server_round, files, keep=_KEPT_ROUNDS)
+        self._rounds.save(server_round, files)
         self.num_finished = server_round
 
     def shared(self) -> dict[str, Tensor]:
