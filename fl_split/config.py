@@ -47,7 +47,7 @@ class Split(_Section):
 
     bottom_layers: Positive = Field(2, description="layers on the node before the trunk")
     top_layers: Positive = Field(2, description="layers on the node after the trunk")
-    client_memory: Annotated[str, Field(pattern=r"^$|^ *[0-9.]+ *[A-Za-z]+ *$")] = Field(
+    client_memory: Annotated[str, Field(pattern=r"^$|^ *[0-9]+(\.[0-9]+)? *[A-Za-z]+ *$")] = Field(
         "", description="such as `4GB`: take the deepest split that a node of this memory can train, instead of the two"
     )
 
