@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # torch takes seconds to load, and most of what writes a file does without
     from torch import Tensor
 
-_KEPT_ROUNDS = 2  # the server may have lost the last one, and then asks for it again
+KEPT_ROUNDS = 2  # of a run or a node: the server may have lost the last one, and then asks for it again
 
 
 def cache_folder() -> Path:
@@ -52,7 +52,7 @@ class Rounds:
         names = (re.fullmatch(r"round-(\d+)", p.name) for p in self._folder.glob("round-*"))
         return sorted(int(match[1]) for match in names if match)
 
-    def save(self, number: int, files: Mapping[str, dict[str, "Tensor"]], keep: int = _KEPT_ROUNDS) -> None:
+    def save(self, number: int, files: Mapping[str, dict[str, "Tensor"]], keep: int) -> None:
         """Add a round, or replace it, and forget all but the newest `keep` up to it."""
         from safetensors.torch import save_file
 
