@@ -130,6 +130,13 @@ def test_a_crossing_is_found(tmp_path: Path, file: str, line: str, crossing: str
     assert any(found.endswith(crossing) for found in crossings(tmp_path, WALLS))
 
 
+def test_every_module_has_its_line_in_the_architecture() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    files = [file.relative_to(ROOT / "fl_split") for file in (ROOT / "fl_split").rglob("*.py")]
+    modules = {str(file) for file in files if file.name != "__init__.py"} | {"server_app.py", "client_app.py"}
+    assert {line.split("`")[1] for line in text.splitlines() if line.startswith("- `")} == modules
+
+
 # --------------------------------------------------------------------------------------------------------- start-up
 
 _HEAVY = ("torch", "transformers", "flwr", "ray", "datasets", "peft", "safetensors", "numpy")
