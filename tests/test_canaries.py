@@ -22,7 +22,7 @@ from fl_split.errors import ConfigError
 from fl_split.model.adapters import _means_experts
 from fl_split.model.trunk import load_trunk
 from fl_split.node import executor
-from fl_split.server.flower import flower_strategy, restore_server_state
+from fl_split.server.flower import flower_strategy, restore_server_state, server_state
 
 
 def test_flowers_loop_asks_for_an_executor() -> None:  # node/executor.py
@@ -46,6 +46,23 @@ def test_flowers_strategies_keep_their_state_where_it_was(strategy: type[FedAvg]
     source = "".join(inspect.getsource(each) for each in strategy.__mro__ if each is not object)
     assert all(source.count(f"self.{name}") > 1 for name in names)  # server/flower.py
     assert names <= vars(strategy()).keys()
+
+
+@pytest.mark.parametrize("mode", ["server-fixed", "client-fixed", "server-adaptive", "client-adaptive"])
+def test_flowers_privacy_strategies_keep_their_state_where_it_was(mode: str) -> None:
+    pytest.importorskip("dp_accounting", reason="the extra 'dp' is not installed")
+    changes = {
+        "aggregation.share": "top",
+        "aggregation.weighting": "equal",
+        "dp.mode": mode,
+        "dp.noise-multiplier": 0.1,
+    }
+    config = RunConfig.from_flat(changes)
+    strategy = flower_strategy(config.aggregation, config.dp)
+    assert isinstance(vars(strategy)["clipping_norm"], float)  # server/flower.py
+    state = server_state(strategy, [])
+    assert state.keys() == ({"clipping-norm", "accountant"} if "fixed" in mode else {"clipping-norm"})
+    restore_server_state(strategy, state)
 
 
 @pytest.mark.parametrize(("name", "attribute", "state"), [
