@@ -80,13 +80,6 @@ class Credentials:
         return grpc.secure_channel(address, credentials, options=_OPTIONS)
 
 
-def _read(key: str, path: str) -> bytes:
-    try:
-        return Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{key}={path!r} cannot be read ({type(error).__name__}): expected a file") from None
-
-
 @dataclass
 class Replica:
     """One address of the trunk."""
@@ -152,3 +145,10 @@ class Replicas:
         """Close all channels."""
         for replica in self._all:
             replica.channel.close()
+
+
+def _read(key: str, path: str) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{key}={path!r} cannot be read ({type(error).__name__}): expected a file") from None

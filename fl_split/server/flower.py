@@ -189,16 +189,6 @@ def restore_server_state(strategy: Strategy, state: dict[str, Tensor]) -> None:
         strategy.accountant.load_state_dict(json.loads(state["accountant"].numpy().tobytes()))  # type: ignore[attr-defined]
 
 
-def _put(strategy: Strategy, name: str, value: object) -> None:
-    """Set what a strategy remembers; never a new attribute that nobody reads."""
-    if not hasattr(strategy, name):
-        raise ConfigError(
-            f"Flower {version('flwr')} keeps no {name} in {type(strategy).__name__}: go on with the run under the "
-            "version in its run.json"
-        )
-    setattr(strategy, name, value)
-
-
 def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
     """Metrics of a round: sums of counts, means of all else weighted by the nodes' weights."""
     records = [next(iter(content.metric_records.values())) for content in contents]
@@ -224,3 +214,13 @@ def updates_of(replies: Iterable[Message]) -> list[Update]:
         )
         for reply in replies
     ]
+
+
+def _put(strategy: Strategy, name: str, value: object) -> None:
+    """Set what a strategy remembers; never a new attribute that nobody reads."""
+    if not hasattr(strategy, name):
+        raise ConfigError(
+            f"Flower {version('flwr')} keeps no {name} in {type(strategy).__name__}: go on with the run under the "
+            "version in its run.json"
+        )
+    setattr(strategy, name, value)
