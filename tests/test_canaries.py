@@ -16,7 +16,9 @@ from flwr.supercore.superexec import run_superexec as superexec
 from flwr.supercore.superexec.executor import SubprocessExecutor
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
+from typer.testing import CliRunner
 
+from fl_split import cli
 from fl_split.config import Dp, RunConfig
 from fl_split.errors import ConfigError
 from fl_split.model.adapters import _means_experts
@@ -39,6 +41,8 @@ def test_an_executor_that_flower_would_not_ask_for_is_refused(monkeypatch: pytes
     monkeypatch.setattr(superexec, "run_superexec", changed)
     with pytest.raises(ConfigError, match="cannot be given an executor: expected the versions that fl-split asks for"):
         executor.serve("127.0.0.1:1", None)
+    done = CliRunner().invoke(cli.app, ["executor", "127.0.0.1:1"])
+    assert done.exit_code == 1 and done.stderr.startswith("error: Flower ")
 
 
 @pytest.mark.parametrize(("strategy", "names"), [(FedAdam, {"m_t", "v_t"}), (FedAvgM, {"momentum_vector"})])

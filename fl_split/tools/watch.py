@@ -36,7 +36,7 @@ def describe(address: str, credentials: Credentials, timeout_s: float = 5.0) -> 
         "model-type": reply.model_type,
         "layers": f"{reply.first_layer}-{reply.end_layer - 1}",
         "hidden-size": reply.hidden_size,
-        "wire-dtypes": ", ".join(x.name.lower() for x in pb.DType.DESCRIPTOR.values if x.number in reply.dtypes),
+        "wire-dtypes": ", ".join(sorted(name.lower() for name, value in pb.DType.items() if value in reply.dtypes)),
         "max-tokens": reply.max_tokens,
         "max-sequence-length": reply.max_sequence_length,
         "max-message-bytes": reply.max_message_bytes,
