@@ -65,7 +65,9 @@ class _Random(torch.autograd.Function):
     generator = torch.Generator()
 
 
-CONFIG = Train.model_validate({"bottom-lr": 4e-3, "top-lr": 8e-3})
+CONFIG = Train.model_validate(
+    {"bottom-lr": 4e-3, "top-lr": 1e-3}
+)  # a top that learns fast makes two runs differ by much
 
 
 def test_exact_gradient_is_a_sure_gain_and_model_and_gradients_stay_as_they_were(
