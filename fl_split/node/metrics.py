@@ -21,6 +21,7 @@ class RoundMetrics:
     bottom_trained: int  # 1 or 0
     bottom_gain: float  # of the newest trial of the bottom's gradient, see `node.trial`; 0 without one
     bottom_gain_error: float  # its standard error
+    top_gain: float  # what the top alone won in that trial
     train_tokens: int  # real ones
     tokens_per_s: float
     train_s: float

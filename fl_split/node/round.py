@@ -162,7 +162,7 @@ class Round:
         seed = config.train.seed
         heldout = scores_before(self.model, config.aggregation, seed, self.saved.scores, self.measure)
         trial = self.try_bottom()
-        follow = config.surrogate.trains_bottom and (trial.is_sure or not config.surrogate.is_tried)
+        follow = config.surrogate.trains_bottom and (trial.is_useful or not config.surrogate.is_tried)
         if trial.error and not follow:
             logger.warning("%s", explain(trial, config.surrogate.kind))
         torch.manual_seed(hash((seed, server_round, partition)))  # of dropout
@@ -254,6 +254,7 @@ class Round:
             bottom_trained=int(outcome.trained_bottom),
             bottom_gain=outcome.trial.mean,
             bottom_gain_error=outcome.trial.error,
+            top_gain=outcome.trial.top,
             train_tokens=trained.num_tokens,
             tokens_per_s=trained.num_tokens / trained.seconds,
             train_s=trained.seconds,

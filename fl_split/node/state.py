@@ -21,6 +21,7 @@ from fl_split.files import KEPT_ROUNDS, Rounds
 from fl_split.node.evaluate import Scores
 from fl_split.node.trial import Gain
 
+_TRIAL = ("trial-gain", "trial-gain-error", "trial-gain-top")  # of Gain
 _TENSORS = ("adapter", "optimizer", "surrogate", "surrogate_optimizer")  # of SavedRound, a file each
 
 
@@ -62,7 +63,7 @@ class NodeFolder:
         number = before[-1]
         files = {name: self.rounds.load(number, name.replace("_", "-")) for name in _TENSORS}
         numbers = self.rounds.load(number, "numbers")
-        trial = Gain(*(numbers.pop(name).item() for name in ("trial-gain", "trial-gain-error")))
+        trial = Gain(*(numbers.pop(name).item() for name in _TRIAL))
         scores: dict[str, Scores] = {}
         for key, value in numbers.items():
             when, _, name = key.partition("|")
@@ -72,7 +73,11 @@ class NodeFolder:
     def save(self, saved: SavedRound) -> None:
         """Keep what a round has trained."""
         files = {name.replace("_", "-"): getattr(saved, name) for name in _TENSORS}
-        numbers: dict[str, Any] = {"trial-gain": saved.trial.mean, "trial-gain-error": saved.trial.error}
+        numbers: dict[str, Any] = {
+            "trial-gain": saved.trial.mean,
+            "trial-gain-error": saved.trial.error,
+            "trial-gain-top": saved.trial.top,
+        }
         numbers |= {f"{when}|{name}": x for when, values in saved.scores.items() for name, x in values.items()}
         files["numbers"] = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
         self.rounds.save(saved.number, files, keep=KEPT_ROUNDS)

@@ -3,8 +3,12 @@
 A surrogate can be wrong without anybody noticing: the top alone brings the loss down, and a bottom that follows noise
 only makes the node's model a little worse. So at some rounds a node trains a few steps twice from where it stands, on
 the same batches, the top alone and both ends, and compares the two, through the real trunk, on *other* examples. Then
-all is put back. Where both ends are not better for sure, the rounds until the next trial train the top alone, bit for
-bit as without a surrogate.
+all is put back. Where both ends are not better for sure, and by a part of what the top alone wins, the rounds until
+the next trial train the top alone, bit for bit as without a surrogate.
+
+On a pretrained decoder (SmolLM2-135M, 2 + 26 + 2, 10 steps of 8 x 80 tokens) the top alone won 0.105; the exact
+gradient 0.058 more (error 0.005; after 20 steps 0.091), two kept layers 0.008 (error 0.002; after 20 steps 0.001,
+error 0.006).
 
 Two things that look cheaper do not tell: taking a trained bottom's update back raises the loss even where it was
 noise, since the top has got used to it; and the inner product with the exact gradient, which random probes of the
@@ -14,7 +18,7 @@ What leaves the node: hidden states of training examples under a bottom that tra
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -31,6 +35,7 @@ STEPS = 10  # of each of the two
 LEAST = 8  # examples to measure on; with fewer, no error can be told
 MEASURED = 64  # at most
 _SURE = 2.0  # standard errors
+_PART = 0.1  # of what the top alone wins: less is within what two runs differ by, and does not last
 
 Losses = tuple[Tensor, Tensor]  # of each example: the sum over its targets, and their number; [examples] each
 
@@ -41,11 +46,12 @@ class Gain:
 
     mean: float = 0.0
     error: float = 0.0  # one standard error over examples; 0: nothing was measured
+    top: float = 0.0  # by how much the top alone lowered the loss in the same steps
 
     @property
-    def is_sure(self) -> bool:
-        """Whether chance alone would be this good in fewer than one of forty trials."""
-        return self.mean > _SURE * self.error > 0
+    def is_useful(self) -> bool:
+        """Whether chance alone would be this good in fewer than one of forty trials, and it matters beside the top."""
+        return self.error > 0 and self.mean > max(_SURE * self.error, _PART * self.top)
 
 
 def is_due(server_round: int) -> bool:
@@ -81,7 +87,9 @@ def try_bottom(
         return losses
 
     try:
-        return gain(losses_after(trains_bottom=False), losses_after(trains_bottom=True))
+        before, without = measure(model, measured, in_flight), losses_after(trains_bottom=False)
+        result = gain(without, losses_after(trains_bottom=True))
+        return replace(result, top=gain(before, without).mean)
     finally:
         calls.distiller = distiller
 
@@ -123,6 +131,7 @@ def explain(trial: Gain, kind: str) -> str:
     return (
         f"the bottom is not trained: in a trial of {STEPS} steps with the gradient of surrogate.kind={kind!r} it "
         f"{'lowered' if trial.mean > 0 else 'raised'} the loss on other examples by {abs(trial.mean):.4f} (standard "
-        f"error {trial.error:.4f}), which is no sure gain; a kind with an exact gradient or a surrogate that is fitted "
-        "to this trunk would help (docs/surrogates.md), or a larger split.top-layers"
+        f"error {trial.error:.4f}), the top alone lowered it by {trial.top:.4f}; this is too little. A kind with an "
+        "exact gradient would help, or a surrogate that is fitted to this trunk (docs/surrogates.md), or a larger "
+        "split.top-layers"
     )

@@ -77,7 +77,7 @@ def test_exact_gradient_is_a_sure_gain_and_model_and_gradients_stay_as_they_were
     before = adapters.adapter_state(model)
     batches, measured = make_batches()
     result = try_bottom(model, batches, measured, CONFIG)
-    assert result.is_sure
+    assert result.is_useful
     assert all(torch.equal(value, before[name]) for name, value in adapters.adapter_state(model).items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -89,7 +89,7 @@ def test_random_gradient_is_not_followed(
     model = make_model(demo_model, "identity")
     for seed in range(5):
         _Random.generator.manual_seed(seed)
-        assert not try_bottom(model, *make_batches(), CONFIG).is_sure
+        assert not try_bottom(model, *make_batches(), CONFIG).is_useful
 
 
 def test_trial_teaches_a_surrogate_nothing(demo_model: Path, make_batches: Callable[[], Made]) -> None:
@@ -132,14 +132,19 @@ def test_trials_become_rarer() -> None:
     assert [n for n in range(1, 300) if is_due(n)] == [1, 4, 16, 64, 256]
 
 
-def test_nothing_measured_is_no_sure_gain() -> None:
-    assert not Gain().is_sure
-    assert Gain(0.021, 0.01).is_sure and not Gain(0.019, 0.01).is_sure and not Gain(-1.0, 0.01).is_sure
+def test_gain_has_to_be_sure_and_to_matter() -> None:
+    assert not Gain().is_useful
+    assert Gain(0.021, 0.01, 0.2).is_useful and not Gain(0.021, 0.01, 0.22).is_useful
+    assert Gain(0.021, 0.01, -1.0).is_useful and not Gain(0.019, 0.01).is_useful and not Gain(-1.0, 0.01).is_useful
 
 
 def test_explanation_says_what_was_measured_and_what_would_help() -> None:
-    text = explain(Gain(-0.01, 0.02), "identity")
-    assert "raised the loss on other examples by 0.0100 (standard error 0.0200)" in text and "exact gradient" in text
+    text = explain(Gain(-0.01, 0.02, 0.3), "identity")
+    assert (
+        "raised the loss on other examples by 0.0100 (standard error 0.0200), the top alone lowered it by 0.3000"
+        in text
+        and "exact gradient" in text
+    )
     assert "lowered" in explain(Gain(0.01, 0.02), "blocks")
 
 
