@@ -24,6 +24,7 @@ from fl_split.model import adapters
 from fl_split.model.client import load_client
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node.state import NodeFolder
+from fl_split.trunk.layers import HeldLayers, hold_layers
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
@@ -72,6 +73,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return folders[family]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def held(checkpoint: Callable[[str], Path]) -> HeldLayers:
+    """The trunk of a small random model, between two layers on each side."""
+    return hold_layers(checkpoint("llama"), 2, 2)
 
 
 @pytest.fixture(scope="session")

@@ -98,13 +98,13 @@ def test_gradient_is_autograds_through_the_formula(
     demo_model: Path, fitted: Path, batches: list[Batch], kind: str
 ) -> None:
     """h2 = S(h1) + (T(h1) - S(h1)).detach(), written out in the same model."""
-    import fl_split.remote as remote
+    from fl_split.model import slots
 
     trunk = LocalTrunk(load_trunk(demo_model, 2, 2))
     candidate = Candidate(kind, 2, fitted if kind == "matched" else None)  # type: ignore[arg-type]
     got = bottom_gradient(build(demo_model, 2, 2, trunk, candidate, Lora()), batches[:1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote, "join", lambda surrogate, value: surrogate + (value - surrogate).detach())
+        patch.setattr(slots, "join", lambda surrogate, value: surrogate + (value - surrogate).detach())
         expected = bottom_gradient(build(demo_model, 2, 2, trunk, candidate, Lora()), batches[:1])
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
     assert got.norm() > 0

@@ -1,6 +1,5 @@
-"""Who may call: tokens, certificates, plaintext, and how many calls at once. Over real sockets on loopback."""
+"""Who may call: tokens, certificates, plaintext. Over real sockets on loopback."""
 
-import asyncio
 import datetime
 import ipaddress
 import json
@@ -26,8 +25,7 @@ from fl_split.node.replicas import Credentials
 from fl_split.node.trunk_client import TrunkClient
 from fl_split.trunk import server
 from fl_split.trunk.access import TokenBook, Unauthenticated, add_token, read_tokens, revoke_tokens
-from fl_split.trunk.admission import Gate, TooManyCalls
-from fl_split.trunk.config import Limits, TrunkConfig
+from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.layers import hold_layers
 
 NOW = datetime.datetime.now(datetime.UTC)
@@ -333,43 +331,3 @@ def test_a_node_speaks_plaintext_on_loopback_only(
 def test_half_a_client_certificate_is_refused() -> None:
     with pytest.raises(ConfigError, match="trunk-cert and trunk-key belong together"):
         Credentials(cert="a").channel("127.0.0.1:1")
-
-
-# ---------------------------------------------------------------------------------------------------------- gate
-
-
-def test_gate_counts_calls_per_caller_and_in_all() -> None:
-    async def main() -> None:
-        gate = Gate(Limits(calls=3, calls_per_caller=2))
-        async with gate.call("a"), gate.call("a"):
-            with pytest.raises(TooManyCalls):
-                async with gate.call("a"):
-                    pass
-            async with gate.call("b"):
-                with pytest.raises(TooManyCalls):
-                    async with gate.call("c"):
-                        pass
-        async with gate.call("c"):
-            pass
-
-    asyncio.run(main())
-
-
-def test_gate_lets_few_read_at_a_time_and_none_hold_all_places() -> None:
-    async def main() -> None:
-        gate = Gate(Limits(reading=3, reading_per_caller=2))
-        most = {"a": 0, "b": 0}
-        now = {"a": 0, "b": 0}
-
-        async def read(caller: str) -> None:
-            async with gate.reading(caller):
-                now[caller] += 1
-                most[caller] = max(most[caller], now[caller])
-                assert sum(now.values()) <= 3
-                await asyncio.sleep(0.01)
-                now[caller] -= 1
-
-        await asyncio.gather(*(read("a") for _ in range(8)), read("b"))
-        assert most == {"a": 2, "b": 1}
-
-    asyncio.run(main())
