@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 from transformers.utils import logging as transformers_logging
 
+import client_app
+import server_app
 from fl_split import demo
 from fl_split.config import RunConfig
 from fl_split.model import adapters
@@ -169,3 +171,39 @@ class InProcessGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         return self.pull_messages(self.push_messages(messages))
+
+
+def run_app(
+    run_dir: Path,
+    name: str = "x",
+    *,
+    nodes: int = 2,
+    grid_class: type[InProcessGrid] = InProcessGrid,
+    node_config: Sequence[dict[str, Any]] = (),
+    **changes: Any,
+) -> InProcessGrid:
+    """Run the whole app in this process on the demo, with few short steps.
+
+    Args:
+        run_dir: Where the run's folder is made.
+        name: Of the run.
+        nodes: How many.
+        grid_class: What stands for Flower.
+        node_config: What the first nodes set for themselves.
+        changes: Keys of the run.
+    """
+    config = {
+        **RunConfig().to_flat(),
+        "num-server-rounds": 2,
+        "train.steps": 2,
+        "data.max-length": 48,
+        "data.holdout": 0.02,
+        "run.dir": str(run_dir),
+        "run.name": name,
+        **changes,
+    }
+    grid = grid_class(client_app.app, nodes, config)
+    for context, own in zip(grid.contexts.values(), node_config, strict=False):
+        context.node_config.update(own)
+    server_app.app(grid=grid, context=Context(1, 1, {}, RecordDict(), config))
+    return grid

@@ -16,7 +16,7 @@ from fake_trunk import echo, fake_trunk
 
 from fl_split import wire
 from fl_split.config import Lora
-from fl_split.errors import ConfigError, TrunkMismatch
+from fl_split.errors import ConfigError, TrunkMismatch, TrunkUnavailable
 from fl_split.model import adapters
 from fl_split.model.client import load_client
 from fl_split.model.loss import accumulate
@@ -75,6 +75,24 @@ def test_a_replica_that_hangs_does_not_lose_the_call(held: HeldLayers, expected:
             assert 0.9 < time.monotonic() - started < 1.9  # one share of the time, once
         hang.set()
     assert calls.count("Forward") == 1
+
+
+def test_replicas_that_all_hang_share_the_time_to_its_end(held: HeldLayers, expected: Expected) -> None:
+    hang, given = threading.Event(), []
+
+    def never(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
+        given.append(context.time_remaining())
+        hang.wait(20)
+        return echo(held)(request, context)
+
+    with ExitStack() as stack:
+        replicas = [stack.enter_context(fake_trunk(held, never)) for _ in range(2)]
+        client = stack.enter_context(TrunkClient(",".join(address for address, _ in replicas), expected, timeout_s=3))
+        with pytest.raises(TrunkUnavailable, match=r"did not answer within trunk\.timeout-s=3"):
+            client.start(torch.ones(1, 2, HIDDEN), None, None).result()
+        hang.set()
+    assert [calls.count("Forward") for _, calls in replicas] == [1, 1]
+    assert given == pytest.approx([1.5, 1.5], abs=0.4)  # half for the first, and all that is left for the second
 
 
 def test_replicas_are_taken_in_turns(held: HeldLayers, expected: Expected) -> None:

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from trunk_service import serving
 
+from fl_split import wire
 from fl_split.errors import ConfigError, TrunkRefused, TrunkUnavailable
 from fl_split.node.expected import Expected
 from fl_split.node.replicas import Credentials
@@ -26,7 +29,7 @@ from fl_split.node.trunk_client import TrunkClient
 from fl_split.trunk import server
 from fl_split.trunk.access import TokenBook, Unauthenticated, add_token, read_tokens, revoke_tokens
 from fl_split.trunk.config import TrunkConfig
-from fl_split.trunk.layers import hold_layers
+from fl_split.trunk.layers import HeldLayers, hold_layers
 
 NOW = datetime.datetime.now(datetime.UTC)
 DAY = datetime.timedelta(days=1)
@@ -206,6 +209,23 @@ def test_calls_need_a_valid_token(served: Callable[..., Any], tmp_path: Path) ->
         mine.write_text(add_token(file, "clinic-a", days=0))
         with pytest.raises(TrunkRefused, match="UNAUTHENTICATED"):
             connect(token_file=mine)
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        ("Bearer {}", grpc.StatusCode.OK),
+        ("bearer {}", grpc.StatusCode.OK),
+        ("Basic {}", grpc.StatusCode.UNAUTHENTICATED),
+        ("{}", grpc.StatusCode.UNAUTHENTICATED),
+        ("", grpc.StatusCode.UNAUTHENTICATED),
+    ],
+)
+def test_a_token_counts_as_a_bearers_only(held: HeldLayers, tmp_path: Path, value: str, code: grpc.StatusCode) -> None:
+    token = add_token(tmp_path / "tokens.json", "north", None)
+    with serving(held, security={"tokens": str(tmp_path / "tokens.json")}) as channel:
+        call = channel.unary_unary(f"/{wire.SERVICE}/Describe")
+        assert call.future(b"", timeout=5, metadata=(("authorization", value.format(token)),)).code() is code
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,18 @@ def test_a_newcomer_does_not_make_up_for_the_time_before() -> None:
     assert 4 <= order.count("new") <= 6
 
 
+def test_a_caller_who_leaves_and_returns_has_still_had_its_turn() -> None:
+    queue = FairQueue(10_000)
+    for _ in range(20):
+        queue.put(job("steady", 100))
+    taken = []
+    for _ in range(15):
+        if "fleeting" not in queue.callers:  # one large call at a time, and gone in between
+            queue.put(job("fleeting", 400))
+        taken += [job.caller for job in queue.take(1)]
+    assert taken.count("fleeting") == 3  # of 15 turns: a call of 400 tokens for every four of 100
+
+
 def test_full_queue_refuses_whoever_holds_most() -> None:
     queue = FairQueue(1000)
     for _ in range(10):
