@@ -182,7 +182,7 @@ def _run_tests(copy: Path, tests: list[str]) -> None:
 
     code = 70
     try:
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", *tests]))
     finally:
         os._exit(code)
 

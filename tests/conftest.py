@@ -32,6 +32,19 @@ transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
 
 
+# What quick tests do without: the trained demo, what starts servers and processes, and the table of all model types.
+_NOT_QUICK_FIXTURES = {"demo_model"}
+_NOT_QUICK_NAMES = {"fake_trunk", "table", "run_app", "server", "serving", "subprocess", "multiprocessing"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as ``quick`` what does without all that."""
+    for item in items:
+        slow = item.get_closest_marker("slow") or _NOT_QUICK_FIXTURES & set(item.fixturenames)  # type: ignore[attr-defined]
+        if not slow and not _NOT_QUICK_NAMES & vars(item.module).keys():  # type: ignore[attr-defined]
+            item.add_marker("quick")
+
+
 def tiny(family: str) -> PretrainedConfig:
     """A config of six small layers."""
     common = {

@@ -325,16 +325,22 @@ def test_probes_gradient_is_that_of_the_slopes_error(demo_model: Path, batches: 
 def test_probes_bring_the_bottoms_gradient_closer_to_the_exact_one_than_values_alone(
     demo_model: Path, batches: list[Batch]
 ) -> None:
+    """On batches that were not trained on, for every draw of the probes: of six, 0.38 to 0.50 of the error were left."""
     trunk = LocalTrunk(load_trunk(demo_model, 2, 2))
-    exact = bottom_gradient(build(demo_model, 2, 2, trunk, Candidate("exact"), Lora()), batches)
-    cosines = []
-    for probe_every in (0, 1):
+    seen, unseen = batches[:3], batches[3:]
+    exact = bottom_gradient(build(demo_model, 2, 2, trunk, Candidate("exact"), Lora()), unseen)
+    still = Train.model_validate({"steps": 30, "bottom-lr": 0.0, "top-lr": 0.0})
+
+    def error(probe_every: int, seed: int = 0) -> float:
         model = build(demo_model, 2, 2, trunk, Candidate("distilled", 2), Lora())
         distiller = train.make_distiller(model, 1e-3, probe_every)
-        still = Train.model_validate({"steps": 40, "bottom-lr": 0.0, "top-lr": 0.0})
-        train.train_round(model, train.make_optimizer(model, still), iter(batches * 40), still, distiller=distiller)
-        cosines.append(torch.cosine_similarity(bottom_gradient(model, batches), exact, dim=0).item())
-    assert 1 - cosines[1] < 0.9 * (1 - cosines[0])
+        torch.manual_seed(seed)
+        train.train_round(model, train.make_optimizer(model, still), iter(seen * 10), still, distiller=distiller)
+        return 1 - torch.cosine_similarity(bottom_gradient(model, unseen), exact, dim=0).item()
+
+    values_alone = error(0)
+    for seed in range(3):
+        assert error(1, seed) < 0.7 * values_alone
 
 
 # ------------------------------------------------------------------------------------------------------- exact
