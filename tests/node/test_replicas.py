@@ -18,13 +18,13 @@ from fl_split import wire
 from fl_split.config import Lora
 from fl_split.errors import ConfigError, TrunkMismatch, TrunkUnavailable
 from fl_split.model import adapters
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.loss import accumulate
 from fl_split.model.slots import Trunk
 from fl_split.model.trunk import LocalTrunk
 from fl_split.node.expected import Expected
 from fl_split.node.replicas import split_address
-from fl_split.node.trunk_client import TrunkClient
+from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk import server
 from fl_split.trunk.layers import HeldLayers, hold_layers
@@ -43,7 +43,7 @@ def test_a_replica_lost_while_a_request_is_packed_costs_nothing(
 ) -> None:
     """Another call may be lost at any moment between the check and the cut."""
     pack = wire.pack_batch
-    with fake_trunk(held, echo(held), max_tokens=4) as (address, calls), TrunkClient(address, expected) as client:
+    with fake_trunk(held, echo(held), max_tokens=4) as (address, calls), TrunkConnection(address, expected) as client:
         client.connect()
 
         def lose(*args: Any) -> Any:
@@ -68,7 +68,7 @@ def test_a_replica_that_hangs_does_not_lose_the_call(held: HeldLayers, expected:
         return echo(held)(request, context)
 
     with fake_trunk(held, never) as (first, calls), fake_trunk(held, echo(held)) as (second, _):
-        with TrunkClient(f"{first},{second}", expected, timeout_s=2) as client:
+        with TrunkConnection(f"{first},{second}", expected, timeout_s=2) as client:
             started = time.monotonic()
             for _ in range(6):
                 client.start(torch.ones(1, 2, HIDDEN), None, None).result()
@@ -87,7 +87,9 @@ def test_replicas_that_all_hang_share_the_time_to_its_end(held: HeldLayers, expe
 
     with ExitStack() as stack:
         replicas = [stack.enter_context(fake_trunk(held, never)) for _ in range(2)]
-        client = stack.enter_context(TrunkClient(",".join(address for address, _ in replicas), expected, timeout_s=3))
+        client = stack.enter_context(
+            TrunkConnection(",".join(address for address, _ in replicas), expected, timeout_s=3)
+        )
         with pytest.raises(TrunkUnavailable, match=r"did not answer within trunk\.timeout-s=3"):
             client.start(torch.ones(1, 2, HIDDEN), None, None).result()
         hang.set()
@@ -98,7 +100,7 @@ def test_replicas_that_all_hang_share_the_time_to_its_end(held: HeldLayers, expe
 def test_replicas_are_taken_in_turns(held: HeldLayers, expected: Expected) -> None:
     with ExitStack() as stack:
         replicas = [stack.enter_context(fake_trunk(held, echo(held))) for _ in range(3)]
-        client = stack.enter_context(TrunkClient(", ".join(address for address, _ in replicas), expected))
+        client = stack.enter_context(TrunkConnection(", ".join(address for address, _ in replicas), expected))
         for _ in range(9):
             client.start(torch.ones(1, 2, HIDDEN), None, None).result()
         assert all(2 <= calls.count("Forward") <= 4 for _, calls in replicas)
@@ -112,7 +114,7 @@ def test_a_full_replica_is_left_alone_while_another_has_room(held: HeldLayers, e
         raise RuntimeError
 
     with fake_trunk(held, full) as (first, calls), fake_trunk(held, echo(held)) as (second, others):
-        with TrunkClient(f"{first},{second}", expected) as client:
+        with TrunkConnection(f"{first},{second}", expected) as client:
             started = time.monotonic()
             for _ in range(6):
                 client.start(torch.ones(1, 2, HIDDEN), None, None).result()
@@ -122,7 +124,7 @@ def test_a_full_replica_is_left_alone_while_another_has_room(held: HeldLayers, e
 
 
 def test_one_dead_replica_of_two_costs_nothing(held: HeldLayers, expected: Expected) -> None:
-    with server.embedded(held) as address, TrunkClient(f"127.0.0.1:9,{address}", expected, timeout_s=5) as client:
+    with server.embedded(held) as address, TrunkConnection(f"127.0.0.1:9,{address}", expected, timeout_s=5) as client:
         started = time.monotonic()
         for _ in range(4):
             client.start(torch.ones(1, 2, HIDDEN), None, None).result()
@@ -138,7 +140,7 @@ def test_calls_in_flight_survive_replicas_that_come_and_go(held: HeldLayers, exp
         for inner in stacks:
             ports.append(int(inner.enter_context(server.embedded(held)).rpartition(":")[2]))
         address = ",".join(f"127.0.0.1:{port}" for port in ports)
-        client = stack.enter_context(TrunkClient(address, expected, wire_dtype="float32", timeout_s=20))
+        client = stack.enter_context(TrunkConnection(address, expected, wire_dtype="float32", timeout_s=20))
         stop = threading.Event()
 
         def churn() -> None:
@@ -173,7 +175,7 @@ def test_a_replica_that_dies_in_mid_step_changes_nothing(
     dying, asked = threading.Event(), itertools.count(1)
 
     def compute(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
-        packed = wire.decode_request(request, wire.Limits(HIDDEN, 8192, 64))
+        packed = wire.decode_request(request, wire.CallLimits(HIDDEN, 8192, 64))
         [rows], _ = run_packed(held.run, [packed], causal=True)
         return wire.encode_reply(rows, request.dtype, held.identity.trunk_id)
 
@@ -184,7 +186,7 @@ def test_a_replica_that_dies_in_mid_step_changes_nothing(
         return compute(request, context)
 
     def step(trunk: Trunk) -> tuple[float, list[torch.Tensor]]:
-        model = adapters.attach(load_client(checkpoint("llama"), 2, 2, trunk), Lora(), train_bottom=True, seed=0)
+        model = adapters.attach(load_ends(checkpoint("llama"), 2, 2, trunk), Lora(), train_bottom=True, seed=0)
         loss = accumulate(model, batches, 3)
         return loss, [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -193,7 +195,7 @@ def test_a_replica_that_dies_in_mid_step_changes_nothing(
         first, calls = mortal.enter_context(fake_trunk(held, compute_until_death))
         second, others = stack.enter_context(fake_trunk(held, compute))
         killed = killer.submit(lambda: dying.wait(10) and mortal.close())
-        with TrunkClient(f"{first},{second}", expected, wire_dtype="float32", timeout_s=20) as client:
+        with TrunkConnection(f"{first},{second}", expected, wire_dtype="float32", timeout_s=20) as client:
             loss, gradients = step(client)
             assert client.num_retries >= 1
         killed.result()
@@ -208,7 +210,7 @@ def test_a_replica_that_serves_something_else_is_an_error(
 ) -> None:
     other = hold_layers(checkpoint("llama"), 1, 2)
     with server.embedded(held) as first, server.embedded(other) as second:
-        with TrunkClient(f"{first},{second}", expected, timeout_s=5) as client:
+        with TrunkConnection(f"{first},{second}", expected, timeout_s=5) as client:
             futures = [client.start(torch.ones(1, 2, HIDDEN), None, None) for _ in range(2)]
             with pytest.raises(TrunkMismatch, match=f"{second} holds layers 1 to 3"):
                 [future.result() for future in futures]
@@ -218,7 +220,7 @@ def test_one_dns_name_reaches_a_trunk(held: HeldLayers, expected: Expected) -> N
     with server.embedded(held) as address:
         port = address.rpartition(":")[2]
         for name in (f"localhost:{port}", f"dns:///localhost:{port}"):
-            with TrunkClient(name, expected, timeout_s=10) as client:
+            with TrunkConnection(name, expected, timeout_s=10) as client:
                 assert client.start(torch.ones(1, 2, HIDDEN), None, None).result().shape == (1, 2, HIDDEN)
 
 

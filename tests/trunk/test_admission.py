@@ -14,7 +14,7 @@ import pytest
 from trunk_service import HIDDEN, Gated, bearers_of, counted, forward, refused, request, running, serving, wait_until
 
 from fl_split import wire
-from fl_split.trunk import admission as gates
+from fl_split.trunk import admission
 from fl_split.trunk.admission import Gate, TooManyCalls
 from fl_split.trunk.config import Limits
 from fl_split.trunk.layers import HeldLayers
@@ -45,7 +45,7 @@ def test_slow_senders_of_one_caller_do_not_keep_others_out(held: HeldLayers, tmp
 def test_silent_senders_of_two_callers_do_not_keep_a_third_out(
     held: HeldLayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gates, "_IDLE_S", 0.2)
+    monkeypatch.setattr(admission, "_IDLE_S", 0.2)
     file = tmp_path / "tokens.json"
     first, second, third = bearers_of(file, "a", "b", "c")
     limits = {"reading": 4, "reading-per-caller": 2}

@@ -11,8 +11,8 @@ from trunk_service import HIDDEN
 
 from fl_split.errors import ConfigError
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.trunk import layers as holding
-from fl_split.trunk.config import Model, TrunkConfig
+from fl_split.trunk import layers
+from fl_split.trunk.config import TrunkConfig, TrunkModel
 from fl_split.trunk.layers import HeldLayers
 
 
@@ -22,10 +22,10 @@ def test_missing_quantization_package_is_named(
     def missing(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr(holding, "import_module", missing)
+    monkeypatch.setattr(layers, "import_module", missing)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     with pytest.raises(ConfigError, match="model.quantization='torchao-int8' needs the package torchao"):
-        holding.hold_configured(Model(name=str(checkpoint("llama")), quantization="torchao-int8"))
+        layers.hold_configured(TrunkModel(name=str(checkpoint("llama")), quantization="torchao-int8"))
 
 
 def test_missing_device_map_package_is_named(
@@ -35,10 +35,10 @@ def test_missing_device_map_package_is_named(
         assert options == {"device_map": "auto"}
         raise ImportError("Using a `device_map` requires `accelerate`.\nMore")
 
-    monkeypatch.setattr(holding, "hold_layers", missing)
+    monkeypatch.setattr(layers, "hold_layers", missing)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     with pytest.raises(ConfigError, match=r"model\.device-map='auto' .* not installed: Using a .* `accelerate`\.$"):
-        holding.hold_configured(Model(name=str(checkpoint("llama")), device_map="auto"))
+        layers.hold_configured(TrunkModel(name=str(checkpoint("llama")), device_map="auto"))
 
 
 @pytest.mark.parametrize(("compile", "calls"), [(False, []), (True, [{"dynamic": True}])])
@@ -48,7 +48,7 @@ def test_layers_are_compiled_only_if_asked(
     seen: list[dict[str, bool]] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: seen.append(options))
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    holding.hold_configured(Model(name=str(checkpoint("llama")), compile=compile))
+    layers.hold_configured(TrunkModel(name=str(checkpoint("llama")), compile=compile))
     assert seen == calls
 
 
@@ -57,17 +57,17 @@ def test_a_trunk_takes_the_threads_it_is_given(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, threads: int, taken: int
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(holding, "num_cpus", lambda: 8)
+    monkeypatch.setattr(layers, "num_cpus", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
-    holding.hold_configured(Model(name=str(checkpoint("llama")), threads=threads))
+    layers.hold_configured(TrunkModel(name=str(checkpoint("llama")), threads=threads))
     assert seen == [taken]
 
 
 def test_device_map_goes_to_transformers(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     folder = str(checkpoint("llama"))
-    plain = holding.hold_configured(Model(name=folder))
-    mapped = holding.hold_configured(Model(name=folder, device_map="cpu"))
+    plain = layers.hold_configured(TrunkModel(name=folder))
+    mapped = layers.hold_configured(TrunkModel(name=folder, device_map="cpu"))
     probe = torch.randn(1, 4, HIDDEN)
     assert torch.equal(plain.run(probe, None, None), mapped.run(probe, None, None))
     assert plain.identity == mapped.identity

@@ -38,7 +38,7 @@ def test_malformed_requests_are_refused_by_field(held: HeldLayers, message: byte
 
 @pytest.mark.parametrize("message", [pb.ForwardRequest(lengths=[1] * 9000), pb.ForwardRequest(outliers=[1] * 9000)])
 def test_many_small_numbers_are_refused_before_they_are_parsed(message: pb.ForwardRequest) -> None:
-    limits = wire.Limits(HIDDEN, 512, 64)
+    limits = wire.CallLimits(HIDDEN, 512, 64)
     with pytest.raises(WireError, match=r"has at least 900\d bytes beside its tensors: expected at most 6240"):
         messages.decode_forward(message.SerializeToString(), limits)
     pull = pb.PullRequest(forward=message, gradient=bytes(100_000))
@@ -50,7 +50,7 @@ def test_many_small_numbers_are_refused_before_they_are_parsed(message: pb.Forwa
 
 
 def test_the_largest_request_is_not_refused_for_its_size() -> None:
-    limits = wire.Limits(HIDDEN, 512, 2**31)
+    limits = wire.CallLimits(HIDDEN, 512, 2**31)
     packed = wire.Packed(torch.ones(512, HIDDEN), [1] * 512, torch.full((512,), 2**31 - 1))
     for dtype in wire.NAMES.values():
         data = wire.encode_request(packed, dtype).SerializeToString()

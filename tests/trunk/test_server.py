@@ -21,11 +21,11 @@ from fl_split import wire
 from fl_split.config import Lora
 from fl_split.errors import TrunkError
 from fl_split.model import adapters
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.loss import accumulate
 from fl_split.model.trunk import LocalTrunk
 from fl_split.node.expected import Expected
-from fl_split.node.trunk_client import TrunkClient
+from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk import server
 from fl_split.trunk.config import TrunkConfig
@@ -44,7 +44,7 @@ def test_remote_equals_local(checkpoint: Callable[[str], Path], family: str, wir
     left = mask.flip(1)
     expected = Expected.from_checkpoint(checkpoint(family), 2, 2)
     tolerance = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.05}[wire_dtype]
-    with server.embedded(held) as address, TrunkClient(address, expected, wire_dtype=wire_dtype) as client:
+    with server.embedded(held) as address, TrunkConnection(address, expected, wire_dtype=wire_dtype) as client:
         for attention_mask in (None, mask, left):
             remote = client.start(hidden_states, attention_mask, None).result()
             local = LocalTrunk(held.model).start(hidden_states, attention_mask, None).result()
@@ -85,7 +85,7 @@ def test_calls_in_flight_change_nothing(checkpoint: Callable[[str], Path], held:
             return super().run(hidden_states, *args)
 
     def step(in_flight: int) -> tuple[float, list[Tensor]]:
-        client = load_client(folder, 2, 2, trunk, surrogate="blocks", surrogate_layers=1)
+        client = load_ends(folder, 2, 2, trunk, surrogate="blocks", surrogate_layers=1)
         model = adapters.attach(client, Lora(), train_bottom=True, seed=0)
         model.train()
         torch.manual_seed(1)
@@ -95,7 +95,7 @@ def test_calls_in_flight_change_nothing(checkpoint: Callable[[str], Path], held:
     slow, config = Slow(held.model, held.identity, held.causal), {"batching": {"enabled": batching}}
     expected = Expected.from_checkpoint(folder, 2, 2)
     with server.embedded(slow, config=TrunkConfig.model_validate(config)) as address:
-        with TrunkClient(address, expected, wire_dtype="float32", in_flight=8) as trunk:
+        with TrunkConnection(address, expected, wire_dtype="float32", in_flight=8) as trunk:
             loss, gradients = step(1)
             sizes.clear()
             loss_in_flight, gradients_in_flight = step(8)
@@ -126,7 +126,7 @@ def test_exact_gradients_are_cut_as_calls_are(checkpoint: Callable[[str], Path],
     expected = Expected.from_checkpoint(checkpoint("llama"), 2, 2)
     sections = {"server": {"exact-gradient": True}, "limits": {"max-tokens": 16}}
     with server.embedded(held, config=TrunkConfig.model_validate(sections)) as address:
-        with TrunkClient(address, expected, wire_dtype="float32") as client:
+        with TrunkConnection(address, expected, wire_dtype="float32") as client:
             pulled = client.vjp(hidden_states, mask, None, gradient)
     right = LocalTrunk(held.model).vjp(hidden_states, mask, None, gradient)
     torch.testing.assert_close(pulled[mask.bool()], right[mask.bool()], rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ from fake_trunk import echo, fake_trunk
 from fl_split import wire
 from fl_split.errors import SurrogateError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
 from fl_split.node.expected import Expected
-from fl_split.node.trunk_client import TrunkClient, fetch
+from fl_split.node.trunk_connection import TrunkConnection, fetch
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.layers import HeldLayers, hold_layers, trunk_id
@@ -42,7 +42,7 @@ def test_large_requests_are_cut_by_sequences(held: HeldLayers, expected: Expecte
 
     with (
         fake_trunk(held, answer, max_tokens=45) as (address, _),
-        TrunkClient(address, expected, wire_dtype="float32") as client,
+        TrunkConnection(address, expected, wire_dtype="float32") as client,
     ):
         out = client.start(hidden_states, mask, None).result()
     assert max(sizes) <= 45 and len(sizes) >= 3
@@ -60,7 +60,7 @@ def test_messages_stay_below_what_grpc_takes_by_default(held: HeldLayers, expect
 
     hidden_states = torch.randn(900, 60, HIDDEN)  # 6.9 MB in float32
     with fake_trunk(held, answer, max_tokens=10**6) as (address, _):
-        with TrunkClient(address, expected, wire_dtype="float32") as client:
+        with TrunkConnection(address, expected, wire_dtype="float32") as client:
             assert torch.equal(client.start(hidden_states, None, None).result(), hidden_states)
     assert len(sizes) == 3 and max(sizes) < 4 * 2**20
 
@@ -78,7 +78,7 @@ def test_a_refusal_with_a_time_is_obeyed(held: HeldLayers, expected: Expected) -
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
         return echo(held)(request, context)
 
-    with fake_trunk(held, answer) as (address, calls), TrunkClient(address, expected) as client:
+    with fake_trunk(held, answer) as (address, calls), TrunkConnection(address, expected) as client:
         client.start(torch.ones(1, 2, HIDDEN), None, None).result()
         assert client.num_retries == 2
     assert all(0.2 <= later - before < 0.6 for before, later in zip(times, times[1:], strict=False))
@@ -91,7 +91,7 @@ def test_an_overloaded_trunk_is_an_error_within_the_time_limit(held: HeldLayers,
         context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
         raise RuntimeError
 
-    with fake_trunk(held, answer) as (address, _), TrunkClient(address, expected, timeout_s=0.5) as client:
+    with fake_trunk(held, answer) as (address, _), TrunkConnection(address, expected, timeout_s=0.5) as client:
         started = time.monotonic()
         with pytest.raises(TrunkUnavailable, match=r"had no room for trunk\.timeout-s=0\.5: it is overloaded"):
             client.start(torch.ones(1, 2, HIDDEN), None, None).result()
@@ -104,7 +104,7 @@ def test_other_refusals_are_final(held: HeldLayers, expected: Expected, code: gr
         context.abort(code, "no")
         raise RuntimeError
 
-    with fake_trunk(held, answer) as (address, calls), TrunkClient(address, expected) as client:
+    with fake_trunk(held, answer) as (address, calls), TrunkConnection(address, expected) as client:
         with pytest.raises(TrunkRefused, match=rf"refused call [0-9a-f]{{32}} \({code.name}\): no"):
             client.start(torch.ones(1, 2, HIDDEN), None, None).result()
     assert calls == ["Describe", "Forward"]
@@ -115,7 +115,7 @@ def test_an_answer_that_does_not_come_is_an_error(held: HeldLayers, expected: Ex
         time.sleep(0.6)
         return echo(held)(request, context)
 
-    with fake_trunk(held, answer) as (address, _), TrunkClient(address, expected, timeout_s=0.3) as client:
+    with fake_trunk(held, answer) as (address, _), TrunkConnection(address, expected, timeout_s=0.3) as client:
         with pytest.raises(TrunkUnavailable, match=r"did not answer within trunk\.timeout-s=0\.3"):
             client.start(torch.ones(1, 2, HIDDEN), None, None).result()
 
@@ -124,7 +124,7 @@ def test_a_reply_that_does_not_fit_is_an_error(held: HeldLayers, expected: Expec
     def answer(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
         return pb.ForwardReply(dtype=request.dtype, hidden_states=b"12", trunk_id=held.identity.trunk_id)
 
-    with fake_trunk(held, answer) as (address, _), TrunkClient(address, expected) as client:
+    with fake_trunk(held, answer) as (address, _), TrunkConnection(address, expected) as client:
         with pytest.raises(WireError, match="sent a bad reply: hidden_states has 2 bytes"):
             client.start(torch.ones(1, 2, HIDDEN), None, None).result()
 
@@ -141,7 +141,7 @@ def test_a_reply_that_does_not_fit_is_an_error(held: HeldLayers, expected: Expec
     ],
 )
 def test_another_trunk_is_refused(held: HeldLayers, expected: Expected, about: dict[str, Any], message: str) -> None:
-    with fake_trunk(held, echo(held), **about) as (address, _), TrunkClient(address, expected) as client:
+    with fake_trunk(held, echo(held), **about) as (address, _), TrunkConnection(address, expected) as client:
         with pytest.raises(TrunkMismatch, match=message):
             client.connect()
 
@@ -163,7 +163,7 @@ def test_a_reply_from_a_trunk_that_was_not_checked_is_not_used(held: HeldLayers,
         reply.trunk_id = next(others, reply.trunk_id)
         return reply
 
-    with fake_trunk(held, answer) as (address, calls), TrunkClient(address, expected) as client:
+    with fake_trunk(held, answer) as (address, calls), TrunkConnection(address, expected) as client:
         client.start(torch.ones(1, 2, HIDDEN), None, None).result()
     assert calls == ["Describe", "Forward"] * 3
 
@@ -172,7 +172,7 @@ def test_a_trunk_whose_replies_are_always_another_s_is_an_error(held: HeldLayers
     def answer(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
         return pb.ForwardReply(dtype=request.dtype, hidden_states=request.hidden_states, trunk_id=b"x" * 16)
 
-    with fake_trunk(held, answer) as (address, calls), TrunkClient(address, expected, timeout_s=20) as client:
+    with fake_trunk(held, answer) as (address, calls), TrunkConnection(address, expected, timeout_s=20) as client:
         with pytest.raises(TrunkMismatch, match="come from another trunk than the one that answered Describe"):
             client.start(torch.ones(1, 2, HIDDEN), None, None).result()
         assert client.num_retries == calls.count("Forward") - 1 == 3
@@ -181,7 +181,7 @@ def test_a_trunk_whose_replies_are_always_another_s_is_an_error(held: HeldLayers
 def test_replicas_of_different_trunks_do_not_mix(held: HeldLayers, expected: Expected) -> None:
     blind = replace(expected, weights_digest=None)  # as of a node that has only its own part of the checkpoint
     with fake_trunk(held, echo(held)) as (first, _), fake_trunk(held, echo(held), trunk_id=b"y" * 16) as (second, _):
-        with TrunkClient(f"{first},{second}", blind, timeout_s=5) as client:
+        with TrunkConnection(f"{first},{second}", blind, timeout_s=5) as client:
             client.connect()
             with pytest.raises(TrunkMismatch, match=f"{second} is another one .*: start all replicas with the same"):
                 client.start(torch.ones(1, 2, HIDDEN), None, None).result()
