@@ -270,6 +270,60 @@ def test_work_whose_caller_is_gone_is_dropped() -> None:
     assert computed == [1]
 
 
+def test_a_caller_who_leaves_while_its_batch_is_computed_does_not_stop_the_trunk() -> None:
+    computing, gone = threading.Event(), threading.Event()
+
+    def compute(requests: Sequence[Packed]) -> list[Tensor]:
+        computing.set()
+        assert gone.wait(30)
+        return [request.rows for request in requests]
+
+    async def main() -> Done:
+        batcher = Batcher(compute, Batching(), 10_000)
+        serving = asyncio.create_task(batcher.run())
+        leaving = asyncio.create_task(batcher.submit("a", packed(1), 10.0))
+        while not computing.is_set():
+            await asyncio.sleep(0.005)
+        leaving.cancel()
+        await asyncio.sleep(0)
+        gone.set()
+        done = await asyncio.wait_for(batcher.submit("b", packed(2), 10.0), 5)
+        serving.cancel()
+        return done
+
+    assert len(asyncio.run(main()).rows) == 2
+
+
+def test_without_batching_nobody_waits_for_others() -> None:
+    async def main() -> float:
+        batcher = Batcher(
+            lambda requests: [r.rows for r in requests], Batching(enabled=False, max_wait_ms=5000), 10_000
+        )
+        serving = asyncio.create_task(batcher.run())
+        await asyncio.gather(*(batcher.submit(caller, packed(1), 10.0) for caller in "ab"))
+        started = time.monotonic()
+        await batcher.submit("a", packed(2), 10.0)  # b was here just now
+        serving.cancel()
+        return time.monotonic() - started
+
+    assert asyncio.run(main()) < 2
+
+
+def test_a_request_without_room_is_refused_before_it_is_received() -> None:
+    async def main() -> None:
+        batcher = Batcher(double, Batching(), 100)  # nothing runs: what comes, stays
+        batcher.check_room("a")
+        waiting = [asyncio.create_task(batcher.submit("a", packed(40), 10.0)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull, match="ask again in"):
+            batcher.check_room("a")
+        batcher.check_room("b")  # a would give way
+        for call in waiting:
+            call.cancel()
+
+    asyncio.run(main())
+
+
 def test_a_call_that_is_late_and_given_up_at_once_does_not_stop_the_trunk() -> None:
     async def main() -> Done:
         batcher = Batcher(double, Batching(), 10_000)
