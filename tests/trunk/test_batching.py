@@ -296,13 +296,10 @@ def test_a_caller_who_leaves_while_its_batch_is_computed_does_not_stop_the_trunk
 
 def test_without_batching_nobody_waits_for_others() -> None:
     async def main() -> float:
-        batcher = Batcher(
-            lambda requests: [r.rows for r in requests], Batching(enabled=False, max_wait_ms=5000), 10_000
-        )
+        batcher = Batcher(double, Batching(enabled=False, max_wait_ms=5000), 10_000)
         serving = asyncio.create_task(batcher.run())
-        await asyncio.gather(*(batcher.submit(caller, packed(1), 10.0) for caller in "ab"))
         started = time.monotonic()
-        await batcher.submit("a", packed(2), 10.0)  # b was here just now
+        await asyncio.gather(*(batcher.submit(caller, packed(1), 10.0) for caller in "ab"))  # b sees that a was here
         serving.cancel()
         return time.monotonic() - started
 
