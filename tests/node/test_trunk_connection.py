@@ -12,22 +12,9 @@ import torch
 from fake_trunk import echo, fake_trunk
 
 from fl_split import wire
-<<<<<<< HEAD
-from fl_split.address import split_address
-from fl_split.config import Lora
-from fl_split.errors import ConfigError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
-from fl_split.model import adapters
-from fl_split.model.ends import load_ends
-from fl_split.model.loss import accumulate
-from fl_split.model.slots import Trunk
-from fl_split.model.trunk import LocalTrunk
-from fl_split.node.expected import Expected
-from fl_split.node.trunk_connection import TrunkConnection
-=======
 from fl_split.errors import SurrogateError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
 from fl_split.node.expected import Expected
 from fl_split.node.trunk_connection import TrunkConnection, fetch
->>>>>>> tests
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.layers import HeldLayers, hold_layers, trunk_id
