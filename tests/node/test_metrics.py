@@ -27,7 +27,8 @@ def test_keys_are_these_and_no_others() -> None:
     )
     keys = (
         "partition-id num-examples weight bad-rows truncated-examples truncated-tokens train-loss heldout-loss-base "
-        "heldout-macro-f1-base heldout-loss-after bottom-trained bottom-gain bottom-gain-error top-gain train-tokens tokens-per-s train-s "
+        "heldout-macro-f1-base heldout-loss-after bottom-trained bottom-gain bottom-gain-error "
+        "top-gain train-tokens tokens-per-s train-s "
         "trunk-forward-s activation-bytes cached-sequences rounds-missed"
     )
     numbers = [*range(1, 11), 1, *range(12, 22)]
