@@ -92,13 +92,20 @@ class Data(_Section):
 
     path: str = Field(
         "demo",
-        description="`demo`; an absolute or `~` path: a file, folder or pattern of .jsonl, .csv or .parquet, or a "
-        "folder of `save_to_disk`; or a dataset on the Hugging Face hub; a node's own `data-path` comes first",
+        description="`demo`; an absolute or `~` path: a file, folder or pattern of .jsonl, .json, .csv, .tsv or "
+        ".parquet, or a folder of `save_to_disk`; or a dataset on the Hugging Face hub; a node's own `data-path` comes "
+        "first",
     )
     subset: str = Field("", description="configuration of a dataset on the hub")
     split: str = Field("train", description="split of a dataset on the hub or of a `save_to_disk` folder")
     prompt: str = Field("question", description="column of the prompt")
     response: str = Field("answer", description="column of the response; the loss counts its tokens only")
+    template: str = Field(
+        "auto",
+        description="how the two are written: `plain`: a line each; `chat`: by the tokenizer's chat template; a text "
+        "with `{prompt}`, and `{response}` if something follows it; `auto`: `chat` if there is such a template, else "
+        "`plain`",
+    )
     text: str = Field("", description="column of plain text, instead of prompt and response")
     messages: str = Field(
         "", description="column of chats (role, content), instead: written by the tokenizer's chat template"
@@ -107,8 +114,9 @@ class Data(_Section):
     labels: str = Field("", description="names of all labels, with commas between: all nodes of a run have these")
     max_length: Annotated[int, Field(ge=2)] = Field(256, description="tokens per example; the rest is cut off")
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="part held out for evaluation, never trained on"
+        0.1, description="part held out for evaluation, never trained on; a row's side depends on nothing but the row"
     )
+    holdout_max: Positive = Field(500, description="examples of the held-out part that are evaluated, at most")
     bad_rows: Literal["skip", "refuse"] = Field(
         "skip", description="rows that are empty, malformed or too long to learn from: leave out and count, or stop"
     )
@@ -394,6 +402,17 @@ def _check_task(task: Task, data: Data) -> None:
 def _check_data(data: Data) -> None:
     if data.text and data.messages:
         raise ValueError(f"data.text={data.text!r} and data.messages={data.messages!r}: an example is one or the other")
+    if data.template not in ("auto", "plain", "chat"):
+        if data.template.count("{prompt}") != 1 or data.template.count("{response}") > 1:
+            raise ValueError(
+                f"data.template={data.template!r}: expected 'auto', 'plain', 'chat', or a text with {{prompt}} "
+                "once, and {response} after it if something follows the response"
+            )
+        if "{prompt}" in data.template.partition("{response}")[2]:
+            raise ValueError(f"data.template={data.template!r}: {{prompt}} must come before {{response}}")
+    if data.template != "auto" and (data.text or data.messages):
+        key = "data.text" if data.text else "data.messages"
+        raise ValueError(f"data.template={data.template!r} is for data.prompt and data.response, and {key} is set")
     if data.packing and data.labels:
         raise ValueError("data.packing=true is for language models: with data.labels, set data.packing=false")
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.data.batches import prepare_tokenizer
 from fl_split.data.load import Examples, load_examples
-from fl_split.data.readers import num_files
+from fl_split.data.sources import num_files
 from fl_split.errors import ConfigError, FLSplitError, SplitError
 from fl_split.model.checkpoint import node_needs, read_config, resolve_model, weights_digest
 from fl_split.model.family import examine
