@@ -28,6 +28,7 @@ from fl_split.errors import DataError, FLSplitError
 logger = logging.getLogger(__name__)
 
 
+COPIES = "%d of %d examples are copies of others; equal ones are on one side, trained on or held out"
 _VERSION = 2  # of how examples are prepared and divided: raise it, and nothing prepared before is used again
 _PLACES = 5  # bad rows that are named, of each kind
 _OTHER_ENCODING = 0.1  # of the rows not in UTF-8: that is no accident
@@ -164,9 +165,7 @@ def _force(keys: Array, part: float, earlier: dict[str, bool]) -> dict[str, bool
 
 def _tell_growth(before: int, now: int) -> None:
     grown = f"{now} rows, {before} before" if now != before else f"{now} rows as before, written anew"
-    logger.warning(
-        "the data has changed since it was last read: %s; rows that were there are on the side that they were on", grown
-    )
+    logger.warning("the data has changed since it was last read: %s; each row that was there keeps its side", grown)
 
 
 # ------------------------------------------------------------------------------------------------------ examples
@@ -269,3 +268,5 @@ def _log(examples: Examples, config: Data) -> None:
         )
     for note in report.all_notes():
         logger.warning("%s", note)
+    if report.num_copies:
+        logger.warning(COPIES, report.num_copies, report.num_rows - report.num_bad)

@@ -41,9 +41,9 @@ def check_packing(client: PreTrainedModel) -> None:
     def last(**inputs: Tensor) -> Tensor:
         return cast(Tensor, client(**inputs).logits)[0, -1].float()
 
-    alone = _offline(client, lambda: last(input_ids=ids[:, _LENGTHS[0] :]))
-    packed = _offline(client, lambda: last(input_ids=ids, position_ids=positions))
-    mixed = _offline(client, lambda: last(input_ids=ids))
+    alone = offline(client, lambda: last(input_ids=ids[:, _LENGTHS[0] :]))
+    packed = offline(client, lambda: last(input_ids=ids, position_ids=positions))
+    mixed = offline(client, lambda: last(input_ids=ids))
     if (packed - alone).norm() > _TOLERANCE * (mixed - alone).norm():
         raise SplitError(
             f"data.packing=true is not exact for {client.config.model_type}: packed examples would see each other; set "
@@ -51,7 +51,8 @@ def check_packing(client: PreTrainedModel) -> None:
         )
 
 
-def _offline(client: nn.Module, call: Callable[[], Tensor]) -> Tensor:
+def offline(client: nn.Module, call: Callable[[], Tensor]) -> Tensor:
+    """Call a client's own layers without a trunk between them and without gradients; nothing leaves the node."""
     remote, training = remote_trunk_of(client), client.training
     trunk = remote.trunk
     remote.trunk = _Nowhere()

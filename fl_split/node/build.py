@@ -11,6 +11,7 @@ from fl_split.config import Lora, NodeConfig, RunConfig
 from fl_split.errors import ConfigError
 from fl_split.files import cache_folder
 from fl_split.model import adapters
+from fl_split.model.causal import check_causal
 from fl_split.model.client import checkpoint_activations, load_client
 from fl_split.model.distill import Distiller
 from fl_split.model.packing import check_packing
@@ -98,6 +99,8 @@ def build_model(
     if config.train.activation_checkpointing:
         checkpoint_activations(model)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    if config.task == "causal-lm":
+        check_causal(model)
     if config.data.packing:
         check_packing(model)
     if kind == "none":
