@@ -119,7 +119,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise ConfigError(
             "this model's tokenizer has neither a pad token nor an end token, so that answers would have no end: name "
-            "the end token that the model was trained with in its tokenizer_config.json, as \"eos_token\""
+            'the end token that the model was trained with in its tokenizer_config.json, as "eos_token"'
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -18,7 +18,8 @@ def check_fits(
     Raises:
         DataError: A token has no embedding, or a position could have none.
     """
-    return [*_check_tokens(model.vocab_size, tokenizer, examples), *_check_positions(model, tokenizer, examples, config)]
+    of_tokens = _check_tokens(model.vocab_size, tokenizer, examples)
+    return [*of_tokens, *_check_positions(model, tokenizer, examples, config)]
 
 
 def _check_tokens(num_embeddings: int, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> list[str]:
