@@ -269,4 +269,4 @@ def _log(examples: Examples, config: Data) -> None:
     for note in report.all_notes():
         logger.warning("%s", note)
     if report.num_copies:
-        logger.warning(COPIES, report.num_copies, report.num_rows - report.num_bad)
+        logger.info(COPIES, report.num_copies, report.num_rows - report.num_bad)

@@ -66,8 +66,8 @@ class NodeFolder:
         falls = numbers.pop("falls").tolist()
         if "heldout-id" not in numbers:
             raise NodeStateError(
-                "this run was begun by an older fl-split, which drew the held-out examples otherwise: some of what it has "
-                "trained on would now be held out; start a run with another run.name, or go on with that version"
+                "this run was begun by an older fl-split, which drew the held-out examples otherwise: some of what it "
+                "has trained on would now be held out; start a run with another run.name, or go on with that version"
             )
         heldout_id = bytes(int(value) for value in numbers.pop("heldout-id"))
         scores: dict[str, Scores] = {}

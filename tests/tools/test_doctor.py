@@ -32,18 +32,19 @@ def test_the_demo_passes_and_each_check_says_what_it_saw(tmp_path: Path, demo_mo
     found = statuses(RunConfig.from_flat({"run.dir": str(tmp_path), "data.max-length": 64}), max_rows=50)
     assert {status for status, _ in found.values()} == {"pass"}
     assert "2 + 4 + 2 layers" in found["model"][1]
-    assert found["data"][1] == "the first 50 rows: 45 examples to train on, 5 held out"
+    assert found["data"][1].endswith("hospital-south.jsonl: 45 examples to train on, 5 held out")
     assert "the loss counts" in found["targets"][1]
     assert "embedded" in found["trunk"][1]
 
 
 def test_bad_rows_and_cut_examples_are_warned_of(jsonl: Callable[..., Path], tmp_path: Path, demo_model: Path) -> None:
-    good = {"question": "who?", "answer": f"{SECRET} " * 30}
-    path = jsonl([good] * 5 + [{"question": SECRET, "answer": ""}])
+    good = [{"question": f"who is {i}?", "answer": f"{SECRET} " * 30} for i in range(5)]
+    path = jsonl([*good, {"question": SECRET, "answer": ""}])
     found = statuses(RunConfig.from_flat({"run.dir": str(tmp_path), "data.path": str(path), "data.max-length": 20}))
     assert found["rows"] == ("warn", "1 are left out: 1 empty (rows.jsonl line 6); correct them, or accept their loss")
     assert found["lengths"][0] == "warn"
     assert "5 of 5 are cut" in found["lengths"][1]
+    assert int(found["lengths"][1].split("longest ")[1].split()[0]) > 60, "lengths are those before cutting"
     assert SECRET not in str(found)
 
 
