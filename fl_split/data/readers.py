@@ -163,8 +163,7 @@ def _no_column(where: str, key: str, column: str, columns: Sequence[str]) -> Dat
     """
     text, form = f"{where} has no column {key}={column!r}", endings(Path(where))[0]
     if form in (".csv", ".tsv"):
-        blank = sum(not name for name in columns)
-        found = f"{len(columns)} others" + (f", {blank} of them blank" if blank else "")
+        found = f"{len(columns)} others" + ("" if all(columns) else ", some of them blank")
         return DataError(
             f"{text}: it has {found}; the first line of a {form} must name them, with commas, semicolons, tabs or "
             "bars between"
