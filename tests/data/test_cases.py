@@ -284,9 +284,7 @@ def test_delimiter_and_header_are_found(
 
 
 def test_a_header_that_cannot_be_used_is_told_as_the_cause(load: Load, tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"it has 2 others, some of them blank; the first line of a \.csv must"
-    ):
+    with pytest.raises(DataError, match=r"it has 2 others, some of them blank; the first line of a \.csv must"):
         load(csv_file(tmp_path, "note,,", "a,b,c"))
     with pytest.raises(DataError, match="names the column 'answer' more than once"):
         load(csv_file(tmp_path, "question,answer,answer", "a,b,c"))

@@ -78,7 +78,5 @@ def test_a_configuration_tells_before_there_are_weights(config: PretrainedConfig
 def test_a_quantized_checkpoint_without_its_package_is_refused_with_the_remedy() -> None:
     check_quantized(LlamaConfig(**SMALL))
     for how in ({"quant_method": "vptq"}, {"quant_method": "unheard-of"}):
-        with pytest.raises(
-            SplitError, match="checkpoint is quantized, and cannot be read here .* install what is"
-        ):
+        with pytest.raises(SplitError, match="checkpoint is quantized, and cannot be read here .* install what is"):
             check_quantized(LlamaConfig(**SMALL, quantization_config=how))
