@@ -185,7 +185,7 @@ def pack_batch(hidden_states: Tensor, attention_mask: Tensor | None, position_id
 
 
 def _documents(positions: Tensor) -> list[int]:
-    """Lengths of the unbroken runs in one row's position ids ``[seq]``."""
+    """Find the lengths of the unbroken runs in one row's position ids ``[seq]``."""
     starts = (positions.diff() != 1).nonzero()[:, 0] + 1
     return [b - a for a, b in itertools.pairwise([0, *starts.tolist(), len(positions)])]
 

@@ -36,7 +36,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks assistant text 
 
 
 def read_messages(value: object) -> list[Message]:
-    """One shape for what is found: role and content, ShareGPT's from and value, contents in parts, JSON in a string.
+    """Bring what is found into one shape: role and content, ShareGPT's from and value, contents in parts, JSON in a string.
 
     Raises:
         Unusable: It is no conversation.
@@ -75,7 +75,7 @@ def _part(part: object) -> str:
 
 
 def _turns(messages: list[Message]) -> list[int]:
-    """Which messages are learnt; what opens a conversation answers nobody, and is not."""
+    """Find the messages that are learnt; what opens a conversation answers nobody, and is not."""
     return [
         i
         for i, message in enumerate(messages)
@@ -84,7 +84,7 @@ def _turns(messages: list[Message]) -> list[int]:
 
 
 def encode_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[str]]:
-    """A conversation as the template writes it; labels count what the assistant says, and how it ends its turns.
+    """Tokenize a conversation as the template writes it; labels count what the assistant says, and how it ends its turns.
 
     Returns:
         Token ids, labels, and remarks for the report.
@@ -109,7 +109,7 @@ def encode_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _overlap(token: tuple[int, int], span: tuple[int, int]) -> bool:
-    """Whether any of a token belongs to the span; its first one may begin with what precedes, such as a space."""
+    """Tell whether any of a token belongs to the span; its first one may begin with what precedes, such as a space."""
     return token[0] < span[1] and token[1] > span[0] or token[0] == token[1] and span[0] <= token[0] < span[1]
 
 
@@ -123,7 +123,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **opt
 def _span(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], turn: int, text: str
 ) -> tuple[tuple[int, int], bool]:
-    """Where in `text` the assistant's `turn` begins and ends, and whether it was invited otherwise.
+    """Find where in `text` the assistant's `turn` begins and ends, and whether it was invited otherwise.
 
     It begins where the template invites the assistant to speak, and ends where the conversation would if it ended
     there. An invitation may say more than a finished turn has, such as the beginning of a thought: then the turn begins

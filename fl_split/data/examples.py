@@ -36,7 +36,7 @@ class Made:
 
 
 def template_of(config: Data, tokenizer: PreTrainedTokenizerBase) -> str:
-    """How prompt and response become one text: ``plain``, ``chat`` or a format string; "" where there is no prompt."""
+    """Choose how prompt and response become one text: ``plain``, ``chat`` or a format string; "" where there is no prompt."""
     if config.text or config.messages:
         return ""
     if config.template == "auto":
@@ -45,7 +45,7 @@ def template_of(config: Data, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def describe_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """For a person who has to write prompts as they were trained on."""
+    """Describe a template to a person who has to write prompts as they were trained on."""
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     if template == "chat":
         return "chat: the model's own chat template, with the prompt as the user's message"
@@ -56,7 +56,7 @@ def describe_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def example_maker(config: Data, tokenizer: PreTrainedTokenizerBase) -> Callable[[dict[str, Any]], Made]:
-    """What makes an example of a row's values; it raises `Unusable` for one that cannot be used.
+    """Make what makes an example of a row's values; it raises `Unusable` for one that cannot be used.
 
     Raises:
         DataError: The tokenizer cannot do what the configuration asks of it.
@@ -101,7 +101,7 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 
 
 def _plain_text(values: dict[str, Any], config: Data, tokenizer: PreTrainedTokenizerBase) -> Made:
-    """Labels count all of it."""
+    """Tokenize a text; labels count all of it."""
     text, (bos, eos) = _text(values, "data.text", config.text), _ends(tokenizer)
     tail = tokenizer.encode(text, add_special_tokens=False) + eos
     return _made(bos + tail, [IGNORED] * len(bos) + tail, config, [text])
@@ -110,7 +110,7 @@ def _plain_text(values: dict[str, Any], config: Data, tokenizer: PreTrainedToken
 def _prompt_and_response(
     values: dict[str, Any], config: Data, template: str, tokenizer: PreTrainedTokenizerBase
 ) -> Made:
-    """Labels count the response, and what ends it."""
+    """Write and tokenize prompt and response; labels count the response, and what ends it."""
     prompt = text_of(values.get(config.prompt), "data.prompt")
     response, content = _text(values, "data.response", config.response), [prompt, values[config.response]]
     if template == "chat":
@@ -130,7 +130,7 @@ def _prompt_and_response(
 
 
 def _labelled(values: dict[str, Any], config: Data, tokenizer: PreTrainedTokenizerBase) -> Made:
-    """Token ids as the model's own tokenizer frames a text, and its class."""
+    """Tokenize a text as the model's own tokenizer frames it, with its class."""
     label = _class_of(values.get(config.label), config.label_names)
     text = _text(values, "data.text", config.text)
     ids = tokenizer.encode(text)
@@ -150,7 +150,7 @@ def _class_of(value: Any, names: tuple[str, ...]) -> int:
 
 
 def _spellings(value: Any) -> Iterator[str]:
-    """A label as it stands; whole numbers with and without ``.0``, as a column that held nulls has them; true as 1."""
+    """Spell a label as it stands; whole numbers with and without ``.0``, as a column that held nulls has them; true as 1."""
     text = str(value).strip()
     yield text
     if isinstance(value, bool):

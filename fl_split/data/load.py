@@ -141,7 +141,7 @@ def load_examples(
 
 
 def _key(seed: int, content: str) -> int:
-    """64 bits that decide a row's side."""
+    """Draw the 64 bits that decide a row's side."""
     return int.from_bytes(hashlib.sha256(f"{seed}|{content}".encode()).digest()[:8], "big")
 
 
@@ -153,7 +153,7 @@ def _is_heldout(keys: Array, part: float, forced: dict[str, bool]) -> Array:
 
 
 def _force(keys: Array, part: float, earlier: dict[str, bool]) -> dict[str, bool]:
-    """Sides of the rows that hashes alone would leave alone: one at least is on each side, and stays there."""
+    """Choose a side for rows where hashes leave one empty: a row once put there stays there."""
     forced = {key: side for key, side in earlier.items() if (keys == np.uint64(int(key))).any()}
     heldout = _is_heldout(keys, part, forced)
     if not heldout.any():
@@ -172,7 +172,7 @@ def _tell_growth(before: int, now: int) -> None:
 
 
 def _fields(config: Data) -> dict[str, Any]:
-    """What of the configuration decides on the examples themselves."""
+    """Pick what of the configuration decides on the examples themselves."""
     return config.model_dump(exclude={"holdout_max", "packing", "group_by_length"})
 
 
@@ -184,7 +184,7 @@ def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def _make_all(
     rows: Iterable[Row], make: Callable[[dict[str, Any]], Made], seed: int, report: Report
 ) -> Iterator[Example]:
-    """Examples of the rows that can be used; fills `report` on the way."""
+    """Make examples of the rows that can be used; fills `report` on the way."""
     bad, remarks = Counter[str](), Counter[str]()
     for row in rows:
         report.num_rows += 1

@@ -79,13 +79,6 @@ class Credentials:
         return grpc.secure_channel(address, credentials, options=_OPTIONS)
 
 
-def _read(key: str, path: str) -> bytes:
-    try:
-        return Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{key}={path!r} cannot be read ({type(error).__name__}): expected a file") from None
-
-
 @dataclass
 class Replica:
     """One address of the trunk."""
@@ -173,3 +166,10 @@ def split_address(address: str) -> list[str]:
     if not parts:
         raise ConfigError("trunk.address is empty: expected 'embedded', or host:port, several with commas between")
     return parts
+
+
+def _read(key: str, path: str) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{key}={path!r} cannot be read ({type(error).__name__}): expected a file") from None

@@ -97,6 +97,33 @@ def train_round(
     return Trained(loss_sum / config.steps, num_tokens, time.monotonic() - started)
 
 
+def optimizer_state(model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state as named tensors, so that it can be kept without pickle."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}|{field}": torch.as_tensor(value).detach().cpu()
+        for parameter, fields in optimizer.state.items()
+        for field, value in fields.items()
+    }
+
+
+def forget_moments(model: PeftModel, optimizer: torch.optim.Optimizer, names: Iterable[str]) -> None:
+    """Drop AdamW's state of some adapter weights, by their names in the adapter's state; mutates the optimizer."""
+    forgotten = set(names)
+    for name, parameter in model.named_parameters():
+        if name.replace(".default.", ".") in forgotten:
+            optimizer.state.pop(parameter, None)
+
+
+def load_optimizer_state(model: PeftModel, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    """Inverse of `optimizer_state`; mutates the optimizer."""
+    parameters = dict(model.named_parameters())
+    for key, value in state.items():
+        name, _, field = key.rpartition("|")
+        parameter = parameters[name]
+        optimizer.state[parameter][field] = value if field == "step" else value.to(parameter.device)
+
+
 class _Proximal:
     """FedProx's term ``mu / 2 * ||w - w at the start||^2`` of the loss (arXiv 1812.06127)."""
 
@@ -132,30 +159,3 @@ def _scheduler(
         optimizer._opt_called = True  # type: ignore[attr-defined]  # these steps were done in earlier rounds
         scheduler.step()
     return scheduler
-
-
-def optimizer_state(model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as named tensors, so that it can be kept without pickle."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}|{field}": torch.as_tensor(value).detach().cpu()
-        for parameter, fields in optimizer.state.items()
-        for field, value in fields.items()
-    }
-
-
-def forget_moments(model: PeftModel, optimizer: torch.optim.Optimizer, names: Iterable[str]) -> None:
-    """Drop AdamW's state of some adapter weights, by their names in the adapter's state; mutates the optimizer."""
-    forgotten = set(names)
-    for name, parameter in model.named_parameters():
-        if name.replace(".default.", ".") in forgotten:
-            optimizer.state.pop(parameter, None)
-
-
-def load_optimizer_state(model: PeftModel, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_state`; mutates the optimizer."""
-    parameters = dict(model.named_parameters())
-    for key, value in state.items():
-        name, _, field = key.rpartition("|")
-        parameter = parameters[name]
-        optimizer.state[parameter][field] = value if field == "step" else value.to(parameter.device)
