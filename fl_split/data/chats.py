@@ -36,7 +36,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks assistant text 
 
 
 def read_messages(value: object) -> list[Message]:
-    """Bring what is found into one shape: role and content, ShareGPT's from and value, contents in parts, JSON in a string.
+    """Bring what is found into one shape: role and content, ShareGPT's from and value, parts, JSON in a string.
 
     Raises:
         Unusable: It is no conversation.
@@ -84,7 +84,7 @@ def _turns(messages: list[Message]) -> list[int]:
 
 
 def encode_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[str]]:
-    """Tokenize a conversation as the template writes it; labels count what the assistant says, and how it ends its turns.
+    """Tokenize a conversation by the template; labels count what the assistant says, and how it ends its turns.
 
     Returns:
         Token ids, labels, and remarks for the report.

@@ -36,7 +36,7 @@ class Made:
 
 
 def template_of(config: Data, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Choose how prompt and response become one text: ``plain``, ``chat`` or a format string; "" where there is no prompt."""
+    """Choose how prompt and response become one text: ``plain``, ``chat``, a format string, or "" for no prompt."""
     if config.text or config.messages:
         return ""
     if config.template == "auto":
@@ -150,7 +150,7 @@ def _class_of(value: Any, names: tuple[str, ...]) -> int:
 
 
 def _spellings(value: Any) -> Iterator[str]:
-    """Spell a label as it stands; whole numbers with and without ``.0``, as a column that held nulls has them; true as 1."""
+    """Spell a label as it stands; whole numbers with and without ``.0``, since nulls make them fractions; true as 1."""
     text = str(value).strip()
     yield text
     if isinstance(value, bool):
