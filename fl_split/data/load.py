@@ -28,6 +28,7 @@ from fl_split.errors import DataError, FLSplitError
 logger = logging.getLogger(__name__)
 
 
+GROWN = "the data has changed since it was last read: %d rows, %d before; each row that was there keeps its side"
 COPIES = "%d of %d examples are copies of others; equal ones are on one side, trained on or held out"
 _VERSION = 2  # of how examples are prepared and divided: raise it, and nothing prepared before is used again
 _PLACES = 5  # bad rows that are named, of each kind
@@ -125,8 +126,8 @@ def load_examples(
         report.notes = list(source.notes)
         _check(report, examples.keys, config)
         report.forced = _force(examples.keys, config.holdout, earlier.get("forced", {}))
-        if earlier:
-            _tell_growth(earlier["num_rows"], report.num_rows)
+        if earlier and earlier["num_rows"] != report.num_rows:
+            logger.warning(GROWN, report.num_rows, earlier["num_rows"])
         if kept:
             kept.finish(asdict(report))
     heldout = _is_heldout(examples.keys, config.holdout, report.forced)
@@ -161,11 +162,6 @@ def _force(keys: Array, part: float, earlier: dict[str, bool]) -> dict[str, bool
     elif heldout.all():
         forced[str(keys.max())] = False
     return forced
-
-
-def _tell_growth(before: int, now: int) -> None:
-    grown = f"{now} rows, {before} before" if now != before else f"{now} rows as before, written anew"
-    logger.warning("the data has changed since it was last read: %s; each row that was there keeps its side", grown)
 
 
 # ------------------------------------------------------------------------------------------------------ examples

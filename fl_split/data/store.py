@@ -141,8 +141,7 @@ class Store:
     def save(self, examples: Iterator[Example]) -> Prepared:
         """Make the file, and forget others; it counts only once `finish` has been called."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        for old in self._folder.iterdir():
-            old.unlink()
+        self._forget(but=".json")
         with tempfile.NamedTemporaryFile(
             dir=self._folder, prefix=".", delete=False
         ) as scratch:  # readable by its owner
@@ -157,5 +156,11 @@ class Store:
         return open_prepared(pa.memory_map(str(self._file)))
 
     def finish(self, report: dict[str, Any]) -> None:
-        """Keep the report, which makes the file count."""
+        """Keep the report, which makes the file count, and forget the earlier one."""
         write_atomic(self._report, json.dumps(report))
+        self._forget(but=self._file.stem)
+
+    def _forget(self, but: str) -> None:
+        for old in self._folder.iterdir():
+            if but not in old.name:
+                old.unlink()

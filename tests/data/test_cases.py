@@ -570,6 +570,16 @@ def test_rows_that_are_added_move_no_other(
     assert told in caplog.text
 
 
+def test_a_refusal_in_between_does_not_forget_who_was_moved(
+    load: Load, jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    train, heldout = sides(load(jsonl(rows(3)), tmp_path / "store", holdout=0.01))
+    with pytest.raises(DataError, match="1 empty"):
+        load(jsonl([*rows(3), {"question": "?", "answer": ""}]), tmp_path / "store", holdout=0.01, bad_rows="refuse")
+    grown = sides(load(jsonl(rows(40)), tmp_path / "store", holdout=0.01))
+    assert train <= grown[0] and heldout <= grown[1]
+
+
 def test_equal_rows_are_on_one_side_and_counted(load: Load, jsonl: Callable[..., Path]) -> None:
     found = load(jsonl(rows(8) * 5))
     train, heldout = sides(found)
