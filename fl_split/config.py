@@ -509,9 +509,9 @@ class NodeConfig(BaseModel):
 
     @property
     def speaks_for_itself(self) -> bool:
-        """Whether an institution has said anything but the numbers that a simulation gives to its nodes."""
+        """Whether an institution has said anything but numbers, which simulated nodes have as well."""
         said = self.model_fields_set & type(self).model_fields.keys()
-        return bool(said - {"partition_id", "num_partitions"})
+        return bool(said - {"partition_id", "num_partitions", "lora_rank"})
 
     @property
     def unknown(self) -> dict[str, str]:

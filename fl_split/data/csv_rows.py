@@ -6,7 +6,7 @@ field; where these look like records of their own, they are read as such.
 
 import csv
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
@@ -46,20 +46,20 @@ class _Lines:
         self._again.extendleft(reversed(lines))
 
 
-def read_csv(file: Path, say: Say, columns: Collection[str]) -> Iterator[Row]:
-    """Rows of a .csv or .tsv file.
+def read_csv(file: Path, say: Say, columns: Mapping[str, str]) -> Iterator[Row]:
+    """Read rows of a .csv or .tsv file.
 
     Args:
         file: It.
         say: Is told of what is unusual.
-        columns: That are needed; by them the delimiter is found.
+        columns: That are needed, by their configuration keys; by them the delimiter is found.
 
     Raises:
-        DataError: Its first line cannot be read, or names a needed column twice.
+        DataError: Its first line cannot be read, or does not name each needed column once.
     """
     csv.field_size_limit(_MAX_FIELD)
     with open_text(file, say, newline="") as text:
-        delimiter = _delimiter(file, text.read(HEAD), columns, say)
+        delimiter = _delimiter(file, text.read(HEAD), columns.values(), say)
     with open_text(file, say, newline="") as text:
         lines = _Lines(text)
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -127,16 +127,24 @@ def _names(fields: list[str]) -> list[str]:
     return [name.strip() for name in fields]
 
 
-def _header(file: Path, reader: "Iterator[list[str]]", columns: Collection[str]) -> list[str]:
+def _header(file: Path, reader: "Iterator[list[str]]", columns: Mapping[str, str]) -> list[str]:
     try:
         names = _names(next((fields for fields in reader if _is_header(fields)), []))
     except csv.Error:
         raise DataError(
             f"{file}: its first line must name the columns, and has quotes that do not fit: mend that line"
         ) from None
-    twice = sorted(column for column in columns if names.count(column) > 1)
-    if twice:
-        raise DataError(f"{file}: its first line names the column {twice[0]!r} more than once: keep one of them")
+    for key, column in columns.items():
+        if names.count(column) > 1:
+            raise DataError(f"{file}: its first line names the column {column!r} more than once: keep one of them")
+        if column not in names:  # what it has instead may be a row, where no line names the columns
+            alike = [name for name in names if name.lower() == column.lower()]
+            found = f"{alike[0]!r}, and letters count" if alike else f"{len(names)} others"
+            found += "" if alike or all(names) else ", some of them blank"
+            raise DataError(
+                f"{file} has no column {key}={column!r}: it has {found}; the first line that is not blank must name "
+                "the columns, with commas, semicolons, tabs or bars between"
+            )
     return names
 
 

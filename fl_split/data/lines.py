@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from fl_split.data.rows import Say
+from fl_split.errors import DataError
 
 PACKED: dict[str, Callable[[Path], Any]] = {  # endings after a format's own
     ".gz": gzip.open,
@@ -34,6 +35,14 @@ _MARKS = (  # the longer before those that they begin with
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
+_NO_TEXT = {  # first bytes of what is often named wrongly
+    b"PK\x03\x04": "a .zip or .xlsx file",
+    b"PAR1": "a .parquet file",
+    b"\x1f\x8b": "compressed (.gz)",
+    b"BZh": "compressed (.bz2)",
+    b"\xfd7zXZ": "compressed (.xz)",
+    b"\x28\xb5\x2f\xfd": "compressed (.zst)",
+}
 _UNDECODED = re.compile("[\udc80-\udcff]+")
 
 
@@ -50,10 +59,16 @@ def open_text(file: Path, say: Say, newline: str | None = None) -> TextIOWrapper
         file: Compressed or not, by its ending.
         say: Is told of the encoding.
         newline: As for `open`.
+
+    Raises:
+        DataError: It is no text by its first bytes.
     """
     packed = endings(file)[1]
     with _open(file, packed) as stream:
         sample = bytes(stream.read(HEAD))
+    for begin, kind in _NO_TEXT.items():
+        if sample.startswith(begin):
+            raise DataError(f"{file} is {kind} by its first bytes, whatever its name: name it so, or write it as text")
     encoding, how = _encoding(sample)
     if how:
         say(f"{file.name} is read as {encoding.upper()}, as its {how}")

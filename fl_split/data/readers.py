@@ -46,7 +46,7 @@ def read_file(file: Path, config: Data, say: Say) -> Iterator[Row]:
     if form == ".parquet":
         rows = _read_parquet(file)
     elif form in (".csv", ".tsv"):
-        rows = read_csv(file, say, columns.values())
+        rows = read_csv(file, say, columns)
     else:
         rows = read_json(file, say)
     try:
@@ -162,12 +162,6 @@ def _no_column(where: str, key: str, column: str, columns: Sequence[str]) -> Dat
     JSON (its keys may be data, such as a person's name).
     """
     text, form = f"{where} has no column {key}={column!r}", endings(Path(where))[0]
-    if form in (".csv", ".tsv"):
-        found = f"{len(columns)} others" + ("" if all(columns) else ", some of them blank")
-        return DataError(
-            f"{text}: it has {found}; the first line of a {form} must name them, with commas, semicolons, tabs or "
-            "bars between"
-        )
     if form not in (".jsonl", ".ndjson", ".json"):
         return DataError(f"{text}: it has {', '.join(columns)}")
     error = DataError(f"{text}: its first row has {len(columns)} others, which 'fl-split doctor' names on the node")

@@ -284,12 +284,16 @@ def test_delimiter_and_header_are_found(
 
 
 def test_a_header_that_cannot_be_used_is_told_as_the_cause(load: Load, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"it has 2 others, some of them blank; the first line of a \.csv must"):
+    with pytest.raises(DataError, match=r"it has 3 others, some of them blank; the first line that"):
         load(csv_file(tmp_path, "note,,", "a,b,c"))
     with pytest.raises(DataError, match="names the column 'answer' more than once"):
         load(csv_file(tmp_path, "question,answer,answer", "a,b,c"))
     with pytest.raises(DataError, match="must name the columns, and has quotes that do not fit"):
         load(csv_file(tmp_path, 'question,"answer', "a,b"))
+    with pytest.raises(DataError, match="has no column data.response='answer': it has 'Answer', and letters count"):
+        load(csv_file(tmp_path, "question,Answer", "a,b"))
+    with pytest.raises(DataError, match="has no column data.prompt='question': it has 1 others; the first line that"):
+        load(csv_file(tmp_path, "Export of today", "question,answer", "a,b"))
     assert answers(csv_file(tmp_path, " question , answer ", "a,b")) == ["b"]
 
 
@@ -332,6 +336,14 @@ def test_a_damaged_file_is_named_by_how_far_it_goes(load: Load, tmp_path: Path) 
     (tmp_path / "b.jsonl").write_bytes("\n".join(map(json.dumps, rows(5))).encode("utf-16")[:-1])
     with pytest.raises(DataError, match=r"b\.jsonl cannot be read beyond"):
         load(tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize("begin", [b"PK\x03\x04", b"PAR1", b"\x1f\x8b", b"BZh9", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"])
+def test_what_is_no_text_by_its_first_bytes_is_told(load: Load, tmp_path: Path, begin: bytes) -> None:
+    for name in ("a.jsonl", "b.csv"):
+        (tmp_path / name).write_bytes(begin + bytes(range(256)))
+        with pytest.raises(DataError, match=r"is (a \.|compressed \(\.).* by its first bytes, whatever its name"):
+            load(tmp_path / name)
 
 
 def test_names_with_brackets_are_names(load: Load, jsonl: Callable[..., Path]) -> None:

@@ -105,7 +105,7 @@ def test_the_card_names_data_and_prompt_format(run: Run, jsonl: Callable[..., Pa
     assert '| prompt and response | `plain: "<s>{prompt}\\n{response}</s>"` |' in card
 
 
-@pytest.mark.parametrize("said", [{"out-dir": "/x"}, {"trunk-address": "a:1"}, {"lora.rank": 2}])
+@pytest.mark.parametrize("said", [{"out-dir": "/x"}, {"trunk-address": "a:1"}])
 def test_demo_data_is_refused_on_a_node_that_speaks_for_itself(said: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="has no data-path, .* not an institution's: set data-path in --node-config"):
         check_demo_data(RunConfig(), NodeConfig.from_flat({"partition-id": 0, **said}))
@@ -113,7 +113,7 @@ def test_demo_data_is_refused_on_a_node_that_speaks_for_itself(said: dict[str, A
 
 
 def test_demo_data_is_for_the_demo_and_for_simulations(monkeypatch: pytest.MonkeyPatch) -> None:
-    simulated = NodeConfig.from_flat({"partition-id": 0, "num-partitions": 2})
+    simulated = NodeConfig.from_flat({"partition-id": 0, "num-partitions": 2, "lora.rank": 2})
     check_demo_data(RunConfig(), simulated)
     with pytest.raises(ConfigError, match="for model.name='demo', not '/models/x': set data.path"):
         check_demo_data(RunConfig.from_flat({"model.name": "/models/x"}), simulated)
