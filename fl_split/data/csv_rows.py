@@ -18,6 +18,7 @@ from fl_split.errors import DataError
 _MAX_FIELD = 2**31 - 1  # characters of a field; Python's own limit is 128 KiB
 _MOST_LINES = 10_000  # of one record: beyond, a quote has not been closed
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_HALF, _MOST = 0.5, 0.8  # of a record's further lines that would be records by themselves
 _MANY_LINES = 4  # of a record that is suspected
 _UNCLOSED = f"{MALFORMED}: a quote that is not closed"
 
@@ -81,15 +82,15 @@ def read_csv(file: Path, say: Say, columns: Mapping[str, str]) -> Iterator[Row]:
             if wrong and not told:
                 told = True
                 tell_encoding(file, wrong, say)
+            alike = _part_like_records(following, len(header), delimiter)
             if fields is None or len(fields) != len(header):
-                unclosed = _part_like_records(following, len(header), delimiter) >= 0.5
-                if unclosed:
+                if alike >= _HALF:
                     lines.back(following)
-                yield Row(place, None, _UNCLOSED if unclosed else _fault(fields, len(header)))
+                yield Row(place, None, _UNCLOSED if alike >= _HALF else _fault(fields, len(header)))
             elif wrong:
                 yield Row(place, None, NOT_UTF8)
             else:
-                if len(following) >= _MANY_LINES and _part_like_records(following, len(header), delimiter) > 0.8:
+                if len(following) >= _MANY_LINES and alike > _MOST:
                     say(f"{place} to {following[-1][0]} are read as one row: if they are several, a quote is missing")
                 yield Row(place, dict(zip(header, fields, strict=True)))
 
