@@ -25,7 +25,8 @@ class RoundMetrics:
     train_tokens: int  # real ones
     tokens_per_s: float
     train_s: float
-    trunk_forward_s: float  # summed over calls
+    evaluate_s: float  # scoring on held-out examples, before and after training
+    trunk_forward_s: float  # summed over the calls of training
     activation_bytes: int  # sent to the trunk
     cached_sequences: int  # for which the trunk was not asked
     rounds_missed: int  # since this node's last

@@ -4,6 +4,7 @@ Data path: config -> private examples -> the ends with adapters -> local round -
 """
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,18 +15,27 @@ from typing import Self
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
+from fl_split.data.fits import check_fits
 from fl_split.data.load import Examples, load_examples
 from fl_split.model import adapters
 from fl_split.model.distill import Distiller
 from fl_split.model.loss import Batch
 from fl_split.model.slots import Trunk
 from fl_split.node import train
-from fl_split.node.build import build_model, check_consent, connect, find_model, warn_of_room, with_cache
+from fl_split.node.build import (
+    build_model,
+    check_consent,
+    check_demo_data,
+    connect,
+    find_model,
+    warn_of_room,
+    with_cache,
+)
 from fl_split.node.card import base_name, card_text
 from fl_split.node.evaluate import Scores, evaluate, scores_before
 from fl_split.node.metrics import RoundMetrics, heldout_metrics
@@ -77,6 +87,7 @@ def run_round(
     """
     transformers_logging.disable_progress_bar()
     check_consent(config, node)
+    check_demo_data(config, node)
     with ExitStack() as stack:
         this = Round.build(choose_split(config), node, instructions, stack)
         this.restore(received)
@@ -93,6 +104,8 @@ class Outcome:
     trial: Gain  # the newest one of the bottom's gradient
     trained_bottom: bool
     heldout: dict[str, Scores]  # `base`, `before`, `shared`, `after`
+    evaluate_s: float
+    trunk_forward_s: float  # of training
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,7 @@ class Round:
         if instructions.server_round == 1:
             warn_of_room(config, node)
         examples = load_examples(config.data, node, tokenizer, config.train.seed, store=home / "examples")
+        check_fits(AutoConfig.from_pretrained(base), tokenizer, examples, config.data)
         connection, expected = connect(config, node, base, instructions.trunk_address, stack)
         trunk = with_cache(config, connection, expected, home, stack)
         model = build_model(config, node.lora(config.lora), base, connection, trunk, tokenizer.pad_token_id)
@@ -160,7 +174,9 @@ class Round:
         """Score, train, score again."""
         config, server_round, partition = self.config, self.instructions.server_round, self.node.partition_id
         seed = config.train.seed
-        heldout = scores_before(self.model, config.aggregation, seed, self.saved.scores, self.measure)
+        started = time.monotonic()
+        heldout = scores_before(self.model, config.aggregation, seed, self.comparable_scores(), self.measure)
+        evaluate_s = time.monotonic() - started
         trial = self.try_bottom()
         follow = config.surrogate.trains_bottom and (trial.is_useful or not config.surrogate.is_tried)
         if trial.error and not follow:
@@ -168,6 +184,7 @@ class Round:
         torch.manual_seed(hash((seed, server_round, partition)))  # of dropout
         first_step = (server_round - 1) * config.train.steps
         first_example = first_step * config.train.batch_size * config.train.accumulation
+        forward_s = -self.connection.forward_s
         trained = train_round(
             self.model,
             self.optimizer,
@@ -182,8 +199,17 @@ class Round:
                 anchored=lambda name: adapters.is_shared(self.model, name, config.aggregation),
             ),
         )
+        forward_s += self.connection.forward_s
+        started = time.monotonic()
         heldout["after"] = self.measure()
-        return Outcome(trained, trial, follow, heldout)
+        return Outcome(trained, trial, follow, heldout, evaluate_s + time.monotonic() - started, forward_s)
+
+    def comparable_scores(self) -> dict[str, Scores]:
+        """Scores of the last round, unless other examples are held out by now."""
+        if self.saved.number and self.saved.heldout_id != self.examples.heldout_id:
+            logger.warning("other examples are held out than in the last round: the base model is scored on them anew")
+            return {}
+        return self.saved.scores
 
     def try_bottom(self) -> Gain:
         """Find out what a bottom that trains wins, where that is not known; else say what came of the last trial."""
@@ -233,9 +259,10 @@ class Round:
                 train.optimizer_state(self.model, distiller.optimizer) if distiller else {},
                 outcome.trial,
                 {when: outcome.heldout[when] for when in ("base", "after")},
+                self.examples.heldout_id,
             )
         )
-        card = card_text(config, self.node, server_round, heldout_metrics(outcome.heldout), len(self.examples.train))
+        card = card_text(config, self.node, server_round, heldout_metrics(outcome.heldout), self.examples)
         base = base_name(config.model, self.base)
         adapters.export(self.model, self.folder.adapter, base, config.model.revision, card)
 
@@ -258,7 +285,8 @@ class Round:
             train_tokens=trained.num_tokens,
             tokens_per_s=trained.num_tokens / trained.seconds,
             train_s=trained.seconds,
-            trunk_forward_s=self.connection.forward_s,
+            evaluate_s=outcome.evaluate_s,
+            trunk_forward_s=outcome.trunk_forward_s,
             activation_bytes=self.connection.bytes_sent,
             cached_sequences=self.trunk.hits if isinstance(self.trunk, CachedTrunk) else 0,
             rounds_missed=self.instructions.server_round - 1 - self.saved.number,

@@ -20,16 +20,16 @@ def test_keys_are_these_and_no_others() -> None:
         train_tokens=15,
         tokens_per_s=16.0,
         train_s=17.0,
-        trunk_forward_s=18.0,
-        activation_bytes=19,
-        cached_sequences=20,
-        rounds_missed=21,
+        evaluate_s=18.0,
+        trunk_forward_s=19.0,
+        activation_bytes=20,
+        cached_sequences=21,
+        rounds_missed=22,
     )
     keys = (
         "partition-id num-examples weight bad-rows truncated-examples truncated-tokens train-loss heldout-loss-base "
-        "heldout-macro-f1-base heldout-loss-after bottom-trained bottom-gain bottom-gain-error "
-        "top-gain train-tokens tokens-per-s train-s "
-        "trunk-forward-s activation-bytes cached-sequences rounds-missed"
+        "heldout-macro-f1-base heldout-loss-after bottom-trained bottom-gain bottom-gain-error top-gain train-tokens "
+        "tokens-per-s train-s evaluate-s trunk-forward-s activation-bytes cached-sequences rounds-missed"
     )
-    numbers = [*range(1, 11), 1, *range(12, 22)]
+    numbers = [*range(1, 11), 1, *range(12, 23)]
     assert metrics.record() == dict(zip(keys.split(), numbers, strict=True))
