@@ -45,7 +45,7 @@ class Reorder:
     sources: list[int]
 
 
-Action = Open | Step | Truncate | Reorder
+Action = Step | Truncate | Reorder
 
 
 def encode_open(sequences: int, max_tokens: int) -> pb.DecodeRequest:
@@ -68,13 +68,32 @@ def encode_reorder(sources: Sequence[int]) -> pb.DecodeRequest:
     return pb.DecodeRequest(reorder=pb.DecodeReorder(sources=sources))
 
 
-def decode_action(data: bytes, limits: wire.Limits, kept: Sequence[int] | None, max_tokens: int = 0) -> Action:
-    """Inverse of the encoders, for input that nobody vouches for.
+def decode_open(data: bytes, limits: wire.Limits) -> Open:
+    """Inverse of `encode_open`, for input that nobody vouches for.
+
+    Raises:
+        DecodeError: It is no DecodeRequest.
+        WireError: It does not fit; names the field.
+    """
+    request = pb.DecodeRequest.FromString(data)
+    if (action := request.WhichOneof("action")) != "open":
+        raise WireError(f"action is {action or 'not set'}: a stream begins with open")
+    if not 1 <= request.open.sequences <= limits.max_tokens:
+        raise WireError(f"open.sequences={request.open.sequences}: expected 1 to {limits.max_tokens}")
+    if not 1 <= request.open.max_tokens <= limits.max_sequence_length:
+        raise WireError(
+            f"open.max_tokens={request.open.max_tokens}: a sequence has 1 to {limits.max_sequence_length} tokens"
+        )
+    return Open(request.open.sequences, request.open.max_tokens)
+
+
+def decode_action(data: bytes, limits: wire.Limits, kept: Sequence[int], max_tokens: int) -> Action:
+    """Inverse of the other encoders, for input that nobody vouches for.
 
     Args:
         data: A DecodeRequest whose size was looked at.
         limits: What one message may hold.
-        kept: Tokens that each sequence of the stream has; None before it is opened.
+        kept: Tokens that each sequence of the stream has.
         max_tokens: Each sequence's room.
 
     Raises:
@@ -83,12 +102,8 @@ def decode_action(data: bytes, limits: wire.Limits, kept: Sequence[int] | None, 
     """
     request = pb.DecodeRequest.FromString(data)
     action = request.WhichOneof("action")
-    if action is None or (action == "open") is not (kept is None):
-        raise WireError(
-            f"action is {action or 'not set'}: a stream begins with open, and only step, truncate, reorder follow"
-        )
-    if kept is None:
-        return _decode_open(request.open, limits)
+    if action is None or action == "open":
+        raise WireError(f"action is {action or 'not set'}: expected step, truncate or reorder")
     if action == "step":
         return Step(_decode_step(request.step, limits, kept, max_tokens), request.step.dtype)
     if action == "truncate":
@@ -100,16 +115,6 @@ def decode_action(data: bytes, limits: wire.Limits, kept: Sequence[int] | None, 
     if max(sources) >= len(kept):
         raise WireError(f"reorder.sources holds {max(sources)}: the stream has {len(kept)} sequences")
     return Reorder(sources)
-
-
-def _decode_open(request: pb.DecodeOpen, limits: wire.Limits) -> Open:
-    if not 1 <= request.sequences <= limits.max_tokens:
-        raise WireError(f"open.sequences={request.sequences}: expected 1 to {limits.max_tokens}")
-    if not 1 <= request.max_tokens <= limits.max_sequence_length:
-        raise WireError(
-            f"open.max_tokens={request.max_tokens}: a sequence has 1 to {limits.max_sequence_length} tokens"
-        )
-    return Open(request.sequences, request.max_tokens)
 
 
 def _decode_step(request: pb.ForwardRequest, limits: wire.Limits, kept: Sequence[int], max_tokens: int) -> wire.Packed:

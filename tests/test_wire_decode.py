@@ -17,6 +17,7 @@ from fl_split.wire_decode import (
     Step,
     Truncate,
     decode_action,
+    decode_open,
     encode_open,
     encode_reorder,
     encode_step,
@@ -33,7 +34,7 @@ def packed(lengths: list[int], positions: list[int] | None = None) -> wire.Packe
 
 
 def test_round_trip() -> None:
-    assert decode_action(encode_open(3, 16).SerializeToString(), LIMITS, None) == Open(3, 16)
+    assert decode_open(encode_open(3, 16).SerializeToString(), LIMITS) == Open(3, 16)
     assert decode_action(encode_truncate([1, 0, 5]).SerializeToString(), LIMITS, KEPT, 16) == Truncate([1, 0, 5])
     assert decode_action(encode_reorder([2, 2, 0]).SerializeToString(), LIMITS, KEPT, 16) == Reorder([2, 2, 0])
 
@@ -82,14 +83,14 @@ def test_what_does_not_fit_is_refused(request_: pb.DecodeRequest, match: str) ->
 )
 def test_a_stream_begins_with_open(request_: pb.DecodeRequest, match: str) -> None:
     with pytest.raises(WireError, match=match):
-        decode_action(request_.SerializeToString(), LIMITS, None)
+        decode_open(request_.SerializeToString(), LIMITS)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200), st.booleans())
 def test_any_bytes_are_an_action_or_a_refusal(data: bytes, opened: bool) -> None:
     try:
-        action: Any = decode_action(data, LIMITS, KEPT if opened else None, 10)
+        action: Any = decode_action(data, LIMITS, KEPT, 10) if opened else decode_open(data, LIMITS)
     except (WireError, DecodeError):
         return
     assert isinstance(action, Open | Step | Truncate | Reorder)
