@@ -5,10 +5,11 @@ Data path: bottom -> **encode_step** -> Trunk.Decode -> **decode_action** -> lay
 What leaves the node is what `wire.encode_request` writes, and three kinds of small numbers: lengths, orders, room.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fl_split import wire
 from fl_split.errors import WireError
@@ -68,7 +69,7 @@ def encode_reorder(sources: Sequence[int]) -> pb.DecodeRequest:
     return pb.DecodeRequest(reorder=pb.DecodeReorder(sources=sources))
 
 
-def decode_open(data: bytes, limits: wire.Limits) -> Open:
+def decode_open(data: bytes, limits: wire.CallLimits) -> Open:
     """Inverse of `encode_open`, for input that nobody vouches for.
 
     Raises:
@@ -87,7 +88,7 @@ def decode_open(data: bytes, limits: wire.Limits) -> Open:
     return Open(request.open.sequences, request.open.max_tokens)
 
 
-def decode_action(data: bytes, limits: wire.Limits, kept: Sequence[int], max_tokens: int) -> Action:
+def decode_action(data: bytes, limits: wire.CallLimits, kept: Sequence[int], max_tokens: int) -> Action:
     """Inverse of the other encoders, for input that nobody vouches for.
 
     Args:
@@ -117,7 +118,29 @@ def decode_action(data: bytes, limits: wire.Limits, kept: Sequence[int], max_tok
     return Reorder(sources)
 
 
-def _decode_step(request: pb.ForwardRequest, limits: wire.Limits, kept: Sequence[int], max_tokens: int) -> wire.Packed:
+def cut(packed: wire.Packed, max_tokens: int) -> Iterator[wire.Packed]:
+    """Cut a step between tokens, into pieces of about `max_tokens` at most, each with the next tokens of all."""
+    rows = packed.rows.split(packed.lengths)
+    places = None if packed.positions is None else packed.positions.split(packed.lengths)
+    done = 0
+    while active := sum(length > done for length in packed.lengths):
+        part = slice(done, done + max(1, max_tokens // active))
+        new = [r[part] for r in rows]
+        positions = None if places is None else torch.cat([p[part] for p in places])
+        yield wire.Packed(torch.cat(new), [len(r) for r in new], positions)
+        done = part.stop
+
+
+def join(pieces: Sequence[tuple[Tensor, Sequence[int]]]) -> Tensor:
+    """Inverse of `cut`, of rows and lengths each: rows of a sequence one after another again."""
+    if len(pieces) == 1:
+        return pieces[0][0]
+    return torch.cat([r for rows in zip(*(p.split(list(n)) for p, n in pieces), strict=True) for r in rows])
+
+
+def _decode_step(
+    request: pb.ForwardRequest, limits: wire.CallLimits, kept: Sequence[int], max_tokens: int
+) -> wire.Packed:
     lengths = _one_each("step.lengths", request.lengths, kept)
     total = sum(lengths)
     if not 1 <= total <= limits.max_tokens:

@@ -24,7 +24,7 @@ from fl_split.wire_decode import (
     encode_truncate,
 )
 
-LIMITS = wire.Limits(hidden_size=8, max_tokens=12, max_sequence_length=16)
+LIMITS = wire.CallLimits(hidden_size=8, max_tokens=12, max_sequence_length=16)
 KEPT = [3, 0, 5]
 
 

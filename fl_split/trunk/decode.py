@@ -47,23 +47,12 @@ class _Piece(wire.Packed):
     sequences: list[int]
     past: list[int]
 
-
-def cut_step(kept: KeyValues, packed: wire.Packed, max_tokens: int) -> Iterator[_Piece]:
-    """Cut a step of a stream between tokens, into pieces of at most about `max_tokens`, each with what is left of all.
-
-    Each piece begins where the one before it ends, so make one when the one before it is done.
-    """
-    positions = packed.positions
-    rows = packed.rows.split(packed.lengths)
-    places = [None] * len(rows) if positions is None else positions.split(packed.lengths)
-    done = 0
-    while active := [i for i, length in enumerate(packed.lengths) if length > done]:
-        width = max(1, max_tokens // len(active))
-        new = [rows[i][done : done + width] for i in active]
-        given = None if positions is None else torch.cat([cast(Tensor, places[i])[done : done + width] for i in active])
-        past = [kept.lengths[i] for i in active]
-        yield _Piece(torch.cat(new), [len(r) for r in new], given, kept, active, past)
-        done += width
+    @classmethod
+    def of(cls, packed: wire.Packed, kept: KeyValues) -> "_Piece":
+        """Of a step that has an entry for each sequence of its stream, to be run next."""
+        active = [i for i, length in enumerate(packed.lengths) if length]
+        lengths, past = [packed.lengths[i] for i in active], [kept.lengths[i] for i in active]
+        return cls(packed.rows, lengths, packed.positions, kept, active, past)
 
 
 def run_pieces(model: PreTrainedModel, pieces: Sequence[wire.Packed]) -> list[Tensor]:
@@ -146,7 +135,7 @@ class Decoder:
         """Give the worker thread back."""
         self._batcher.close()
 
-    async def serve(self, call: Call, limits: wire.Limits) -> None:
+    async def serve(self, call: Call, limits: wire.CallLimits) -> None:
         """One stream, from its first message to its end.
 
         Raises:
@@ -200,13 +189,12 @@ class Decoder:
         return reading.result()
 
     async def _answer(self, call: Call, kept: KeyValues, packed: wire.Packed, dtype: pb.DType) -> None:
-        pieces: list[list[Tensor]] = [[] for _ in packed.lengths]
-        for piece in cut_step(kept, packed, self._piece_tokens):
-            done = await self._batcher.submit(call.caller, piece, _STEP_S)
-            for sequence, rows in zip(piece.sequences, done.rows.split(piece.lengths), strict=True):
-                pieces[sequence].append(rows)
+        pieces = []
+        for part in wire_decode.cut(packed, self._piece_tokens):
+            done = await self._batcher.submit(call.caller, _Piece.of(part, kept), _STEP_S)
+            pieces.append((done.rows, part.lengths))
             call.queue_s, call.compute_s = call.queue_s + done.queue_s, call.compute_s + done.compute_s
-        rows = torch.cat([rows for sequence in pieces for rows in sequence])
+        rows = wire_decode.join(pieces)
         call.num_tokens += len(rows)
         reply = await in_thread_if(rows.nbytes, encode_forward, rows, dtype, self._held.identity.trunk_id)
         try:

@@ -205,7 +205,8 @@ def test_a_full_cache_refuses_with_a_time_and_has_room_again(held: HeldLayers) -
 def test_a_connection_that_is_gone_frees_its_bytes(held: HeldLayers) -> None:
     with serving(held) as (trunk, _):
         channel = grpc.insecure_channel(f"127.0.0.1:{trunk.port}")
-        Stream(channel).step(rows_of(3))
+        stream = Stream(channel)
+        stream.step(rows_of(3))
         assert trunk._decoder.pool.num_streams == 1
         channel.close()
         wait_until(lambda: trunk._decoder.pool.used_bytes == 0)

@@ -28,7 +28,7 @@ from fl_split.wire_decode import encode_open, encode_reorder, encode_step, encod
 
 HIDDEN, MOST = 8, 24
 BUDGET_MB = 1
-LIMITS = wire.Limits(HIDDEN, 40, MOST)
+LIMITS = wire.CallLimits(HIDDEN, 40, MOST)
 
 
 @cache
