@@ -1,8 +1,14 @@
-"""The model card beside an exported adapter."""
+"""What is beside an exported adapter: the model card for people, and a recipe for who asks it."""
 
+import json
 from pathlib import Path
+from typing import Literal
 
-from fl_split.config import Model, NodeConfig, RunConfig
+from fl_split.config import Data, Model, NodeConfig, RunConfig
+from fl_split.files import write_atomic
+
+RECIPE = "fl-split.json"
+Framing = Literal["prompt", "messages", "text"]
 
 
 def base_name(model: Model, folder: Path) -> str:
@@ -37,3 +43,14 @@ Trained with fl-split on the first {config.split.bottom_layers} and last {config
 {results}
 {labels}| shared with other nodes | {config.aggregation.share} |
 """
+
+
+def write_recipe(folder: Path, config: RunConfig) -> None:
+    """Note beside an adapter how to ask it; names and formats only, nothing of an example."""
+    recipe = {"framing": framing_of(config.data), "dtype": config.model.dtype, "wire-dtype": config.trunk.wire_dtype}
+    write_atomic(folder / RECIPE, json.dumps(recipe, indent=2) + "\n")
+
+
+def framing_of(data: Data) -> Framing:
+    """How a run frames its examples."""
+    return "messages" if data.messages else "text" if data.text else "prompt"

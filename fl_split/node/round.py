@@ -25,7 +25,7 @@ from fl_split.model.loss import Batch
 from fl_split.model.slots import Trunk
 from fl_split.node import train
 from fl_split.node.build import build_model, check_consent, connect, find_model, warn_of_room, with_cache
-from fl_split.node.card import base_name, card_text
+from fl_split.node.card import base_name, card_text, write_recipe
 from fl_split.node.descent import Descent, DescentProbe, warn_if_stuck
 from fl_split.node.evaluate import Scores, evaluate, scores_before
 from fl_split.node.metrics import RoundMetrics, heldout_metrics
@@ -212,6 +212,7 @@ class Round:
         card = card_text(config, self.node, server_round, heldout_metrics(outcome.heldout), len(self.examples.train))
         base = base_name(config.model, self.base)
         adapters.export(self.model, self.folder.adapter, base, config.model.revision, card)
+        write_recipe(self.folder.adapter, config)
 
     def reply(self, outcome: Outcome) -> RoundResult:
         """What leaves the node: the shared part of the adapter, and numbers."""
