@@ -59,6 +59,7 @@ class Job:
     deadline: float
     done: "asyncio.Future[Done]"
     arrived: float = field(default_factory=time.monotonic)
+    sender: object = None  # whose next job is worth a short wait
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +92,11 @@ class FairQueue:
     def callers(self) -> set[str]:
         """Who is waiting."""
         return set(self._jobs)
+
+    @property
+    def senders(self) -> set[object]:
+        """Whose jobs are waiting."""
+        return {job.sender for jobs in self._jobs.values() for job in jobs}
 
     @property
     def oldest(self) -> float:
@@ -184,7 +190,7 @@ class Batcher:
         self._queue_tokens, self._queue_s = queue_tokens, queue_s
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="trunk")
         self._changed = asyncio.Event()
-        self._seen: dict[str, float] = {}  # when each caller last called
+        self._seen: dict[object, float] = {}  # when each sender last sent
         self._tokens_per_s = 0.0
         self.on_batch: Callable[[list[Job], float], None] = lambda jobs, seconds: None
 
@@ -202,8 +208,14 @@ class Batcher:
         if self._queue.refuses(caller):
             raise QueueFull(self._retry_after_s())
 
-    async def submit(self, caller: str, packed: Packed, timeout_s: float) -> Done:
+    async def submit(self, caller: str, packed: Packed, timeout_s: float, sender: object = None) -> Done:
         """Wait in line, run, return. Cancelling it takes the request out of the queue.
+
+        Args:
+            caller: Whose share it counts in.
+            packed: What to run.
+            timeout_s: Until its turn.
+            sender: Who has one request at a time, such as one of a caller's streams; by default the caller.
 
         Raises:
             QueueFull: No room.
@@ -211,7 +223,7 @@ class Batcher:
             ForwardFailed: The layers raised on this request.
         """
         now = time.monotonic()
-        job = Job(caller, packed, now + timeout_s, asyncio.get_running_loop().create_future())
+        job = Job(caller, packed, now + timeout_s, asyncio.get_running_loop().create_future(), sender=sender or caller)
         try:
             evicted = self._queue.put(job)
         except QueueFull:
@@ -222,7 +234,7 @@ class Batcher:
             if not old.done.done():  # its caller has just gone
                 old.done.set_exception(QueueFull(self._retry_after_s()))
             del old
-        self._seen[caller] = now
+        self._seen[job.sender] = now
         self._changed.set()
         try:
             return await job.done
@@ -293,9 +305,9 @@ class Batcher:
         patience_s = self._settings.max_wait_ms / 1000
         while self._queue.callers and self._queue.num_tokens < self._settings.max_batch_tokens:
             now = time.monotonic()
-            self._seen = {caller: at for caller, at in self._seen.items() if now - at < _ACTIVE_S}
+            self._seen = {sender: at for sender, at in self._seen.items() if now - at < _ACTIVE_S}
             left_s = self._queue.oldest + patience_s - now
-            if left_s <= 0 or not self._seen.keys() - self._queue.callers:
+            if left_s <= 0 or not self._seen.keys() - self._queue.senders:
                 return
             self._changed.clear()
             try:

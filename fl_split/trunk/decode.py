@@ -191,7 +191,7 @@ class Decoder:
     async def _answer(self, call: Call, kept: KeyValues, packed: wire.Packed, dtype: pb.DType) -> None:
         pieces = []
         for part in wire_decode.cut(packed, self._piece_tokens):
-            done = await self._batcher.submit(call.caller, _Piece.of(part, kept), _STEP_S)
+            done = await self._batcher.submit(call.caller, _Piece.of(part, kept), _STEP_S, id(kept))
             pieces.append((done.rows, part.lengths))
             call.queue_s, call.compute_s = call.queue_s + done.queue_s, call.compute_s + done.compute_s
         rows = wire_decode.join(pieces)
