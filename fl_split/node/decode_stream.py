@@ -42,10 +42,7 @@ class DecodeStream:
         self._connection, self._replica = connection, replica
         self._requests: queue.SimpleQueue[pb.DecodeRequest | None] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[pb.ForwardReply | grpc.RpcError] = queue.SimpleQueue()
-        method = replica.channel.stream_stream(
-            f"/{wire.SERVICE}/Decode", pb.DecodeRequest.SerializeToString, pb.ForwardReply.FromString
-        )
-        self._call = method(iter(self._requests.get, None), metadata=metadata)
+        self._call = replica.decode(iter(self._requests.get, None), metadata=metadata)
         threading.Thread(target=self._receive, name="trunk-stream", daemon=True).start()
 
     def begin(self, packed: wire.Packed, room: int, timeout_s: float) -> Tensor:

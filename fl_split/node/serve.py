@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fl_split.address import is_loopback
 from fl_split.errors import ConfigError, DataError, FLSplitError, TrunkUnavailable
 from fl_split.node.answers import Answer, Sampling, answer
 from fl_split.node.tuned import Tuned
-from fl_split.wire import is_loopback
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
