@@ -176,6 +176,7 @@ class Batcher:
         settings: Batching,
         queue_tokens: int,
         queue_s: float = math.inf,
+        wait_share: float = 0.0,
     ) -> None:
         """Prepare; `run` serves from then on.
 
@@ -184,6 +185,7 @@ class Batcher:
             settings: Size and patience of a batch.
             queue_tokens: Tokens waiting, at most.
             queue_s: Seconds of work waiting, at most, but always room for two batches.
+            wait_share: Of the last batch's time, that it is worth to wait after it for senders who were just answered.
         """
         self._compute, self._settings = compute, settings
         self._queue = FairQueue(queue_tokens)
@@ -192,6 +194,7 @@ class Batcher:
         self._changed = asyncio.Event()
         self._seen: dict[object, float] = {}  # when each sender last sent
         self._tokens_per_s = 0.0
+        self._wait_share, self._last_s, self._ended = wait_share, 0.0, 0.0  # of the last batch: its time, its end
         self.on_batch: Callable[[list[Job], float], None] = lambda jobs, seconds: None
 
     @property
@@ -255,7 +258,8 @@ class Batcher:
             batch = await self._next_batch()
             started = time.monotonic()
             outputs = await self._run_batch(batch)
-            seconds = time.monotonic() - started
+            self._ended = time.monotonic()
+            seconds = self._last_s = self._ended - started
             total = sum(job.num_tokens for job in batch)
             self._tokens_per_s = 0.8 * (self._tokens_per_s or total / seconds) + 0.2 * total / seconds
             worth = max(2 * self._settings.max_batch_tokens, self._queue_s * self._tokens_per_s)
@@ -306,7 +310,7 @@ class Batcher:
         while self._queue.callers and self._queue.num_tokens < self._settings.max_batch_tokens:
             now = time.monotonic()
             self._seen = {sender: at for sender, at in self._seen.items() if now - at < _ACTIVE_S}
-            left_s = self._queue.oldest + patience_s - now
+            left_s = max(self._queue.oldest + patience_s, self._ended + self._wait_share * self._last_s) - now
             if left_s <= 0 or not self._seen.keys() - self._queue.senders:
                 return
             self._changed.clear()

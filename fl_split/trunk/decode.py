@@ -35,6 +35,7 @@ from fl_split.trunk.padding import passes
 _PIECE_TOKENS = 256  # of a long step, computed between steps of others
 _PASS_COLUMNS = 65_536  # sequences x tokens of the longest: bounds what a pass gathers
 _FIELDS: Fields = {2: {2: None}}  # step.hidden_states
+_WAIT_SHARE = 0.1  # of a pass: streams that were just answered send their next step at about the same time
 _STEP_S = 600.0  # from a step to its result
 _Code = grpc.StatusCode
 
@@ -109,7 +110,9 @@ class Decoder:
         self._token_bytes = held.identity.decode.bytes_per_token
         self.pool = CachePool(limits.cache_mb * 1_000_000 if self._token_bytes else 0)
         # One step a stream at a time, whose message is here: a queue that refuses would save nothing.
-        self._batcher = Batcher(lambda pieces: run_pieces(held.model, pieces), batching, sys.maxsize)
+        self._batcher = Batcher(
+            lambda pieces: run_pieces(held.model, pieces), batching, sys.maxsize, wait_share=_WAIT_SHARE
+        )
         self._batcher.on_batch = self._count_batch
         # A piece's rotary tables may depend on its length where batching is off: then no pieces.
         self._piece_tokens = _PIECE_TOKENS if batching.enabled else sys.maxsize

@@ -18,8 +18,9 @@ from torch import Tensor
 from fl_split import wire
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk import decode, server
+from fl_split.trunk.batching import Batcher
 from fl_split.trunk.cache_pool import CacheFull, CachePool
-from fl_split.trunk.config import TrunkConfig
+from fl_split.trunk.config import Batching, TrunkConfig
 from fl_split.trunk.layers import HeldLayers, hold_layers
 from fl_split.wire_decode import encode_open, encode_reorder, encode_step, encode_truncate
 
@@ -266,6 +267,34 @@ def test_what_does_not_fit_ends_the_stream(held: HeldLayers, request_: pb.Decode
         assert error.code() is _Code.INVALID_ARGUMENT
         assert match in error.details()
         wait_until(lambda: trunk._decoder.pool.used_bytes == 0)
+
+
+@pytest.mark.parametrize(("share", "together"), [(0.0, False), (0.5, True)])
+def test_senders_out_of_step_come_to_share_passes(share: float, together: bool) -> None:
+    """Without a wait after a pass, two streams of one caller would take turns for ever."""
+    sizes: list[int] = []
+
+    def compute(requests: Any) -> list[Tensor]:
+        time.sleep(0.05)
+        return [request.rows for request in requests]
+
+    async def run() -> None:
+        batcher = Batcher(compute, Batching(), 1000, wait_share=share)
+        batcher.on_batch = lambda jobs, seconds: sizes.append(len(jobs))
+        serving = asyncio.ensure_future(batcher.run())
+
+        async def send(number: int) -> None:
+            await asyncio.sleep(0.025 * number)
+            for _ in range(6):
+                await batcher.submit("one", wire.Packed(rows_of(1), [1], None), 10, sender=number)
+                await asyncio.sleep(0.001)
+
+        await asyncio.gather(send(1), send(2))
+        serving.cancel()
+        batcher.close()
+
+    asyncio.run(run())
+    assert (sizes.count(2) >= 4) == together
 
 
 # ------------------------------------------------------------------------------------------------------- the pool
