@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fl_split.node.expected import Expected
     from fl_split.node.replicas import Credentials
     from fl_split.node.trunk_connection import TrunkConnection
+    from fl_split.node.tuned import load_tuned
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "export",
     "load_ends",
     "load_trunk",
+    "load_tuned",
 ]
 
 _WHERE = {
@@ -46,6 +48,7 @@ _WHERE = {
     "export": "fl_split.model.adapters",
     "load_ends": "fl_split.model.ends",
     "load_trunk": "fl_split.model.trunk",
+    "load_tuned": "fl_split.node.tuned",
 }
 
 

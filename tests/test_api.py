@@ -20,7 +20,7 @@ def test_exported_members() -> None:
     assert fl_split.__all__ == sorted(fl_split.__all__, key=lambda name: (name.islower(), name)) == dir(fl_split)
     assert set(fl_split.__all__) == {
         "Credentials", "Expected", "FLSplitError", "LocalTrunk", "Lora", "Trunk", "TrunkConnection", "__version__",
-        "attach", "export", "load_ends", "load_trunk",
+        "attach", "export", "load_ends", "load_trunk", "load_tuned",
     }  # fmt: skip
     for name in set(fl_split.__all__) - {"__version__"}:
         assert getattr(fl_split, name).__name__ == name and getattr(fl_split, name).__doc__

@@ -16,6 +16,7 @@ CASES = {  # script: (arguments, a figure that it writes)
     "bench_classifier": (["--bench", BENCH], "accuracy/whole"),
     "bench_families": ([], "families-exact"),
     "bench_federation": (["--bench", BENCH, "--jobs", "1", "--work", "{tmp}"], "heldout-loss/both"),
+    "bench_generate": ([], "decode-ratio/local"),
     "bench_memory": (["--work", "{tmp}"], "client-peak-over-share"),
     "bench_rounds": (["--only", "start", "deployment", "simulation"], "round-overhead-s/simulation"),
     "bench_trunk": (["--bench", BENCH, "--only", "bytes"], "heldout-loss/float32"),

@@ -19,13 +19,13 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fl_split.config import Kind
 from fl_split.errors import SplitError
 from fl_split.malloc import give_back_freed
 from fl_split.model.family import Anatomy, Hole, ancestors, examine
+from fl_split.model.generation import Streams
 from fl_split.model.loading import Boundaries, boundaries_of, ignore_in_checkpoint, list_of_layers, load_around_holes
 from fl_split.model.slots import Trunk, TrunkCalls, TrunkSlot
 from fl_split.model.surrogate import kept_layers
@@ -84,12 +84,13 @@ def load_ends(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, left_out = _load_without([i for i in cut.trunk if i not in kept], folder, config, anatomy, head, dtype)
-    layers, calls = list_of_layers(model.base_model, anatomy), TrunkCalls(trunk, surrogate)
+    layers, calls = list_of_layers(model.base_model, anatomy), TrunkCalls(trunk, surrogate, Streams(config.model_type))
     thin = read_thin_layers(matched) if matched is not None else {}
     for i in cut.trunk:
         layer = thin_layer(left_out[i].to(dtype), thin[i]).to(dtype) if i in thin else layers[i]
-        layers[i] = TrunkSlot(layer, anatomy.as_tuple, calls, i == cut.first, i == cut.end - 1)
+        layers[i] = TrunkSlot(layer, anatomy.as_tuple, calls, i, cut)
     _listen(model.base_model, anatomy, calls)
+    calls.streams.watch(model)
     model.config.use_cache = False
     model.boundaries, model.trunk_calls, model.head_modules = cut, calls, head
     model.eval().requires_grad_(False)
@@ -201,9 +202,6 @@ def _listen(base: nn.Module, anatomy: Anatomy, calls: TrunkCalls) -> None:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
         given = signature.bind(module, *args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
-        # by type: the argument is `past_key_values` up to transformers 5.23, `cache` from 5.24 on
-        if any(isinstance(value, Cache) and value.get_seq_length() > 0 for value in given.values()):
-            raise SplitError("generation with a cache does not work across the split: pass use_cache=False")
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise SplitError("attention_mask must be [batch, seq] with 1 for real tokens: other masks cannot be sent")

@@ -13,10 +13,14 @@ from functools import partial, reduce
 from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from fl_split.config import Kind
+from fl_split.errors import SplitError
 from fl_split.model.distill import Distiller, Probe
 from fl_split.model.family import Hole
+from fl_split.model.generation import Streams, entry
+from fl_split.model.loading import Boundaries
 from fl_split.model.surrogate import join, join_exact
 from fl_split.model.turns import in_turn
 
@@ -56,8 +60,8 @@ class TrunkCalls:
     Plain Python, not a module: the model owns it through its slots. What is in flight is kept per thread.
     """
 
-    def __init__(self, trunk: Trunk, kind: Kind) -> None:
-        self.trunk, self.kind = trunk, kind
+    def __init__(self, trunk: Trunk, kind: Kind, streams: Streams) -> None:
+        self.trunk, self.kind, self.streams = trunk, kind, streams
         self.distiller: Distiller | None = None  # trains the kept layers, if set
         self._thread = threading.local()
 
@@ -73,6 +77,19 @@ class TrunkCalls:
         mine.distiller = self.distiller if training and hidden_states.requires_grad else None
         if mine.distiller is not None and (step := mine.distiller.probe(h1, mine.context[0])) is not None:
             mine.probe = (h1 + step, self.trunk.start(h1 + step, *mine.context))
+
+    def step(self, hidden_states: Tensor, cache: Cache, layer: int) -> None:
+        """Send new tokens ``[batch, seq, hidden]`` to the trunk, which has kept what came before them.
+
+        Raises:
+            SplitError: See `Streams.step`; or there would be a gradient to make.
+        """
+        if hidden_states.requires_grad:
+            raise SplitError("there is no gradient through a cache: pass use_cache=False, or use torch.no_grad()")
+        mine = self._thread
+        mine.start, mine.surrogate, mine.probe, mine.distiller = hidden_states, [], None, None
+        mine.pending = Future()
+        mine.pending.set_result(self.streams.step(self.trunk, cache, layer, hidden_states, *mine.context))
 
     def passed(self, layer: Callable[[Tensor], Tensor]) -> None:
         """Note a layer of the surrogate as it was called, so that a probe can take the same way."""
@@ -105,15 +122,22 @@ class TrunkSlot(Hole):
     The first slot starts the call, the last finishes it. A kept layer steps aside when there is no gradient to make.
     """
 
-    def __init__(self, layer: nn.Module, as_tuple: bool, calls: TrunkCalls, first: bool, last: bool) -> None:
+    def __init__(self, layer: nn.Module, as_tuple: bool, calls: TrunkCalls, index: int, cut: Boundaries) -> None:
         super().__init__(layer, as_tuple)
         self.kept = None if isinstance(layer, Hole) else layer
-        self.calls, self.first, self.last = calls, first, last
+        self.calls, self.index, self.first, self.last = calls, index, index == cut.first, index == cut.end - 1
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """``[batch, seq, hidden]`` -> the same."""
-        if self.first:
+        # by type: the argument is `past_key_values` up to transformers 5.23, `cache` from 5.24 on
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if self.first and cache is not None:
+            self.calls.step(hidden_states, cache, self.index)
+        elif self.first:
             self.calls.start(hidden_states, self.training)
+        if cache is not None:
+            ledger = entry(hidden_states)
+            cache.update(ledger, ledger, self.index)
         if self.kept is not None and hidden_states.requires_grad:
             layer = partial(self._keep, args, kwargs)
             self.calls.passed(layer)

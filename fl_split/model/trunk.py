@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from fl_split.errors import SplitError
 from fl_split.model.family import Anatomy, Hole, all_left_out, examine
+from fl_split.model.key_values import KeyValues, Part, run_pass
 from fl_split.model.loading import Boundaries, ignore_in_checkpoint, list_of_layers, load_around_holes
+from fl_split.wire import Packed
 
 
 def load_trunk(
@@ -70,11 +72,34 @@ class LocalTrunk:
         done.set_result(run_trunk(self.model, hidden_states, attention_mask, position_ids))
         return done
 
+    def open(self, packed: Packed, room: int) -> "tuple[LocalStream, Tensor]":
+        """Begin to keep keys and values; see `generation.StreamingTrunk`."""
+        stream = LocalStream(self.model, len(packed.lengths), room)
+        return stream, stream.step(packed)
+
     def vjp(
         self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, gradient: Tensor
     ) -> Tensor:
         """Recompute and pull a gradient back; see `slots.ExactTrunk.vjp`."""
         return pull_back(self.model, hidden_states, attention_mask, position_ids, gradient)
+
+
+class LocalStream:
+    """A `generation.Stream` in this process."""
+
+    def __init__(self, model: PreTrainedModel, num_sequences: int, room: int) -> None:
+        self._model, self._kept = model, KeyValues(num_sequences, room)
+        self.truncate, self.reorder = self._kept.truncate, self._kept.reorder
+
+    def step(self, packed: Packed) -> Tensor:
+        """Run new tokens in one pass."""
+        rows = packed.rows.split(packed.lengths)
+        places = [None] * len(rows) if packed.positions is None else packed.positions.split(packed.lengths)
+        parts = [Part(self._kept, i, rows[i], places[i]) for i, length in enumerate(packed.lengths) if length]
+        return torch.cat(run_pass(self._model, parts))
+
+    def close(self) -> None:
+        """Nothing to do: dropping it is enough."""
 
 
 def run_trunk(

@@ -1,9 +1,17 @@
-"""The model card beside an exported adapter."""
+"""What is beside an exported adapter: the model card for people, and a recipe for who asks it."""
 
+import json
 from pathlib import Path
 
-from fl_split.config import Model, NodeConfig, RunConfig
+from transformers import PreTrainedTokenizerBase
+
+from fl_split.config import Data, Model, NodeConfig, RunConfig
+from fl_split.data.examples import template_of
 from fl_split.data.load import Examples
+from fl_split.files import write_atomic
+
+RECIPE = "fl-split.json"
+PLAIN = "{prompt}\n"
 
 
 def base_name(model: Model, folder: Path) -> str:
@@ -41,3 +49,21 @@ Trained with fl-split on the first {config.split.bottom_layers} and last {config
 {results}
 {labels}| shared with other nodes | {config.aggregation.share} |
 """
+
+
+def write_recipe(folder: Path, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Note beside an adapter how to ask it; names and formats only, nothing of an example."""
+    recipe = {
+        "framing": framing_of(config.data, tokenizer),
+        "dtype": config.model.dtype,
+        "wire-dtype": config.trunk.wire_dtype,
+    }
+    write_atomic(folder / RECIPE, json.dumps(recipe, indent=2) + "\n")
+
+
+def framing_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> str:
+    """How a run writes what comes before an answer: ``text``, ``chat``, or a text with ``{prompt}``."""
+    if data.text:
+        return "text"
+    template = "chat" if data.messages else template_of(data, tokenizer)
+    return PLAIN if template == "plain" else template.partition("{response}")[0]

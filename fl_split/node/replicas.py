@@ -93,12 +93,14 @@ class Replica:
     describe: Any = field(init=False)
     forward: Any = field(init=False)
     surrogate: Any = field(init=False)
+    decode: Any = field(init=False)
     pull: Any = field(init=False)
 
     def __post_init__(self) -> None:
         """Look up the methods."""
         stub = TrunkStub(self.channel)
         self.describe, self.forward, self.surrogate = stub.Describe, stub.Forward, stub.Surrogate
+        self.decode = stub.Decode
         self.pull = ExactGradientStub(self.channel).Pull
 
 

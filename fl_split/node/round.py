@@ -36,7 +36,7 @@ from fl_split.node.build import (
     warn_of_room,
     with_cache,
 )
-from fl_split.node.card import base_name, card_text
+from fl_split.node.card import base_name, card_text, write_recipe
 from fl_split.node.evaluate import Scores, evaluate, scores_before
 from fl_split.node.metrics import RoundMetrics, heldout_metrics
 from fl_split.node.received import receive
@@ -265,6 +265,7 @@ class Round:
         card = card_text(config, self.node, server_round, heldout_metrics(outcome.heldout), self.examples)
         base = base_name(config.model, self.base)
         adapters.export(self.model, self.folder.adapter, base, config.model.revision, card)
+        write_recipe(self.folder.adapter, config, self.tokenizer)
 
     def reply(self, outcome: Outcome) -> RoundResult:
         """What leaves the node: the shared part of the adapter, and numbers."""

@@ -28,6 +28,7 @@ from fl_split import wire
 from fl_split.errors import SurrogateError, TrunkError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
 from fl_split.malloc import share_heap
 from fl_split.model.thin import read_card
+from fl_split.node.decode_stream import DecodeStream
 from fl_split.node.expected import Expected
 from fl_split.node.replicas import Credentials, Replica, Replicas
 from fl_split.proto import trunk_pb2 as pb
@@ -74,8 +75,8 @@ class TrunkConnection:
         """
         share_heap()  # before threads have heaps of their own: micro-batches run in threads, one at a time
         self.address = address
-        self._expected, self._timeout_s = expected, timeout_s
-        self._dtype: pb.DType = wire.NAMES[wire_dtype]
+        self._expected, self.timeout_s, self.hidden_size = expected, timeout_s, expected.hidden_size
+        self.wire_dtype: pb.DType = wire.NAMES[wire_dtype]
         self._metadata = credentials.metadata()
         self._replicas = Replicas(address, credentials)
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="trunk-call")
@@ -106,7 +107,7 @@ class TrunkConnection:
         if not self._replicas.descriptions:
             self.connect()
         packed = wire.pack_batch(hidden_states, attention_mask, position_ids)
-        calls = [self._threads.submit(self._call, part) for part in wire.cut(packed, self._tokens_per_call())]
+        calls = [self._threads.submit(self._call, part) for part in wire.cut(packed, self.tokens_per_call())]
 
         device, dtype, batch = hidden_states.device, hidden_states.dtype, hidden_states.shape[0]
 
@@ -116,34 +117,79 @@ class TrunkConnection:
 
         return _gather(calls, unpack)
 
-    def _tokens_per_call(self) -> int:
-        aim = _CALL_BYTES // wire.bytes_per_token(self._dtype, self._expected.hidden_size)
+    def open(self, packed: wire.Packed, room: int) -> tuple[DecodeStream, Tensor]:
+        """Begin a generation stream with its first step; see `generation.StreamingTrunk.open`.
+
+        Raises:
+            TrunkRefused: The trunk does not offer it.
+            TrunkUnavailable: As `connect`, or no room within the time limit.
+        """
+
+        def begin(replica: Replica, left_s: float, metadata: Any) -> tuple[DecodeStream, Tensor]:
+            about = cast(pb.DescribeReply, replica.description)
+            if not about.HasField("decode"):
+                raise TrunkRefused(
+                    f"the trunk at {replica.address} does not offer generation with a cache (limits.cache-mb=0, or its "
+                    "layers keep more than keys and values): pass use_cache=False, or ask its operator"
+                )
+            stream = DecodeStream(self, replica, metadata)
+            return stream, stream.begin(packed, min(room, about.max_sequence_length), left_s)
+
+        return self._retry(begin)
+
+    def put_off_or_raise(self, replica: Replica, error: grpc.RpcError, seconds: float) -> None:
+        """Note that a stream was lost, and leave its replica alone for a while.
+
+        Raises:
+            TrunkError: Opening another would not help.
+        """
+        if not self._put_off(replica, error, seconds) and error.code() is not _Code.DEADLINE_EXCEEDED:
+            raise self._translate(error, replica, "of a stream") from error
+        logger.warning("a stream to the trunk at %s was lost (%s): opening another", replica.address, error.code().name)
+        with self._lock:
+            self.num_retries += 1
+
+    def check_origin(self, reply: Any) -> None:
+        """Refuse a reply of a trunk that was not checked: as good as lost.
+
+        Raises:
+            grpc.RpcError: It is one.
+        """
+        if reply.trunk_id != self.trunk_id:
+            raise _AnotherTrunk
+
+    def count(self, sent_bytes: int, received_bytes: int, seconds: float) -> None:
+        """Add to what was sent and received, and to the time that it took."""
+        with self._lock:
+            self.bytes_sent += sent_bytes
+            self.bytes_received += received_bytes
+            self.forward_s += seconds
+
+    def tokens_per_call(self) -> int:
+        """Tokens in one message, at most."""
+        aim = _CALL_BYTES // wire.bytes_per_token(self.wire_dtype, self.hidden_size)
         return max(1, min([aim, *(about.max_tokens for about in self._replicas.descriptions)]))
 
     def _call(self, packed: wire.Packed) -> Tensor:
         started = time.monotonic()
-        request = wire.encode_request(packed, self._dtype)
+        request = wire.encode_request(packed, self.wire_dtype)
 
         def forward(replica: Replica, left_s: float, metadata: Any) -> pb.ForwardReply:
             reply: pb.ForwardReply = replica.forward(request, timeout=left_s, metadata=metadata)
-            if reply.trunk_id != self.trunk_id:
-                raise _AnotherTrunk
+            self.check_origin(reply)
             return reply
 
         reply = self._retry(forward)
         try:
-            rows = wire.decode_reply(reply, request, self._expected.hidden_size)
+            rows = wire.decode_reply(reply, request, self.hidden_size)
         except WireError as error:
             raise WireError(f"the trunk at {self.address} sent a bad reply: {error}") from error
-        with self._lock:
-            self.bytes_sent += request.ByteSize()
-            self.bytes_received += reply.ByteSize()
-            self.forward_s += time.monotonic() - started
+        self.count(request.ByteSize(), reply.ByteSize(), time.monotonic() - started)
         return rows
 
     def _retry(self, call: Callable[[Replica, float, Any], R]) -> R:
         """Make a call, again if it was lost or put off, until the time is up; check first whoever may be another."""
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self.timeout_s
         request_id = uuid.uuid4().hex
         metadata = (*self._metadata, (wire.REQUEST_ID, request_id))
         others = late = 0  # replies of another trunk; attempts without an answer in time
@@ -176,7 +222,7 @@ class TrunkConnection:
         if replica.checked:
             return
         reply = replica.describe(pb.DescribeRequest(), timeout=left_s, metadata=metadata)
-        self._expected.check(reply, replica.address, self._dtype)
+        self._expected.check(reply, replica.address, self.wire_dtype)
         with self._lock:
             self.trunk_id = self.trunk_id or reply.trunk_id
         if reply.trunk_id != self.trunk_id:
@@ -217,17 +263,17 @@ class TrunkConnection:
             if "handshake" in (error.details() or "").lower() or "ssl" in (error.details() or "").lower():
                 hint = "; the TLS handshake failed: check trunk-ca, trunk-cert and trunk-key, and that it speaks TLS"
             return TrunkUnavailable(
-                f"no trunk answers at {self.address} (tried for {self._timeout_s:.0f} s): start one with "
+                f"no trunk answers at {self.address} (tried for {self.timeout_s:.0f} s): start one with "
                 f"'fl-split trunk serve', or set trunk.address{hint}"
             )
         if code is _Code.DEADLINE_EXCEEDED:
             return TrunkUnavailable(
-                f"the trunk at {address} did not answer within trunk.timeout-s={self._timeout_s:g}: it is "
+                f"the trunk at {address} did not answer within trunk.timeout-s={self.timeout_s:g}: it is "
                 "overloaded or far away; raise trunk.timeout-s or send less at once (train.batch-size)"
             )
         if code is _Code.RESOURCE_EXHAUSTED and wire.PUSHBACK in dict(error.trailing_metadata() or ()):
             return TrunkUnavailable(
-                f"the trunk at {address} had no room for trunk.timeout-s={self._timeout_s:g}: it is overloaded; raise "
+                f"the trunk at {address} had no room for trunk.timeout-s={self.timeout_s:g}: it is overloaded; raise "
                 "trunk.timeout-s, or add replicas"
             )
         if code is _Code.UNIMPLEMENTED:
@@ -271,27 +317,24 @@ class TrunkConnection:
         packed = wire.pack_batch(hidden_states, attention_mask, position_ids)
         rows = torch.cat([packed.rows, wire.pack(gradient, attention_mask)[0].to(packed.rows)], 1)
         both = wire.Packed(rows, packed.lengths, packed.positions)  # cut together
-        size = max(1, self._tokens_per_call() // 2)
+        size = max(1, self.tokens_per_call() // 2)
         calls = [self._threads.submit(self._pull, part) for part in wire.cut(both, size)]
         pulled = torch.cat([call.result() for call in calls]).to(device=gradient.device, dtype=gradient.dtype)
         return wire.unpack(pulled, attention_mask, hidden_states.shape[0])
 
     def _pull(self, both: wire.Packed) -> Tensor:
-        dtype = self._dtype if self._dtype != pb.INT8 else pb.BFLOAT16
+        dtype = self.wire_dtype if self.wire_dtype != pb.INT8 else pb.BFLOAT16
         rows, gradient = both.rows.chunk(2, 1)
         request = wire.encode_pull(wire.Packed(rows, both.lengths, both.positions), gradient, dtype)
 
         def pull(replica: Replica, left_s: float, metadata: Any) -> pb.PullReply:
             reply: pb.PullReply = replica.pull(request, timeout=left_s, metadata=metadata)
-            if reply.trunk_id != self.trunk_id:
-                raise _AnotherTrunk
+            self.check_origin(reply)
             return reply
 
         reply = self._retry(pull)
-        with self._lock:
-            self.bytes_sent += request.ByteSize()
-            self.bytes_received += reply.ByteSize()
-        return wire.decode_pull_reply(reply, request, self._expected.hidden_size)
+        self.count(request.ByteSize(), reply.ByteSize(), 0.0)
+        return wire.decode_pull_reply(reply, request, self.hidden_size)
 
     def close(self) -> None:
         """Give the connections and the threads back."""

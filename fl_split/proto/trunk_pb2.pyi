@@ -23,7 +23,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("config_digest", "weights_digest", "model_type", "first_layer", "end_layer", "hidden_size", "dtypes", "max_tokens", "max_sequence_length", "trunk_id", "max_message_bytes", "version", "surrogate_digest", "surrogate_bytes", "exact_gradient", "compute_dtype", "quantization")
+    __slots__ = ("config_digest", "weights_digest", "model_type", "first_layer", "end_layer", "hidden_size", "dtypes", "max_tokens", "max_sequence_length", "trunk_id", "max_message_bytes", "version", "surrogate_digest", "surrogate_bytes", "exact_gradient", "compute_dtype", "quantization", "decode")
     CONFIG_DIGEST_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class DescribeReply(_message.Message):
     EXACT_GRADIENT_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
     config_digest: str
     weights_digest: str
     model_type: str
@@ -58,7 +59,18 @@ class DescribeReply(_message.Message):
     exact_gradient: bool
     compute_dtype: str
     quantization: str
-    def __init__(self, config_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., model_type: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., max_tokens: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., trunk_id: _Optional[bytes] = ..., max_message_bytes: _Optional[int] = ..., version: _Optional[str] = ..., surrogate_digest: _Optional[bytes] = ..., surrogate_bytes: _Optional[int] = ..., exact_gradient: bool = ..., compute_dtype: _Optional[str] = ..., quantization: _Optional[str] = ...) -> None: ...
+    decode: DecodeBounds
+    def __init__(self, config_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., model_type: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., max_tokens: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., trunk_id: _Optional[bytes] = ..., max_message_bytes: _Optional[int] = ..., version: _Optional[str] = ..., surrogate_digest: _Optional[bytes] = ..., surrogate_bytes: _Optional[int] = ..., exact_gradient: bool = ..., compute_dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., decode: _Optional[_Union[DecodeBounds, _Mapping]] = ...) -> None: ...
+
+class DecodeBounds(_message.Message):
+    __slots__ = ("bytes_per_token", "cache_bytes", "idle_s")
+    BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    IDLE_S_FIELD_NUMBER: _ClassVar[int]
+    bytes_per_token: int
+    cache_bytes: int
+    idle_s: float
+    def __init__(self, bytes_per_token: _Optional[int] = ..., cache_bytes: _Optional[int] = ..., idle_s: _Optional[float] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
     __slots__ = ("dtype", "hidden_states", "lengths", "positions", "outliers")
@@ -115,3 +127,35 @@ class PullReply(_message.Message):
     gradient: bytes
     trunk_id: bytes
     def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., gradient: _Optional[bytes] = ..., trunk_id: _Optional[bytes] = ...) -> None: ...
+
+class DecodeRequest(_message.Message):
+    __slots__ = ("open", "step", "truncate", "reorder")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATE_FIELD_NUMBER: _ClassVar[int]
+    REORDER_FIELD_NUMBER: _ClassVar[int]
+    open: DecodeOpen
+    step: ForwardRequest
+    truncate: DecodeTruncate
+    reorder: DecodeReorder
+    def __init__(self, open: _Optional[_Union[DecodeOpen, _Mapping]] = ..., step: _Optional[_Union[ForwardRequest, _Mapping]] = ..., truncate: _Optional[_Union[DecodeTruncate, _Mapping]] = ..., reorder: _Optional[_Union[DecodeReorder, _Mapping]] = ...) -> None: ...
+
+class DecodeOpen(_message.Message):
+    __slots__ = ("sequences", "max_tokens")
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    sequences: int
+    max_tokens: int
+    def __init__(self, sequences: _Optional[int] = ..., max_tokens: _Optional[int] = ...) -> None: ...
+
+class DecodeTruncate(_message.Message):
+    __slots__ = ("lengths",)
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lengths: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class DecodeReorder(_message.Message):
+    __slots__ = ("sources",)
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    sources: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sources: _Optional[_Iterable[int]] = ...) -> None: ...

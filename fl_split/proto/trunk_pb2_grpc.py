@@ -49,6 +49,11 @@ class TrunkStub(object):
                 request_serializer=fl__split_dot_proto_dot_trunk__pb2.SurrogateRequest.SerializeToString,
                 response_deserializer=fl__split_dot_proto_dot_trunk__pb2.SurrogateReply.FromString,
                 _registered_method=True)
+        self.Decode = channel.stream_stream(
+                '/fl_split.Trunk/Decode',
+                request_serializer=fl__split_dot_proto_dot_trunk__pb2.DecodeRequest.SerializeToString,
+                response_deserializer=fl__split_dot_proto_dot_trunk__pb2.ForwardReply.FromString,
+                _registered_method=True)
 
 
 class TrunkServicer(object):
@@ -76,6 +81,15 @@ class TrunkServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Decode(self, request_iterator, context):
+        """Generation: the layers' keys and values of some sequences are kept, exactly as long as the stream lasts. Each step
+        is answered by one reply, in order; what is wrong ends the stream with a status. A caller that keeps what it sent
+        can open another stream, at any replica, and go on. A trunk that has no room answers as for Forward.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrunkServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +107,11 @@ def add_TrunkServicer_to_server(servicer, server):
                     servicer.Surrogate,
                     request_deserializer=fl__split_dot_proto_dot_trunk__pb2.SurrogateRequest.FromString,
                     response_serializer=fl__split_dot_proto_dot_trunk__pb2.SurrogateReply.SerializeToString,
+            ),
+            'Decode': grpc.stream_stream_rpc_method_handler(
+                    servicer.Decode,
+                    request_deserializer=fl__split_dot_proto_dot_trunk__pb2.DecodeRequest.FromString,
+                    response_serializer=fl__split_dot_proto_dot_trunk__pb2.ForwardReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -176,6 +195,33 @@ class Trunk(object):
             '/fl_split.Trunk/Surrogate',
             fl__split_dot_proto_dot_trunk__pb2.SurrogateRequest.SerializeToString,
             fl__split_dot_proto_dot_trunk__pb2.SurrogateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Decode(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/fl_split.Trunk/Decode',
+            fl__split_dot_proto_dot_trunk__pb2.DecodeRequest.SerializeToString,
+            fl__split_dot_proto_dot_trunk__pb2.ForwardReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,6 +46,8 @@ def describe(address: str, credentials: Credentials, timeout_s: float = 5.0) -> 
         "dtype": reply.compute_dtype,
         "quantization": reply.quantization or "none",
         "exact-gradient": reply.exact_gradient,
+        "generation": f"{reply.decode.cache_bytes // 10**6} MB" if reply.HasField("decode") else "none",
+        "cache-bytes-per-token": reply.decode.bytes_per_token,
         "surrogate": reply.surrogate_digest.hex() or "none",
         "version": reply.version,
     }

@@ -59,6 +59,7 @@ class Job:
     deadline: float
     done: "asyncio.Future[Done]"
     arrived: float = field(default_factory=time.monotonic)
+    sender: object = None  # whose next job is worth a short wait
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +92,11 @@ class FairQueue:
     def callers(self) -> set[str]:
         """Who is waiting."""
         return set(self._jobs)
+
+    @property
+    def senders(self) -> set[object]:
+        """Whose jobs are waiting."""
+        return {job.sender for jobs in self._jobs.values() for job in jobs}
 
     @property
     def oldest(self) -> float:
@@ -170,6 +176,7 @@ class Batcher:
         settings: Batching,
         queue_tokens: int,
         queue_s: float = math.inf,
+        wait_share: float = 0.0,
     ) -> None:
         """Prepare; `run` serves from then on.
 
@@ -178,14 +185,16 @@ class Batcher:
             settings: Size and patience of a batch.
             queue_tokens: Tokens waiting, at most.
             queue_s: Seconds of work waiting, at most, but always room for two batches.
+            wait_share: Of the last batch's time, that it is worth to wait after it for senders who were just answered.
         """
         self._compute, self._settings = compute, settings
         self._queue = FairQueue(queue_tokens)
         self._queue_tokens, self._queue_s = queue_tokens, queue_s
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="trunk")
         self._changed = asyncio.Event()
-        self._seen: dict[str, float] = {}  # when each caller last called
+        self._seen: dict[object, float] = {}  # when each sender last sent
         self._tokens_per_s = 0.0
+        self._wait_share, self._last_s, self._ended = wait_share, 0.0, 0.0  # of the last batch: its time, its end
         self.on_batch: Callable[[list[Job], float], None] = lambda jobs, seconds: None
 
     @property
@@ -202,8 +211,14 @@ class Batcher:
         if self._queue.refuses(caller):
             raise QueueFull(self._retry_after_s())
 
-    async def submit(self, caller: str, packed: Packed, timeout_s: float) -> Done:
+    async def submit(self, caller: str, packed: Packed, timeout_s: float, sender: object = None) -> Done:
         """Wait in line, run, return. Cancelling it takes the request out of the queue.
+
+        Args:
+            caller: Whose share it counts in.
+            packed: What to run.
+            timeout_s: Until its turn.
+            sender: Who has one request at a time, such as one of a caller's streams; by default the caller.
 
         Raises:
             QueueFull: No room.
@@ -211,7 +226,7 @@ class Batcher:
             ForwardFailed: The layers raised on this request.
         """
         now = time.monotonic()
-        job = Job(caller, packed, now + timeout_s, asyncio.get_running_loop().create_future())
+        job = Job(caller, packed, now + timeout_s, asyncio.get_running_loop().create_future(), sender=sender or caller)
         try:
             evicted = self._queue.put(job)
         except QueueFull:
@@ -222,7 +237,7 @@ class Batcher:
             if not old.done.done():  # its caller has just gone
                 old.done.set_exception(QueueFull(self._retry_after_s()))
             del old
-        self._seen[caller] = now
+        self._seen[job.sender] = now
         self._changed.set()
         try:
             return await job.done
@@ -243,7 +258,8 @@ class Batcher:
             batch = await self._next_batch()
             started = time.monotonic()
             outputs = await self._run_batch(batch)
-            seconds = time.monotonic() - started
+            self._ended = time.monotonic()
+            seconds = self._last_s = self._ended - started
             total = sum(job.num_tokens for job in batch)
             self._tokens_per_s = 0.8 * (self._tokens_per_s or total / seconds) + 0.2 * total / seconds
             worth = max(2 * self._settings.max_batch_tokens, self._queue_s * self._tokens_per_s)
@@ -293,9 +309,9 @@ class Batcher:
         patience_s = self._settings.max_wait_ms / 1000
         while self._queue.callers and self._queue.num_tokens < self._settings.max_batch_tokens:
             now = time.monotonic()
-            self._seen = {caller: at for caller, at in self._seen.items() if now - at < _ACTIVE_S}
-            left_s = self._queue.oldest + patience_s - now
-            if left_s <= 0 or not self._seen.keys() - self._queue.callers:
+            self._seen = {sender: at for sender, at in self._seen.items() if now - at < _ACTIVE_S}
+            left_s = max(self._queue.oldest + patience_s, self._ended + self._wait_share * self._last_s) - now
+            if left_s <= 0 or not self._seen.keys() - self._queue.senders:
                 return
             self._changed.clear()
             try:

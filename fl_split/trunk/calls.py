@@ -14,6 +14,7 @@ from fl_split.errors import WireError
 from fl_split.trunk.access import Unauthenticated
 from fl_split.trunk.admission import TooManyCalls
 from fl_split.trunk.batching import DeadlinePassed, ForwardFailed, QueueFull, where
+from fl_split.trunk.cache_pool import CacheFull
 from fl_split.trunk.metrics import TrunkMetrics
 from fl_split.trunk.published import NothingPublished
 from fl_split.wire import PUSHBACK, REQUEST_ID
@@ -30,6 +31,14 @@ class NoMessage(WireError):
 
 class TooLarge(Exception):
     """A message beyond `max_message_bytes`: gRPC has told the caller."""
+
+
+class StreamEnded(Exception):
+    """A stream cannot go on here; its caller can open another."""
+
+    def __init__(self, code: grpc.StatusCode, text: str) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,9 @@ class Refusal:
         match error:
             case Unauthenticated():
                 return cls(_Code.UNAUTHENTICATED, "this trunk needs a valid bearer token: ask its operator for one")
-            case QueueFull():
+            case StreamEnded():
+                return cls(error.code, str(error))
+            case QueueFull() | CacheFull():
                 return cls.later(str(error), error.retry_after_s)
             case TooManyCalls():
                 return cls.later("too many calls at once: make fewer, or wait for some to end", 0.5)
@@ -91,6 +102,7 @@ class Call:
     num_tokens: int = 0
     num_sequences: int = 0
     size_bytes: int = 0
+    sent_bytes: int = 0
     batch_tokens: int = 0
     queue_s: float = 0.0
     compute_s: float = 0.0
@@ -112,31 +124,42 @@ class Call:
             WireError: It is larger than it may be.
         """
         async with asyncio.timeout(timeout_s):
-            data: bytes = await self.context.read()  # grpc's iterator holds its last message until a collection
-        if data is grpc.aio.EOF:
-            await self._check_not_refused()
+            data = await self.receive()
+        if data is None:
+            await self.check_not_refused()
             raise NoMessage("the call holds no message: expected one")
-        self.size_bytes = len(data)
         if max_bytes is not None and len(data) > max_bytes:
             raise WireError(f"the message has {len(data)} bytes: expected at most {max_bytes}")
         return data
 
-    async def _check_not_refused(self) -> None:
-        """A message beyond gRPC's limit looks like none, but then the call is cancelled."""
+    async def receive(self) -> bytes | None:
+        """The next message, None if there is none; see `check_not_refused`."""
+        data: bytes = await self.context.read()  # grpc's iterator holds its last message until a collection
+        if data is grpc.aio.EOF:
+            return None
+        self.size_bytes += len(data)
+        return data
+
+    async def check_not_refused(self) -> None:
+        """A message beyond gRPC's limit looks like none, but then the call is cancelled.
+
+        Raises:
+            TooLarge: There was one.
+        """
         try:
             await asyncio.sleep(0.01)
         except asyncio.CancelledError:
             raise TooLarge from None
 
-    def finish(self, code: grpc.StatusCode, metrics: TrunkMetrics, sent_bytes: int = 0) -> None:
+    def finish(self, code: grpc.StatusCode, metrics: TrunkMetrics) -> None:
         """Count the call and write its line."""
         seconds = time.monotonic() - self.started
         metrics.calls.labels(self.method, code.name, self.institution).inc()
         metrics.call_s.observe(seconds)
-        if self.method == "Forward":
+        if self.method in ("Forward", "Decode"):
             metrics.bytes_in.labels(self.institution).inc(self.size_bytes)
-            metrics.bytes_out.labels(self.institution).inc(sent_bytes)
-        if code is grpc.StatusCode.OK and self.num_tokens:
+            metrics.bytes_out.labels(self.institution).inc(self.sent_bytes)
+        if (code is grpc.StatusCode.OK or self.method == "Decode") and self.num_tokens:
             metrics.tokens.labels(self.institution).inc(self.num_tokens)
         logger.info(
             "call",
@@ -149,7 +172,7 @@ class Call:
                     "tokens": self.num_tokens,
                     "sequences": self.num_sequences,
                     "received-bytes": self.size_bytes,
-                    "sent-bytes": sent_bytes,
+                    "sent-bytes": self.sent_bytes,
                     "batch-tokens": self.batch_tokens,
                     "queue-s": round(self.queue_s, 6),
                     "compute-s": round(self.compute_s, 6),

@@ -85,6 +85,10 @@ class Limits(_Section):
     receive_timeout_s: Seconds = Field(30.0, description="seconds that sending one request may take")
     connections: Positive = Field(1024, description="open connections")
     idle_s: Seconds = Field(300.0, description="seconds after which a connection without calls is closed")
+    cache_mb: Annotated[int, Field(ge=0)] = Field(
+        1024, description="MB of keys and values of all generation streams; 0: generation is not offered"
+    )
+    stream_idle_s: Seconds = Field(300.0, description="seconds after which a generation stream without steps is closed")
 
 
 class Security(_Section):

@@ -17,6 +17,7 @@ from fl_split import __version__, wire
 from fl_split.errors import ConfigError
 from fl_split.malloc import give_back_freed
 from fl_split.model.checkpoint import config_digest, resolve_model, trunk_needs, weights_digest
+from fl_split.model.key_values import bytes_per_token
 from fl_split.model.loading import boundaries_of
 from fl_split.model.trunk import load_trunk, run_trunk
 from fl_split.proto import trunk_pb2 as pb
@@ -46,9 +47,10 @@ class HeldLayers:
         return run_trunk(self.model, hidden_states, attention_mask, position_ids)
 
     def describe(self, limits: Limits) -> pb.DescribeReply:
-        """The reply to Describe."""
+        """The reply to Describe, without generation."""
         reply = pb.DescribeReply()
         reply.CopyFrom(self.identity)
+        reply.ClearField("decode")
         own = getattr(self.model.config, "max_position_embeddings", None) or limits.max_tokens
         reply.max_sequence_length = min(limits.max_sequence_length or own, own, limits.max_tokens)
         reply.max_tokens = limits.max_tokens
@@ -112,6 +114,7 @@ def hold_layers(
         quantization=quantization,
     )
     reply.trunk_id = trunk_id(reply)
+    reply.decode.bytes_per_token = bytes_per_token(model)
     causal = is_causal(lambda *args: run_trunk(model, *args), config.hidden_size)
     return HeldLayers(model, reply, causal)
 

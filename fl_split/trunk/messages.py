@@ -3,8 +3,9 @@
 Data path: received bytes -> **sizes, fields, values checked** -> fair queue -> layers -> **reply's bytes**.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from google.protobuf.message import DecodeError
@@ -20,6 +21,9 @@ from fl_split.proto import trunk_pb2 as pb
 Fields = Mapping[int, Any]  # of a message: its tensors, None for bytes, or the fields of a message in it
 Decode = Callable[[bytes, wire.CallLimits], tuple[pb.DType, wire.Packed]]
 
+R = TypeVar("R")
+
+_INLINE_BYTES = 65_536  # decoding less than this takes less time than handing it to a thread
 _FORWARD: Fields = {2: None}  # hidden_states
 _PULL: Fields = {1: _FORWARD, 2: None}  # forward, gradient
 
@@ -127,3 +131,8 @@ def _run_pull(model: PreTrainedModel, packed: wire.Packed) -> Tensor:
     mask = padded(torch.ones(sum(packed.lengths), dtype=torch.long))
     positions = None if packed.positions is None else padded(packed.positions)
     return wire.pack(pull_back(model, hidden_states, mask, positions, gradient), mask)[0]
+
+
+async def in_thread_if(size_bytes: int, function: Callable[..., R], *args: Any) -> R:
+    """Call a function, in a thread if it is about much data."""
+    return await asyncio.to_thread(function, *args) if size_bytes > _INLINE_BYTES else function(*args)

@@ -96,6 +96,7 @@ async def _serve(held: HeldLayers, config: TrunkConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, stop, number)
     if config.model.tensor_parallel:
+        held.identity.ClearField("decode")  # a pass with a cache would be one of this rank alone
         held = tensor_parallel.SharedLayers(held.model, held.identity, held.causal)
     server = TrunkServer(held, config)
     server.metrics.info.info(

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import torch
@@ -26,9 +26,18 @@ from fl_split.trunk.admission import Gate
 from fl_split.trunk.batching import Batcher, Job, where
 from fl_split.trunk.calls import Call, Refusal
 from fl_split.trunk.config import Batching, TrunkConfig
+from fl_split.trunk.decode import Decoder
 from fl_split.trunk.health import OpenServices
 from fl_split.trunk.layers import HeldLayers, hold_layers, num_cpus
-from fl_split.trunk.messages import Decode, decode_forward, decode_pull, encode_forward, encode_pull, run_pulls
+from fl_split.trunk.messages import (
+    Decode,
+    decode_forward,
+    decode_pull,
+    encode_forward,
+    encode_pull,
+    in_thread_if,
+    run_pulls,
+)
 from fl_split.trunk.metrics import TrunkMetrics
 from fl_split.trunk.padding import run_packed
 from fl_split.trunk.published import Published
@@ -37,10 +46,8 @@ __all__ = ["HeldLayers", "TrunkServer", "embedded", "hold_layers"]
 
 logger = logging.getLogger(__name__)
 
-R = TypeVar("R")
-_Answer = Callable[[Call], Coroutine[Any, Any, bytes]]
+_Answer = Callable[[Call], Coroutine[Any, Any, bytes | None]]
 
-_INLINE_BYTES = 65_536  # decoding less than this takes less time than handing it to a thread
 _OFFSET_BYTES = 16  # of a request for a piece of the surrogate: a number
 _MAX_WAIT_S = 600.0  # of calls that come without a deadline
 _UNREAD_BYTES = 16_384  # of a call that nobody reads yet; gRPC's default of 64 KiB made it 200 MiB in all
@@ -77,6 +84,11 @@ class TrunkServer:
         self._puller = Batcher(  # one backward pass at a time bounds their memory
             partial(run_pulls, held.model), _ALONE, limits.queue_tokens, limits.queue_s
         )
+        self._decoder = Decoder(held, held.allowed(config.batching), limits, self._gate, self.metrics)
+        if self._decoder.offered:
+            self._description.decode.CopyFrom(self._decoder.describe())
+        self.metrics.streams.set_function(lambda: self._decoder.pool.num_streams)
+        self.metrics.cache_bytes.set_function(lambda: self._decoder.pool.used_bytes)
         self.metrics.queued_tokens.set_function(lambda: self._batcher.queued_tokens + self._puller.queued_tokens)
         self._health = OpenServices()
         self._server = self._build()
@@ -107,7 +119,8 @@ class TrunkServer:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        trunk = {"Describe": self._describe, "Forward": self._forward, "Surrogate": self._surrogate}
+        trunk: dict[str, _Answer] = {"Describe": self._describe, "Forward": self._forward}
+        trunk |= {"Surrogate": self._surrogate, "Decode": self._decode}
         server.add_generic_rpc_handlers((self._handlers(wire.SERVICE, trunk),))
         if self._config.server.exact_gradient:
             logger.warning(
@@ -145,7 +158,7 @@ class TrunkServer:
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: is the port taken, the host this machine's?") from error
         await self._server.start()
-        self._serving = [asyncio.create_task(batcher.run()) for batcher in (self._batcher, self._puller)]
+        self._serving = [asyncio.create_task(batcher.run()) for batcher in (self._batcher, self._puller, self._decoder)]
 
     async def warm_up(self) -> None:
         """Compute once in each form, then be ready: first callers do not pay for what happens once.
@@ -180,12 +193,14 @@ class TrunkServer:
         """Take no more calls, finish those that are open within `grace_s` (`server.drain-s`), stop."""
         self._set_ready(False)
         self._health.end()
+        self._decoder.end()
         await self._server.stop(self._config.server.drain_s if grace_s is None else grace_s)
         for task in self._serving:
             task.cancel()
         await asyncio.gather(*self._serving, return_exceptions=True)
         self._batcher.close()
         self._puller.close()
+        self._decoder.close()
 
     def _set_ready(self, ready: bool) -> None:
         self._health.set_ready(ready)
@@ -202,10 +217,11 @@ class TrunkServer:
                 try:
                     call.institution, call.caller = identify(context, self._book)
                     async with self._gate.call(call.caller):
-                        reply = await answer(call)
-                        with self._gate.replying(call.caller, len(reply)):
-                            await context.write(reply)  # until the caller has room for it
-                    call.finish(_Code.OK, self.metrics, len(reply))
+                        if (reply := await answer(call)) is not None:
+                            with self._gate.replying(call.caller, len(reply)):
+                                await context.write(reply)  # until the caller has room for it
+                            call.sent_bytes = len(reply)
+                    call.finish(_Code.OK, self.metrics)
                 except asyncio.CancelledError:
                     call.finish(_Code.CANCELLED, self.metrics)
                     raise
@@ -227,17 +243,20 @@ class TrunkServer:
 
     async def _forward(self, call: "Call") -> bytes:
         dtype, rows = await self._run(call, self._batcher, decode_forward)
-        return await _in_thread_if(rows.nbytes, encode_forward, rows, dtype, self._description.trunk_id)
+        return await in_thread_if(rows.nbytes, encode_forward, rows, dtype, self._description.trunk_id)
 
     async def _pull(self, call: "Call") -> bytes:
         dtype, rows = await self._run(call, self._puller, decode_pull)
-        return await _in_thread_if(rows.nbytes, encode_pull, rows, dtype, self._description.trunk_id)
+        return await in_thread_if(rows.nbytes, encode_pull, rows, dtype, self._description.trunk_id)
+
+    async def _decode(self, call: "Call") -> None:
+        await self._decoder.serve(call, self._limits)
 
     async def _run(self, call: "Call", batcher: Batcher, decode: Decode) -> tuple[pb.DType, Tensor]:
         async with self._gate.reading(call.caller):
             batcher.check_room(call.caller)
             data = await call.read(self._config.limits.receive_timeout_s)
-            dtype, packed = await _in_thread_if(len(data), decode, data, self._limits)
+            dtype, packed = await in_thread_if(len(data), decode, data, self._limits)
             call.num_tokens, call.num_sequences = len(packed.rows), len(packed.lengths)
         timeout_s = min(call.context.time_remaining() or _MAX_WAIT_S, _MAX_WAIT_S)
         del data
@@ -256,10 +275,6 @@ class TrunkServer:
         self.metrics.batch_tokens.observe(num_tokens)
         self.metrics.batch_calls.observe(len(jobs))
         self.metrics.batch_fill.observe(num_tokens / self._padded_tokens)
-
-
-async def _in_thread_if(size_bytes: int, function: Callable[..., R], *args: Any) -> R:
-    return await asyncio.to_thread(function, *args) if size_bytes > _INLINE_BYTES else function(*args)
 
 
 @contextmanager

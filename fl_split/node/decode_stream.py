@@ -1,0 +1,125 @@
+"""A generation stream to one replica of the trunk.
+
+Data path: bottom -> **encode_step, over a stream, decode** -> top. The trunk keeps keys and values exactly as long as
+the stream lasts. When it is lost, whoever opened it opens another, at any replica, with all that was sent.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from torch import Tensor
+
+from fl_split import wire, wire_decode
+from fl_split.errors import WireError
+from fl_split.model.generation import StreamLost
+from fl_split.node.replicas import Replica
+from fl_split.proto import trunk_pb2 as pb
+
+if TYPE_CHECKING:
+    from fl_split.node.trunk_connection import TrunkConnection
+
+
+class LateReply(grpc.RpcError):  # type: ignore[misc]
+    """A reply did not come in time."""
+
+    def code(self) -> grpc.StatusCode:
+        """As of a call beyond its deadline."""
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+
+    def trailing_metadata(self) -> tuple[()]:
+        """There is nothing from the trunk."""
+        return ()
+
+
+class DecodeStream:
+    """A `generation.Stream` that is a stream of a trunk's replica."""
+
+    def __init__(self, connection: "TrunkConnection", replica: Replica, metadata: Any) -> None:
+        self._connection, self._replica = connection, replica
+        self._requests: queue.SimpleQueue[pb.DecodeRequest | None] = queue.SimpleQueue()
+        self._replies: queue.SimpleQueue[pb.ForwardReply | grpc.RpcError] = queue.SimpleQueue()
+        self._call = replica.decode(iter(self._requests.get, None), metadata=metadata)
+        threading.Thread(target=self._receive, name="trunk-stream", daemon=True).start()
+
+    def begin(self, packed: wire.Packed, room: int, timeout_s: float) -> Tensor:
+        """Open it, with its first step.
+
+        Raises:
+            grpc.RpcError: It was lost, put off or refused.
+        """
+        self._requests.put(wire_decode.encode_open(len(packed.lengths), room))
+        try:
+            return self._exchange(packed, timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def _receive(self) -> None:
+        try:
+            for reply in self._call:
+                self._replies.put(reply)
+        except grpc.RpcError as error:
+            self._replies.put(error)
+        else:
+            self._replies.put(LateReply())  # ended without a word
+
+    def step(self, packed: wire.Packed) -> Tensor:
+        """See `generation.Stream.step`.
+
+        Raises:
+            StreamLost: Open another.
+            TrunkError: Asking again would not help.
+        """
+        started = time.monotonic()
+        try:
+            return self._exchange(packed, self._connection.timeout_s)
+        except grpc.RpcError as error:
+            self.close()
+            self._connection.put_off_or_raise(self._replica, error, time.monotonic() - started)
+            raise StreamLost from error
+
+    def _exchange(self, packed: wire.Packed, timeout_s: float) -> Tensor:
+        connection, started = self._connection, time.monotonic()
+        sent = []
+        for piece in wire_decode.cut(packed, connection.tokens_per_call()):
+            request = wire_decode.encode_step(piece, connection.wire_dtype)
+            self._requests.put(request)
+            sent.append((request, piece.lengths))
+        pieces = []
+        for request, lengths in sent:
+            reply = self._take(started + timeout_s - time.monotonic())
+            connection.check_origin(reply)
+            try:
+                rows = wire.decode_reply(reply, request.step, connection.hidden_size)
+            except WireError as error:
+                raise WireError(f"the trunk at {self._replica.address} sent a bad reply: {error}") from error
+            pieces.append((rows, lengths))
+            connection.count(request.ByteSize(), reply.ByteSize(), 0.0)
+        connection.count(0, 0, time.monotonic() - started)
+        return wire_decode.join(pieces)
+
+    def _take(self, timeout_s: float) -> pb.ForwardReply:
+        try:
+            reply = self._replies.get(timeout=max(timeout_s, 0.001))
+        except queue.Empty:
+            raise LateReply from None
+        if isinstance(reply, grpc.RpcError):
+            raise reply
+        return reply
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """See `generation.Stream.truncate`."""
+        self._requests.put(wire_decode.encode_truncate(lengths))
+
+    def reorder(self, sources: Sequence[int]) -> None:
+        """See `generation.Stream.reorder`."""
+        self._requests.put(wire_decode.encode_reorder(sources))
+
+    def close(self) -> None:
+        """End the stream; what the trunk keeps for it is dropped."""
+        self._requests.put(None)
+        self._call.cancel()

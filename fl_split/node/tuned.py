@@ -1,0 +1,212 @@
+"""What a node has trained, ready to answer: the two ends with their adapter, around the trunk, and the tokenizer.
+
+Data path: question -> **tokens, framed as in training** -> bottom -> trunk with its cache -> top -> answer.
+
+What leaves the node: hidden states of the prompt *and of the answer*. Not the text, but whoever runs the trunk can
+read text from them: see docs/privacy.md.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+import grpc
+import torch
+from jinja2.exceptions import TemplateError
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fl_split.errors import ConfigError, DataError, TrunkUnavailable
+from fl_split.model.checkpoint import node_needs, read_config, resolve_model
+from fl_split.model.ends import load_ends
+from fl_split.model.loading import boundaries_of
+from fl_split.node.card import PLAIN, RECIPE
+from fl_split.node.expected import Expected
+from fl_split.node.replicas import Credentials, Replicas
+from fl_split.node.trunk_connection import TrunkConnection
+from fl_split.proto import trunk_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+NOTICE = (
+    "hidden states of every prompt and of every answer go to the trunk at {address}: not the text, but its operator "
+    "can read text from them (docs/privacy.md)"
+)
+Message = Mapping[str, str]
+
+
+@dataclass
+class Tuned:
+    """A model with `generate`, its tokenizer, and its way to the trunk. Use it as a context manager, or `close` it."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    connection: TrunkConnection
+    framing: str  # see `card.framing_of`
+    name: str
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a conversation, framed as in training, up to where the answer begins.
+
+        A model that was trained on a prompt and its response knows no earlier turns: only the last message counts.
+
+        Raises:
+            DataError: No message, one without text, or the chat template refuses them.
+        """
+        if not messages or not all(isinstance(m.get("content"), str) and m.get("role") for m in messages):
+            raise DataError("expected messages with a role and a text as content")
+        tokenizer = self.tokenizer
+        if self.framing == "chat":
+            try:
+                coded: Any = tokenizer.apply_chat_template(
+                    [dict(m) for m in messages], add_generation_prompt=True, tokenize=True, return_dict=True
+                )
+            except TemplateError as error:  # its text may quote the chat
+                raise DataError(f"the chat template refuses these messages ({type(error).__name__})") from None
+            return cast(list[int], coded["input_ids"])
+        framing = "{prompt}" if self.framing == "text" else self.framing
+        return self.encode_text(framing.replace("{prompt}", messages[-1]["content"]))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Tokens of a text as it is, to be gone on with."""
+        bos = self.tokenizer.bos_token_id
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids if bos is None else [cast(int, bos), *ids]
+
+    def close(self) -> None:
+        """Give the connection back."""
+        self.connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load_tuned(
+    adapter: str | Path,
+    trunk_address: str,
+    credentials: Credentials = Credentials(),  # noqa: B008  # frozen
+    *,
+    base: str = "",
+    wire_dtype: str = "",
+    timeout_s: float = 120,
+) -> Tuned:
+    """Load what a node has trained, to ask it: ``tuned.model.generate(...)``, ``tuned.tokenizer``.
+
+    Reads the ends of the base model only; where it is split is what the trunk says.
+
+    Args:
+        adapter: Folder of the exported adapter.
+        trunk_address: ``host:port``, several with commas between.
+        credentials: TLS and token.
+        base: Path or Hugging Face id of the base model; by default the one that the adapter names.
+        wire_dtype: Of hidden states on the way; by default that of the training.
+        timeout_s: Seconds that one step may take, all retries included.
+
+    Raises:
+        ConfigError: The folder holds no adapter of a language model, or its base cannot be found.
+        TrunkError: The trunk cannot be reached, or is another.
+        SplitError: The adapter has weights in layers that the trunk holds.
+    """
+    folder = Path(adapter).expanduser()
+    config = _adapter_config(folder)
+    recipe = _recipe(folder)
+    name, revision = base or str(config.base_model_name_or_path), "" if base else str(config.revision or "")
+    first, end = _split_of(trunk_address, credentials, timeout_s)
+    top = int(read_config(name, revision).num_hidden_layers) - end
+    place = resolve_model(name, revision, node_needs(first, top, "none", 0))
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    connection = TrunkConnection(
+        trunk_address,
+        Expected.from_checkpoint(place, first, top),
+        wire_dtype=wire_dtype or recipe.get("wire-dtype", "bfloat16"),
+        timeout_s=timeout_s,
+        credentials=credentials,
+    )
+    try:
+        connection.connect()
+        dtype = getattr(torch, recipe.get("dtype", "float32"))
+        ends = load_ends(place, first, top, connection, surrogate="none", dtype=dtype)
+        ends.generation_config.pad_token_id = tokenizer.pad_token_id
+        ends.generation_config.use_cache = True
+        _check_layers(folder, boundaries_of(ends).layers_name, range(first, end))
+        torch.nn.Module.to(ends, "cuda" if torch.cuda.is_available() else "cpu")
+        model = PeftModel.from_pretrained(ends, folder).eval()
+    except BaseException:
+        connection.close()
+        raise
+    logger.warning(NOTICE.format(address=trunk_address))
+    framing = recipe.get("framing", "chat" if tokenizer.chat_template else PLAIN)
+    return Tuned(model, tokenizer, connection, framing, folder.name)
+
+
+def _adapter_config(folder: Path) -> PeftConfig:
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{folder} holds no adapter: expected the folder with adapter_config.json that a run exported"
+        )
+    config = PeftConfig.from_pretrained(str(folder))
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ConfigError(f"the adapter in {folder} is of a classifier ({config.task_type}): it has no answers to give")
+    return cast(PeftConfig, config)
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    try:
+        recipe: dict[str, Any] = json.loads((folder / RECIPE).read_text())
+        return recipe
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{folder / RECIPE} cannot be read ({type(error).__name__}): remove it, or export again"
+        ) from None
+
+
+def _check_layers(folder: Path, layers_name: str, trunk: range) -> None:
+    """An adapter that was trained with another split would be used in part only.
+
+    Raises:
+        ConfigError: It was.
+    """
+    pattern = re.compile(rf"\.{re.escape(layers_name)}\.(\d+)\.")
+    with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
+        found = {int(match[1]) for key in tensors.keys() if (match := pattern.search(key))}
+    if inside := sorted(found & set(trunk)):
+        raise ConfigError(
+            f"the adapter in {folder} changes layer {inside[0]}, and this trunk holds layers {trunk[0]} to "
+            f"{trunk[-1]}: ask a trunk that is split as the one that it was trained with"
+        )
+
+
+def _split_of(address: str, credentials: Credentials, timeout_s: float) -> tuple[int, int]:
+    """The trunk's first layer and the one after its last, from the first replica that answers."""
+    replicas = Replicas(address, credentials)
+    try:
+        for replica in (replicas.pick() for _ in range(len(replicas))):
+            try:
+                about: pb.DescribeReply = replica.describe(
+                    pb.DescribeRequest(), timeout=timeout_s / len(replicas), metadata=credentials.metadata()
+                )
+                return about.first_layer, about.end_layer
+            except grpc.RpcError as error:
+                reason = error.code().name
+    finally:
+        replicas.close()
+    raise TrunkUnavailable(
+        f"no trunk answers at {address} ({reason}): start one with 'fl-split trunk serve', and check the address, the "
+        "token and the certificates"
+    )

@@ -1,0 +1,277 @@
+"""What a node has trained answers: from its adapter folder and an address alone, in a terminal and in files."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import fl_split
+from fl_split.cli import app
+from fl_split.config import Data, Lora, RunConfig
+from fl_split.errors import ConfigError, DataError, TrunkUnavailable
+from fl_split.model import adapters
+from fl_split.model.ends import load_ends
+from fl_split.model.trunk import LocalTrunk, load_trunk
+from fl_split.node import answers
+from fl_split.node.answers import Sampling, answer, answer_file, until_stop
+from fl_split.node.card import framing_of, write_recipe
+from fl_split.node.tuned import Tuned, load_tuned
+from fl_split.trunk import server
+from fl_split.trunk.layers import hold_layers
+
+QUESTIONS = ["What is asthma?", "How is it treated, and by whom is it found out at all?", "Who?"]
+
+
+@pytest.fixture(scope="module")
+def adapter(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that changes what the demo's model says."""
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    ends = load_ends(demo_model, 2, 2, LocalTrunk(load_trunk(demo_model, 2, 2)), surrogate="identity")
+    model = adapters.attach(ends, Lora(), train_bottom=True, seed=0)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    adapters.export(model, folder, str(demo_model), "", "a card")
+    write_recipe(
+        folder, RunConfig.from_flat({"trunk.wire-dtype": "float32"}), AutoTokenizer.from_pretrained(demo_model)
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(demo_model: Path) -> Iterator[str]:
+    with server.embedded(hold_layers(demo_model, 2, 2)) as address:
+        yield address
+
+
+@pytest.fixture
+def tuned(adapter: Path, address: str) -> Iterator[Tuned]:
+    with load_tuned(adapter, address) as tuned:
+        yield tuned
+
+
+@pytest.fixture(scope="module")
+def full(demo_model: Path, adapter: Path) -> Any:
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(demo_model), adapter).eval()
+
+
+def expected(full: Any, demo_model: Path, question: str, num_tokens: int) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    ids = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    ids += tokenizer.encode(f"{question}\n", add_special_tokens=False)
+    given = torch.tensor([ids])
+    out = full.generate(
+        input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=num_tokens, do_sample=False
+    )
+    return str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
+
+
+def test_it_answers_as_the_full_model_with_the_adapter(tuned: Tuned, full: Any, demo_model: Path) -> None:
+    for question in QUESTIONS:
+        made = answer(tuned, tuned.encode([{"role": "user", "content": question}]), Sampling(20))
+        assert "".join(made) == expected(full, demo_model, question, 20)
+        assert 0 < made.num_tokens <= 20
+        assert made.reason == ("length" if made.num_tokens == 20 else "stop")
+
+
+def test_the_public_name_says_what_leaves(adapter: Path, address: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        tuned = fl_split.load_tuned(adapter, address, fl_split.Credentials())
+    out = tuned.model.generate(**tuned.tokenizer("What", return_tensors="pt"), max_new_tokens=2)
+    tuned.close()
+    assert out.shape[0] == 1
+    assert "hidden states of every prompt and of every answer go to the trunk" in caplog.text
+
+
+def test_sampling_is_seeded(tuned: Tuned) -> None:
+    ids = tuned.encode([{"role": "user", "content": QUESTIONS[0]}])
+    texts = ["".join(answer(tuned, ids, Sampling(12, 1.0, seed=seed))) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_guessing_from_the_prompt_changes_no_token(tuned: Tuned) -> None:
+    ids = tuned.encode([{"role": "user", "content": QUESTIONS[1]}])
+    assert "".join(answer(tuned, ids, Sampling(24, lookup=5))) == "".join(answer(tuned, ids, Sampling(24)))
+
+
+def test_an_answer_can_be_cut_short(tuned: Tuned) -> None:
+    ids = tuned.encode([{"role": "user", "content": QUESTIONS[0]}])
+    made = answer(tuned, ids, Sampling(200))
+    next(iter(made))
+    made.cancel()
+    "".join(made)
+    assert made.num_tokens < 200
+
+
+def test_stop_strings_end_an_answer_and_are_not_in_it(tuned: Tuned) -> None:
+    ids = tuned.encode([{"role": "user", "content": QUESTIONS[0]}])
+    whole = "".join(answer(tuned, ids, Sampling(30)))
+    stop = whole[8:11]
+    found = "".join(answer(tuned, ids, Sampling(30, stop=(stop,))))
+    assert found == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "text"),
+    [
+        (["ab", "cd"], [], "abcd"),
+        (["ab<", "e", "nd>x"], ["<end>"], "ab"),
+        (["ab<", "e", "x"], ["<end>"], "ab<ex"),
+        (["ab<e"], ["<end>"], "ab<e"),
+        (["a", "b", "c"], ["c", "b"], "a"),
+    ],
+)
+def test_text_is_passed_on_up_to_a_stop_string(pieces: list[str], stop: list[str], text: str) -> None:
+    assert "".join(until_stop(iter(pieces), stop)) == text
+
+
+def test_framing_is_that_of_the_training(tuned: Tuned) -> None:
+    turns = [{"role": "user", "content": "first"}, {"role": "user", "content": "second"}]
+    assert tuned.encode(turns) == tuned.encode_text("second\n")  # it was trained on single questions
+    tuned.framing = "Q: {prompt} A:"
+    assert tuned.encode(turns) == tuned.encode_text("Q: second A:")
+    tuned.framing = "text"
+    assert tuned.encode(turns) == tuned.encode_text("second")
+    tuned.framing = "chat"
+    tuned.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    )
+    text = "user:first;user:second;A:"
+    assert tuned.encode(turns) == tuned.tokenizer.encode(text, add_special_tokens=False)
+    tuned.tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(DataError, match="chat template refuses"):
+        tuned.encode(turns)
+    with pytest.raises(DataError, match="expected messages"):
+        tuned.encode([])
+
+
+@pytest.mark.parametrize(
+    ("data", "chat", "framing"),
+    [
+        ({}, "", "{prompt}\n"),
+        ({}, "{{ 1 }}", "chat"),
+        ({"template": "plain"}, "{{ 1 }}", "{prompt}\n"),
+        ({"template": "Q: {prompt} A: {response}!"}, "", "Q: {prompt} A: "),
+        ({"messages": "chat"}, "{{ 1 }}", "chat"),
+        ({"text": "note"}, "{{ 1 }}", "text"),
+    ],
+)
+def test_recipe_says_how_examples_were_written(demo_model: Path, data: dict[str, str], chat: str, framing: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    tokenizer.chat_template = chat or None
+    assert framing_of(Data.model_validate(data), tokenizer) == framing
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_file_is_answered_and_gone_on_with(
+    tuned: Tuned, full: Any, demo_model: Path, jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    questions = jsonl([{"question": q, "id": i} for i, q in enumerate(QUESTIONS)])
+    out, seen = tmp_path / "answers.jsonl", []
+    sampling = Sampling(10)
+    assert answer_file(tuned, questions, out, "question", sampling, 2, lambda *done: seen.append(done)) == 3
+    assert seen == [(0, 3), (2, 3), (3, 3)]
+    whole = out.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [row["answer"] for row in rows] == [expected(full, demo_model, q, 10) for q in QUESTIONS]
+    assert [row["id"] for row in rows] == [0, 1, 2]
+    lines = whole.splitlines(keepends=True)
+    out.write_text(lines[0] + lines[1][:9])  # cut off within a line
+    assert answer_file(tuned, questions, out, "question", sampling, 2) == 2
+    assert out.read_text() == whole
+    assert answer_file(tuned, questions, out, "question", sampling, 2) == 0
+
+
+def test_what_is_no_question_is_named_by_its_line(tuned: Tuned, jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+
+    def ask(questions: Path, column: str = "question") -> None:
+        answer_file(tuned, questions, out, column, Sampling(2), 2)
+
+    with pytest.raises(DataError, match="line 2 has no text and no messages in 'question'"):
+        ask(jsonl([{"question": "a"}, {"question": 3}]))
+    with pytest.raises(DataError, match="--in .* cannot be read"):
+        ask(tmp_path / "none.jsonl")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "a"}\nprivate words\n')
+    with pytest.raises(DataError, match="line 2 is not a JSON object") as error:
+        ask(bad)
+    assert "private" not in str(error.value)
+    ask(jsonl([{"question": "a"}]))
+    with pytest.raises(DataError, match="answers to other questions"):
+        ask(jsonl([{"question": "b"}]))
+
+
+# ------------------------------------------------------------------------------------------------------- terminal
+
+
+def test_chat_in_a_terminal(
+    adapter: Path, address: str, full: Any, demo_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ["chat", str(adapter), address, "--max-tokens", "12"]
+    result = CliRunner().invoke(app, options, input=f"{QUESTIONS[0]}\n{QUESTIONS[2]}\n")
+    assert result.exit_code == 0, result.output
+    for question in (QUESTIONS[0], QUESTIONS[2]):
+        assert expected(full, demo_model, question, 12).strip() in result.stdout
+    assert "tokens/s)" in result.stderr
+    assert "go to the trunk" in caplog.text
+
+
+def test_generate_in_a_terminal(adapter: Path, address: str, jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    questions, out = jsonl([{"q": q} for q in QUESTIONS]), tmp_path / "answers.jsonl"
+    options = ["generate", str(adapter), address, "--in", str(questions), "--out", str(out), "--prompt", "q"]
+    result = CliRunner().invoke(app, [*options, "--max-tokens", "4"])
+    assert result.exit_code == 0, result.output
+    assert len(out.read_text().splitlines()) == 3
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_is_no_adapter_is_named(tmp_path: Path, address: str) -> None:
+    with pytest.raises(ConfigError, match="holds no adapter"):
+        load_tuned(tmp_path, address)
+
+
+def test_a_classifier_has_no_answers(adapter: Path, address: str, tmp_path: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "task_type": "SEQ_CLS"}))
+    with pytest.raises(ConfigError, match="is of a classifier"):
+        load_tuned(tmp_path, address)
+
+
+def test_a_damaged_recipe_is_named(adapter: Path, address: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    (tmp_path / "fl-split.json").write_text("{")
+    with pytest.raises(ConfigError, match="fl-split.json cannot be read"):
+        load_tuned(tmp_path, address)
+
+
+def test_a_trunk_of_another_split_is_refused(adapter: Path, demo_model: Path) -> None:
+    with server.embedded(hold_layers(demo_model, 1, 1)) as other:
+        with pytest.raises(ConfigError, match="changes layer 1, and this trunk holds layers 1 to"):
+            load_tuned(adapter, other)
+
+
+def test_no_trunk_is_named(adapter: Path) -> None:
+    with pytest.raises(TrunkUnavailable, match=r"no trunk answers at 127.0.0.1:1 \(UNAVAILABLE\)"):
+        load_tuned(adapter, "127.0.0.1:1", timeout_s=2)
+
+
+def test_what_goes_wrong_in_an_answer_reaches_its_reader(tuned: Tuned, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> Any:
+        raise TrunkUnavailable("gone")
+
+    monkeypatch.setattr(answers, "options_of", fail)
+    with pytest.raises(TrunkUnavailable, match="gone"):
+        "".join(answer(tuned, [1, 2], Sampling(2)))
