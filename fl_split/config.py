@@ -21,7 +21,7 @@ Tensors = Literal["both", "a-only", "b-only"]
 StrategyName = Literal[
     "fedavg", "fedavgm", "fedadam", "fedprox", "fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"
 ]
-Kind = Literal["none", "identity", "blocks", "distilled", "matched", "exact"]
+Kind = Literal["none", "identity", "blocks", "distilled", "matched", "streamed", "exact"]
 Combine = Literal["mean", "svd", "stack", "exact"]
 Task = Literal["causal-lm", "sequence-classification"]
 Partitioner = Literal["", "iid", "column", "dirichlet", "pathological", "linear", "exponential"]
@@ -60,7 +60,8 @@ class Surrogate(_Section):
     kind: Kind = Field(
         "blocks",
         description="`blocks`: kept trunk layers; `distilled`: those, trained on the way; `matched`: published by the "
-        "trunk; `identity`; `none`: the bottom stays frozen; `exact`: dL/dh2 leaves the node",
+        "trunk; `streamed`: all trunk layers, read from disk one at a time; `identity`; `none`: the bottom stays "
+        "frozen; `exact`: dL/dh2 leaves the node",
     )
     layers: Positive = Field(2, description="trunk layers kept on the node, for `blocks` and `distilled`")
     file: str = Field("", description="made by `fl-split surrogate fit`, for the embedded trunk to publish")

@@ -74,7 +74,10 @@ def run_app(tmp_path: Path, **changes: Any) -> InProcessGrid:
     return grid
 
 
-def test_only_hidden_states_reach_the_trunk(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["blocks", "streamed"])
+def test_only_hidden_states_reach_the_trunk(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     sent: Sent = []
     outputs: list[Tensor] = []  # of the last bottom layer, packed as on the wire
     start = RemoteTrunk.start
@@ -85,7 +88,7 @@ def test_only_hidden_states_reach_the_trunk(demo_model: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(RemoteTrunk, "start", spy)
     with tapped_trunk(demo_model, sent) as address:
-        run_app(tmp_path, **{"trunk.address": address, "trunk.in-flight": 1})
+        run_app(tmp_path, **{"trunk.address": address, "trunk.in-flight": 1, "surrogate.kind": kind})
 
     tokens = private_tokens(demo_model)
     requests = [message for method, message in sent if method.endswith("/Forward")]

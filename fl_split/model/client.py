@@ -28,6 +28,7 @@ from fl_split.malloc import give_back_freed
 from fl_split.model.family import Anatomy, Hole, examine, owners
 from fl_split.model.loading import Boundaries, boundaries_of, ignore_in_checkpoint, list_of_layers, load_around_holes
 from fl_split.model.slots import RemoteTrunk, Trunk, TrunkSlot
+from fl_split.model.streamed import read_places, stream_layer
 from fl_split.model.surrogate import kept_layers
 from fl_split.model.thin import read_thin_layers, thin_layer
 
@@ -83,7 +84,7 @@ def load_client(
     kept = kept_layers(surrogate, surrogate_layers, cut.first, cut.end)
     holes = [i for i in cut.trunk if i not in kept]
     thin = read_thin_layers(matched) if matched is not None else {}
-    shells: dict[int, nn.Module] = {}  # of the layers to be thin: built on meta, never loaded
+    shells: dict[int, nn.Module] = {}  # of the layers that a node does not hold whole: built on meta, never loaded
 
     def dig(model: PreTrainedModel) -> None:
         layers = list_of_layers(model.base_model, anatomy)
@@ -101,8 +102,12 @@ def load_client(
         raise SplitError(f"the checkpoint in {folder} lacks weights that a node needs, such as {sorted(missing)[0]}")
     remote = RemoteTrunk(trunk, surrogate)
     layers = list_of_layers(model.base_model, anatomy)
+    streamed = surrogate == "streamed"
+    places = read_places(folder, cut.layers_name, shells, config.model_type) if streamed else {}
     for i in cut.trunk:
         layer = thin_layer(shells[i].to(dtype), thin[i]).to(dtype) if i in thin else layers[i]
+        if streamed:
+            layer = stream_layer(shells[i], model, anatomy.as_tuple, places[i], dtype)
         layers[i] = TrunkSlot(layer, anatomy.as_tuple, remote, i == cut.first, i == cut.end - 1)
     _listen(model.base_model, anatomy, remote)
     model.config.use_cache = False

@@ -107,7 +107,7 @@ class TrunkSlot(Hole):
 
     def __init__(self, layer: nn.Module, as_tuple: bool, remote: RemoteTrunk, first: bool, last: bool) -> None:
         super().__init__(layer, as_tuple)
-        self.kept = None if isinstance(layer, Hole) else layer
+        self.kept = None if type(layer) is Hole else layer
         self.remote, self.first, self.last = remote, first, last
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ and takes one training step there (`live`).
 import copy
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "T
 class Memory:
     """A node's memory while it trains, in bytes; without the process itself, `PROCESS_BYTES`."""
 
-    weights: int  # frozen: its layers, embeddings and head, and its surrogate
+    weights: int  # frozen: its layers, embeddings and head, and its surrogate, of a streamed one the largest layer
     training: int  # adapters, their gradients and AdamW's two moments; a distilled surrogate's too
     activations: int  # all other tensors of a step, as many as are alive at once
 
@@ -117,6 +118,7 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     sizes = [_num_params(layer) for layer in layers_of(model, anatomy)]
     outside = _num_params(model) - sum(sizes)
     own = [*cut.bottom, *kept, *cut.top]
+    streamed = cut.trunk if kind == "streamed" else ()  # in memory one at a time
     kept_params = sum(sizes[i] for i in kept)
     training, activations = _step(model, config, anatomy, cut, kept, run)
     trained = run.surrogate.kind == "distilled" or (run.surrogate.kind == "matched" and run.surrogate.distill)
@@ -128,6 +130,10 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     if getattr(config, "tie_word_embeddings", False) and run.task == "causal-lm":
         head = outside
     passes = 3 if run.train.activation_checkpointing else 2  # through the node's layers: one more forward pass
+
+    def flop(layers: Iterable[int], passes: int) -> int:
+        return sum(2 * passes * sizes[i] + (passes + 1) * attention for i in layers)
+
     lengths = [run.data.max_length] * run.train.batch_size
     wire_dtype = wire.NAMES[run.trunk.wire_dtype]
     calls = 1 + 1 / run.surrogate.probe_every if trained and run.surrogate.probe_every else 1
@@ -136,12 +142,16 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
         bottom_layers=len(cut.bottom),
         top_layers=len(cut.top),
         trunk_layers=len(cut.trunk),
-        node=Memory((outside + sum(sizes[i] for i in own)) * dtype.itemsize, training, activations),
+        node=Memory(
+            (outside + sum(sizes[i] for i in own) + max((sizes[i] for i in streamed), default=0)) * dtype.itemsize,
+            training,
+            activations,
+        ),
         trunk_weights=sum(sizes[i] for i in cut.trunk) * dtype.itemsize,
         full_weights=(outside + sum(sizes)) * dtype.itemsize,
         request_bytes=round(calls * request_bytes(lengths, wire_dtype, config.hidden_size)) + pulled[0],
         reply_bytes=round(calls * reply_bytes(lengths, wire_dtype, config.hidden_size)) + pulled[1],
-        node_flop=tokens * (4 * head + 2 * passes * sum(sizes[i] for i in own) + (passes + 1) * attention * len(own)),
+        node_flop=tokens * (4 * head + flop(own, passes) + flop(streamed, 3)),
         trunk_flop=calls * tokens * (2 * sum(sizes[i] for i in cut.trunk) + attention * len(cut.trunk)),
         accumulation=run.train.accumulation,
         in_flight=run.trunk.in_flight,

@@ -81,6 +81,11 @@ def _model(config: RunConfig) -> tuple[str, tuple[RunConfig, Path]]:
             f"the checkpoint in {folder} lacks weights of this node's layers (safetensors): fetch it again, and check "
             "model.name and model.revision"
         )
+    if surrogate.kind == "streamed" and weights_digest(folder, cut.layers_name, cut.trunk) is None:
+        raise SplitError(
+            f"the checkpoint in {folder} lacks the trunk's layers, which surrogate.kind='streamed' reads from it: put "
+            "the whole checkpoint there, or use another surrogate.kind"
+        )
     text = f"{about.model_type}, {len(cut.bottom)} + {len(cut.trunk)} + {len(cut.top)} layers, in {folder}"
     return text, (config, folder)
 
