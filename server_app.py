@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.exception import PrivacyBudgetExhausted
@@ -50,7 +49,7 @@ def main(grid: Grid, context: Context) -> None:
             held = hold_layers(
                 resolve_model(config.model.name, config.model.revision, trunk_needs(*ends)),
                 *ends,
-                getattr(torch, config.model.dtype),
+                config.model.torch_dtype,
             )
             address = stack.enter_context(trunk_server.embedded(held, config=_embedded_config(config)))
             logger.info("embedded trunk: %s", address)

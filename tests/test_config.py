@@ -4,8 +4,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
-from fl_split.config import NodeConfig, RunConfig
+from fl_split.config import Model, NodeConfig, RunConfig, Surrogate
 from fl_split.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -129,3 +130,30 @@ def test_shipped_run_configs_are_valid(path: Path) -> None:
     if "server" in table:
         pytest.skip("a trunk's configuration, tested with the trunk")
     RunConfig.from_flat({**RunConfig().to_flat(), **flat(table)})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "trains_bottom", "is_trained", "num_kept"),
+    [
+        (Surrogate(kind="none"), False, False, 0),
+        (Surrogate(kind="identity"), True, False, 0),
+        (Surrogate(kind="blocks", layers=3), True, False, 3),
+        (Surrogate(kind="distilled", layers=3), True, True, 3),
+        (Surrogate(kind="matched"), True, False, 0),
+        (Surrogate(kind="matched", distill=True), True, True, 0),
+        (Surrogate(kind="blocks", distill=True), True, False, 2),
+        (Surrogate(kind="exact"), True, False, 0),
+    ],
+)
+def test_what_follows_from_a_surrogate(
+    surrogate: Surrogate, trains_bottom: bool, is_trained: bool, num_kept: int
+) -> None:
+    found = (surrogate.trains_bottom, surrogate.is_trained, surrogate.num_kept)
+    assert found == (trains_bottom, is_trained, num_kept)
+
+
+def test_what_follows_from_a_model() -> None:
+    names = {"demo": True, "/models/x": True, "~/x": True, "owner/model": False, "models/x/y": False}
+    assert {name: Model(name=name).is_local for name in names} == names
+    assert Model(dtype="float32").torch_dtype == torch.float32
+    assert Model(dtype="bfloat16").torch_dtype == torch.bfloat16

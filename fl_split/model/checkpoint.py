@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from fl_split import demo
-from fl_split.config import Kind
+from fl_split.config import Kind, is_local_model
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries
@@ -26,7 +26,6 @@ INDEX = "model.safetensors.index.json"  # which file of a checkpoint holds which
 _ABOUT = ("*.json", "*.model", "*.txt", "*.jinja")  # config, tokenizer, index
 _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
 _SAMPLED_ROWS = 16
-
 
 Needs = Callable[[str], bool]  # whether a party needs a weight, by its name in the checkpoint
 Place = tuple[Path, str]  # a file of a checkpoint, and a weight's name in it
@@ -62,11 +61,6 @@ def trunk_needs(bottom_layers: int, top_layers: int) -> Callable[[PretrainedConf
     return needs
 
 
-def _layer_of(key: str, layers_name: str) -> int | None:
-    match = re.search(rf"(?:^|\.){re.escape(layers_name)}\.(\d+)\.", key)
-    return int(match[1]) if match else None
-
-
 def resolve_model(name: str, revision: str, needs: Callable[[PretrainedConfig], Needs] | None = None) -> Path:
     """Find the folder of a base model, fetching it if need be.
 
@@ -81,7 +75,7 @@ def resolve_model(name: str, revision: str, needs: Callable[[PretrainedConfig], 
     """
     if name == "demo":
         return demo.model_folder()
-    if name.startswith(("/", "~")):
+    if is_local_model(name):
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
             raise ConfigError(
@@ -104,15 +98,6 @@ def resolve_model(name: str, revision: str, needs: Callable[[PretrainedConfig], 
         ) from error
 
 
-def _files_needed(folder: Path, needs: Callable[[PretrainedConfig], Needs] | None) -> list[str]:
-    """Names or patterns of the files with weights, of a checkpoint of which everything else is in `folder`."""
-    index = folder / INDEX
-    if needs is None or not index.is_file():
-        return ["*.safetensors"]
-    needed = needs(AutoConfig.from_pretrained(folder))
-    return sorted({file for key, file in json.loads(index.read_text())["weight_map"].items() if needed(key)})
-
-
 def read_config(name: str, revision: str = "") -> PretrainedConfig:
     """A model's configuration, without its weights.
 
@@ -123,9 +108,8 @@ def read_config(name: str, revision: str = "") -> PretrainedConfig:
     Raises:
         ConfigError: There is none.
     """
-    local = name == "demo" or name.startswith(("/", "~"))
     try:
-        place = resolve_model(name, "") if local else name
+        place = resolve_model(name, "") if is_local_model(name) else name
         config: PretrainedConfig = AutoConfig.from_pretrained(place, revision=revision or "main")
         return config
     except (OSError, ValueError) as error:
@@ -198,3 +182,17 @@ def layer_places(folder: Path, layers_name: str, layers: range) -> dict[tuple[in
         except SafetensorError as error:
             raise SplitError(f"{file} is not a complete safetensors file: fetch it again") from error
     return places
+
+
+def _files_needed(folder: Path, needs: Callable[[PretrainedConfig], Needs] | None) -> list[str]:
+    """Name the files with needed weights, or give a pattern; all else of the checkpoint is in `folder` already."""
+    index = folder / INDEX
+    if needs is None or not index.is_file():
+        return ["*.safetensors"]
+    needed = needs(AutoConfig.from_pretrained(folder))
+    return sorted({file for key, file in json.loads(index.read_text())["weight_map"].items() if needed(key)})
+
+
+def _layer_of(key: str, layers_name: str) -> int | None:
+    match = re.search(rf"(?:^|\.){re.escape(layers_name)}\.(\d+)\.", key)
+    return int(match[1]) if match else None

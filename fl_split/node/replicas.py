@@ -27,7 +27,7 @@ _OPTIONS = [
     ("grpc.dns_min_time_between_resolutions_ms", 5000),
     ("grpc.keepalive_time_ms", 20_000),  # a trunk that is gone without a word is noticed
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.enable_retries", 0),  # `TrunkClient` retries, and knows of other replicas
+    ("grpc.enable_retries", 0),  # `TrunkConnection` retries, and knows of other replicas
     ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
     ("grpc.enable_http_proxy", 0),
 ]
@@ -77,13 +77,6 @@ class Credentials:
             certificate_chain=_read("trunk-cert", self.cert) if self.cert else None,
         )
         return grpc.secure_channel(address, credentials, options=_OPTIONS)
-
-
-def _read(key: str, path: str) -> bytes:
-    try:
-        return Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{key}={path!r} cannot be read ({type(error).__name__}): expected a file") from None
 
 
 @dataclass
@@ -173,3 +166,10 @@ def split_address(address: str) -> list[str]:
     if not parts:
         raise ConfigError("trunk.address is empty: expected 'embedded', or host:port, several with commas between")
     return parts
+
+
+def _read(key: str, path: str) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{key}={path!r} cannot be read ({type(error).__name__}): expected a file") from None

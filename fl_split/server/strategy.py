@@ -1,4 +1,4 @@
-"""The Flower strategies: Flower's own for the maths, with rounds that are recorded and never fail in silence."""
+"""Rounds around one of Flower's strategies: they are recorded, go on from earlier ones, and never fail in silence."""
 
 import logging
 import time
@@ -10,9 +10,7 @@ from typing import Any, cast
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import (
-    Strategy,
-)
+from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fl_split.config import Lora
@@ -120,7 +118,7 @@ class SplitStrategy(Strategy):
         return ArrayRecord(shared), metrics
 
     def _missing(self, replies: list[Message]) -> dict[int, str]:
-        """The nodes that were asked and have not finished, and why."""
+        """Find the nodes that were asked and have not finished, and why."""
         asked = {metadata.message_id: metadata.dst_node_id for metadata in self._asked}
         reasons = dict.fromkeys(asked.values(), f"did not answer within run.round-timeout={self._round_timeout:g}")
         for reply in replies:  # one that Flower has made up for a node, such as "node unavailable", is not from it
@@ -145,18 +143,12 @@ class SplitStrategy(Strategy):
         self._inner.summary()
 
 
-# ------------------------------------------------------------------------------------------- Flower's strategies
-
-
-# ------------------------------------------------------------------------------------------------ server's state
-
-
 def _partition(reply: Message) -> int:
     return int(next(iter(reply.content.metric_records.values()))["partition-id"])  # type: ignore[arg-type]
 
 
 def _check_numbers(nodes: Iterable[dict[str, Any]]) -> None:
-    """Seeds and metrics go by a node's number, and in a deployment each institution sets its own."""
+    """Refuse two nodes of one number: seeds and metrics go by it, and each institution sets its own."""
     seen: dict[int, int] = {}
     for entry in nodes:
         other = seen.setdefault(int(entry["partition-id"]), entry["node"])
@@ -174,6 +166,6 @@ def _node_metrics(number: int, reply: Message) -> dict[str, Any]:
 
 
 def _last_line(reason: str | None) -> str:
-    """Ray puts a traceback around a node's own words."""
+    """Take a node's own words out of the traceback that Ray puts around them."""
     lines = [line for line in (reason or "").strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else "no reason given"

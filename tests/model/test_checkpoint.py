@@ -15,7 +15,7 @@ from safetensors import safe_open
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.checkpoint import INDEX, node_needs, resolve_model, trunk_needs, weights_digest
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.tools.doctor import diagnose
 
@@ -79,7 +79,7 @@ def test_parties_fetch_and_read_their_own_files_and_equal_the_full_model(
     assert {file.name for file in folder.glob("*.safetensors")} == own
     assert weights_digest(folder, layers, range(1, 4)) is None  # it cannot check what it does not have
     labels = LABELS if classifier else ()
-    client = load_client(folder, 1, 2, LocalTrunk(trunk), surrogate="blocks", surrogate_layers=1, labels=labels)
+    client = load_ends(folder, 1, 2, LocalTrunk(trunk), surrogate="blocks", surrogate_layers=1, labels=labels)
     assert client.name_or_path == str(folder)
 
     ids = torch.randint(3, 99, (2, 9))
@@ -87,7 +87,7 @@ def test_parties_fetch_and_read_their_own_files_and_equal_the_full_model(
         full = family.auto.from_pretrained(repo).eval()
         assert torch.equal(client(input_ids=ids).logits, full(input_ids=ids).logits)
     with pytest.raises(SplitError, match="lacks weights"):
-        load_client(folder, 2, 1, LocalTrunk(trunk), surrogate="none", labels=labels)  # more than was fetched for
+        load_ends(folder, 2, 1, LocalTrunk(trunk), surrogate="none", labels=labels)  # more than was fetched for
 
 
 def test_whole_checkpoint_is_fetched_for_those_who_need_it_and_where_it_is_one_file(tmp_path: Path, hub: Hub) -> None:
@@ -105,13 +105,13 @@ def test_a_streamed_surrogate_needs_the_trunks_files_as_well(tmp_path: Path, hub
     folder = resolve_model("owner/model", "", node_needs(1, 2, "identity", 1))
     trunk = LocalTrunk(load_trunk(repo, 1, 2))
     with pytest.raises(SplitError, match=r"lacks \d+ files of them, such as model-.*: fetch the whole checkpoint"):
-        load_client(folder, 1, 2, trunk, surrogate="streamed")
+        load_ends(folder, 1, 2, trunk, surrogate="streamed")
     keys = {"model.name": str(folder), "split.bottom-layers": 1, "run.dir": str(tmp_path)}
     config = RunConfig.from_flat({**keys, "surrogate.kind": "streamed"})
     model = next(check for check in diagnose(config, NodeConfig()) if check.name == "model")
     assert model.status == "fail" and "lacks the trunk's layers, which surrogate.kind='streamed' reads" in model.text
     assert layers_in(resolve_model("owner/model", "", node_needs(1, 2, "streamed", 1))) == layers_in(repo)
-    load_client(folder, 1, 2, trunk, surrogate="streamed")
+    load_ends(folder, 1, 2, trunk, surrogate="streamed")
 
 
 def test_doctor_fetches_what_the_node_needs_and_no_more(tmp_path: Path, hub: Hub) -> None:

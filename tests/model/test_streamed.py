@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from fl_split.config import Kind, Lora
 from fl_split.errors import SplitError
 from fl_split.model import adapters, streamed
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.loss import Batch, accumulate
 from fl_split.model.streamed import StreamedLayer
 from fl_split.model.trunk import LocalTrunk, load_trunk
 
 
-def client_of(folder: Path, kind: Kind, dtype: torch.dtype = torch.float32) -> Any:
+def ends_of(folder: Path, kind: Kind, dtype: torch.dtype = torch.float32) -> Any:
     trunk = LocalTrunk(load_trunk(folder, 2, 2, dtype=dtype))
-    client = load_client(folder, 2, 2, trunk, surrogate=kind, dtype=dtype)
-    return adapters.attach(client, Lora(), train_bottom=True, seed=0).train()
+    ends = load_ends(folder, 2, 2, trunk, surrogate=kind, dtype=dtype)
+    return adapters.attach(ends, Lora(), train_bottom=True, seed=0).train()
 
 
 def bottom_gradient(model: Any, *batches: Batch, in_flight: int = 1) -> Tensor:
@@ -57,7 +57,7 @@ def test_weights_of_one_layer_at_a_time_are_in_memory_and_none_afterwards(
         return weights
 
     monkeypatch.setattr(streamed, "_read", counted)
-    model = client_of(demo_model, "streamed")
+    model = ends_of(demo_model, "streamed")
     layers = [module for module in model.modules() if isinstance(module, StreamedLayer)]
     (size,) = {sum(p.numel() for p in layer.shell.parameters()) for layer in layers}
     assert bottom_gradient(model, batch).any()
@@ -68,20 +68,20 @@ def test_weights_of_one_layer_at_a_time_are_in_memory_and_none_afterwards(
         model(**batch)
     assert len(peaks) == 9  # without a gradient to make they step aside
     assert {name for name, _ in model.named_parameters()} == {
-        name for name, _ in client_of(demo_model, "identity").named_parameters()
+        name for name, _ in ends_of(demo_model, "identity").named_parameters()
     }
 
 
 def test_gradients_in_bfloat16_are_close_to_those_in_float32(demo_model: Path, batch: Batch) -> None:
-    exact = bottom_gradient(client_of(demo_model, "streamed"), batch)
-    rounded = bottom_gradient(client_of(demo_model, "streamed", torch.bfloat16), batch)
+    exact = bottom_gradient(ends_of(demo_model, "streamed"), batch)
+    rounded = bottom_gradient(ends_of(demo_model, "streamed", torch.bfloat16), batch)
     assert torch.cosine_similarity(exact, rounded, dim=0) > 0.99
-    assert torch.cosine_similarity(exact, bottom_gradient(client_of(demo_model, "identity"), batch), dim=0) < 0.95
+    assert torch.cosine_similarity(exact, bottom_gradient(ends_of(demo_model, "identity"), batch), dim=0) < 0.95
 
 
 def test_several_micro_batches_in_flight_give_the_same_gradient(demo_model: Path, batch: Batch) -> None:
     one, other = (
-        bottom_gradient(client_of(demo_model, "streamed"), *[batch] * 3, in_flight=in_flight) for in_flight in (1, 3)
+        bottom_gradient(ends_of(demo_model, "streamed"), *[batch] * 3, in_flight=in_flight) for in_flight in (1, 3)
     )
     assert torch.equal(one, other)
 
@@ -90,7 +90,7 @@ def test_a_checkpoint_that_keeps_experts_in_another_form_is_refused(tmp_path: Pa
     family = next(f for f in DECODERS if f.name == "mixtral")
     family.save(tmp_path)
     with pytest.raises(SplitError, match=r"cannot read layer 2 of this mixtral.*in another form; use 'blocks'"):
-        load_client(tmp_path, 2, 2, LocalTrunk(load_trunk(tmp_path, 2, 2)), surrogate="streamed")
+        load_ends(tmp_path, 2, 2, LocalTrunk(load_trunk(tmp_path, 2, 2)), surrogate="streamed")
 
 
 def test_layers_that_need_a_second_gradient_are_refused(checkpoint: Callable[[str], Path]) -> None:
