@@ -41,12 +41,15 @@ class Trunk(Protocol):
 
 
 class ExactTrunk(Trunk, Protocol):
-    """A trunk that also gives gradients, for ``surrogate.kind = "exact"``."""
+    """A trunk that also gives gradients, for ``surrogate.kind`` `exact` and `shares`."""
 
     def vjp(
         self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, gradient: Tensor
     ) -> Tensor:
-        """Pull dL/dh2 back to dL/dh1; shapes as in `start`. Both leave the node, **so the promise is broken**."""
+        """Pull dL/dh2 back to dL/dh1; shapes as in `start`.
+
+        **Both leave the node, so the promise is broken**; unless they leave in shares (`node.shares`).
+        """
         ...
 
 
@@ -93,7 +96,7 @@ class TrunkCalls:
         mine.pending = mine.start = mine.surrogate = mine.probe = mine.distiller = None
         if self.kind == "none" or not start.requires_grad:
             return hidden_states
-        if self.kind == "exact":
+        if self.kind in ("exact", "shares"):
             trunk, h1 = cast(ExactTrunk, self.trunk), start.detach()
             return join_exact(start, hidden_states, lambda gradient: trunk.vjp(h1, mask, positions, gradient))
         return join(surrogate, hidden_states)

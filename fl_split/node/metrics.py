@@ -25,6 +25,7 @@ class RoundMetrics:
     train_s: float
     trunk_forward_s: float  # summed over calls
     activation_bytes: int  # sent to the trunk
+    share_leak_bits: float  # that one of two trunks could learn of gradients, at most; `surrogate.kind = shares`
     cached_sequences: int  # for which the trunk was not asked
     rounds_missed: int  # since this node's last
 

@@ -16,7 +16,7 @@ import grpc
 
 from fl_split.errors import ConfigError
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.wire import EXACT_SERVICE, SERVICE, is_loopback
+from fl_split.wire import EXACT_SERVICE, SERVICE, SHARES_SERVICE, is_loopback
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),  # replies are checked against their requests
@@ -59,6 +59,10 @@ class Credentials:
             )
         return (("authorization", f"Bearer {token}"),) if token else ()
 
+    def is_plain(self, address: str) -> bool:
+        """Whether a connection to this address has no TLS."""
+        return not (self.ca or self.cert) and (is_local(address) or self.allow_plaintext)
+
     def channel(self, address: str) -> grpc.Channel:
         """A channel to one address; connects when it is used.
 
@@ -67,9 +71,7 @@ class Credentials:
         """
         if bool(self.cert) != bool(self.key):
             raise ConfigError("trunk-cert and trunk-key belong together: set both, or neither")
-        host = address.rpartition(":")[0].rpartition("/")[2]
-        local = is_loopback(host) or address.startswith("unix:")
-        if not (self.ca or self.cert) and (local or self.allow_plaintext):
+        if self.is_plain(address):
             return grpc.insecure_channel(address, options=_OPTIONS)
         credentials = grpc.ssl_channel_credentials(
             root_certificates=_read("trunk-ca", self.ca) if self.ca else None,
@@ -93,6 +95,7 @@ class Replica:
     forward: Any = field(init=False)
     surrogate: Any = field(init=False)
     pull: Any = field(init=False)
+    share: Any = field(init=False)
 
     def __post_init__(self) -> None:
         """Look up the methods."""
@@ -103,6 +106,7 @@ class Replica:
             f"/{SERVICE}/Surrogate", pb.SurrogateRequest.SerializeToString, pb.SurrogateReply.FromString
         )
         self.pull = unary(f"/{EXACT_SERVICE}/Pull", pb.PullRequest.SerializeToString, pb.PullReply.FromString)
+        self.share = unary(f"/{SHARES_SERVICE}/Share", pb.PullRequest.SerializeToString, pb.PullReply.FromString)
 
 
 class Replicas:
@@ -148,6 +152,11 @@ class Replicas:
         """Close all channels."""
         for replica in self._all:
             replica.channel.close()
+
+
+def is_local(address: str) -> bool:
+    """Whether ``host:port`` is on this machine."""
+    return address.startswith("unix:") or is_loopback(address.rpartition(":")[0].rpartition("/")[2])
 
 
 def split_address(address: str) -> list[str]:

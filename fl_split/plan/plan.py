@@ -24,6 +24,7 @@ from fl_split.model.loading import Boundaries
 from fl_split.model.surrogate import kept_layers
 from fl_split.plan.step_memory import layers_of, on_meta, step_on_meta
 from fl_split.proto import trunk_pb2 as pb
+from fl_split.shares import SEED_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,10 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     lengths = [run.data.max_length] * run.train.batch_size
     wire_dtype = wire.NAMES[run.trunk.wire_dtype]
     calls = 1 + 1 / run.surrogate.probe_every if run.surrogate.is_trained and run.surrogate.probe_every else 1
-    pulled = pull_bytes(lengths, wire_dtype, config.hidden_size) if run.surrogate.kind == "exact" else (0, 0)
+    pulled = {
+        "exact": lambda: pull_bytes(lengths, wire_dtype, config.hidden_size),
+        "shares": lambda: share_bytes(lengths, config.hidden_size),
+    }.get(kind, lambda: (0, 0))()
     return Plan(
         bottom_layers=len(cut.bottom),
         top_layers=len(cut.top),
@@ -202,6 +206,15 @@ def pull_bytes(lengths: list[int], dtype: pb.DType, hidden_size: int) -> tuple[i
     rows = torch.zeros(sum(lengths), hidden_size)
     request = wire.encode_pull(wire.Packed(rows, lengths, None), rows, dtype)
     return request.ByteSize(), wire.encode_pull_reply(rows, dtype, bytes(16)).ByteSize()
+
+
+def share_bytes(lengths: list[int], hidden_size: int) -> tuple[int, int]:
+    """Bytes of both requests and both replies of an exact gradient in shares."""
+    rows = torch.zeros(sum(lengths), hidden_size)
+    mask = pb.Mask(seed=bytes(SEED_BYTES), std=1.0, step=1.0)
+    sent = wire.encode_shares(wire.Packed(rows, lengths, None), mask, rows)
+    reply = wire.encode_pull_reply(rows, pb.FLOAT32, bytes(16))
+    return sum(request.ByteSize() for request in sent), 2 * reply.ByteSize()
 
 
 def _outliers(dtype: pb.DType, hidden_size: int) -> list[int]:

@@ -24,33 +24,37 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66l_split/proto/trunk.proto\x12\x08\x66l_split\"\x11\n\x0f\x44\x65scribeRequest\"\x97\x03\n\rDescribeReply\x12\x15\n\rconfig_digest\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x11\n\tend_layer\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x1f\n\x06\x64types\x18\x07 \x03(\x0e\x32\x0f.fl_split.DType\x12\x12\n\nmax_tokens\x18\x08 \x01(\x04\x12\x1b\n\x13max_sequence_length\x18\t \x01(\r\x12\x10\n\x08trunk_id\x18\n \x01(\x0c\x12\x19\n\x11max_message_bytes\x18\x0b \x01(\x04\x12\x0f\n\x07version\x18\x0c \x01(\t\x12\x18\n\x10surrogate_digest\x18\r \x01(\x0c\x12\x17\n\x0fsurrogate_bytes\x18\x0e \x01(\x04\x12\x16\n\x0e\x65xact_gradient\x18\x0f \x01(\x08\x12\x15\n\rcompute_dtype\x18\x10 \x01(\t\x12\x14\n\x0cquantization\x18\x11 \x01(\t\"}\n\x0e\x46orwardRequest\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.fl_split.DType\x12\x15\n\rhidden_states\x18\x02 \x01(\x0c\x12\x0f\n\x07lengths\x18\x03 \x03(\r\x12\x11\n\tpositions\x18\x04 \x03(\r\x12\x10\n\x08outliers\x18\x05 \x03(\r\"i\n\x0c\x46orwardReply\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.fl_split.DType\x12\x15\n\rhidden_states\x18\x02 \x01(\x0c\x12\x10\n\x08outliers\x18\x03 \x03(\r\x12\x10\n\x08trunk_id\x18\x04 \x01(\x0c\"\"\n\x10SurrogateRequest\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"\x1e\n\x0eSurrogateReply\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"J\n\x0bPullRequest\x12)\n\x07\x66orward\x18\x01 \x01(\x0b\x32\x18.fl_split.ForwardRequest\x12\x10\n\x08gradient\x18\x02 \x01(\x0c\"O\n\tPullReply\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.fl_split.DType\x12\x10\n\x08gradient\x18\x02 \x01(\x0c\x12\x10\n\x08trunk_id\x18\x03 \x01(\x0c*C\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x08\n\x04INT8\x10\x03\x32\xc7\x01\n\x05Trunk\x12>\n\x08\x44\x65scribe\x12\x19.fl_split.DescribeRequest\x1a\x17.fl_split.DescribeReply\x12;\n\x07\x46orward\x12\x18.fl_split.ForwardRequest\x1a\x16.fl_split.ForwardReply\x12\x41\n\tSurrogate\x12\x1a.fl_split.SurrogateRequest\x1a\x18.fl_split.SurrogateReply2C\n\rExactGradient\x12\x32\n\x04Pull\x12\x15.fl_split.PullRequest\x1a\x13.fl_split.PullReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66l_split/proto/trunk.proto\x12\x08\x66l_split\"\x11\n\x0f\x44\x65scribeRequest\"\xb0\x03\n\rDescribeReply\x12\x15\n\rconfig_digest\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x11\n\tend_layer\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x1f\n\x06\x64types\x18\x07 \x03(\x0e\x32\x0f.fl_split.DType\x12\x12\n\nmax_tokens\x18\x08 \x01(\x04\x12\x1b\n\x13max_sequence_length\x18\t \x01(\r\x12\x10\n\x08trunk_id\x18\n \x01(\x0c\x12\x19\n\x11max_message_bytes\x18\x0b \x01(\x04\x12\x0f\n\x07version\x18\x0c \x01(\t\x12\x18\n\x10surrogate_digest\x18\r \x01(\x0c\x12\x17\n\x0fsurrogate_bytes\x18\x0e \x01(\x04\x12\x16\n\x0e\x65xact_gradient\x18\x0f \x01(\x08\x12\x15\n\rcompute_dtype\x18\x10 \x01(\t\x12\x14\n\x0cquantization\x18\x11 \x01(\t\x12\x17\n\x0fgradient_shares\x18\x12 \x01(\x08\"}\n\x0e\x46orwardRequest\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.fl_split.DType\x12\x15\n\rhidden_states\x18\x02 \x01(\x0c\x12\x0f\n\x07lengths\x18\x03 \x03(\r\x12\x11\n\tpositions\x18\x04 \x03(\r\x12\x10\n\x08outliers\x18\x05 \x03(\r\"i\n\x0c\x46orwardReply\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.fl_split.DType\x12\x15\n\rhidden_states\x18\x02 \x01(\x0c\x12\x10\n\x08outliers\x18\x03 \x03(\r\x12\x10\n\x08trunk_id\x18\x04 \x01(\x0c\"\"\n\x10SurrogateRequest\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"\x1e\n\x0eSurrogateReply\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"h\n\x0bPullRequest\x12)\n\x07\x66orward\x18\x01 \x01(\x0b\x32\x18.fl_split.ForwardRequest\x12\x10\n\x08gradient\x18\x02 \x01(\x0c\x12\x1c\n\x04mask\x18\x03 \x01(\x0b\x32\x0e.fl_split.Mask\"/\n\x04Mask\x12\x0c\n\x04seed\x18\x01 \x01(\x0c\x12\x0b\n\x03std\x18\x02 \x01(\x02\x12\x0c\n\x04step\x18\x03 \x01(\x02\"O\n\tPullReply\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.fl_split.DType\x12\x10\n\x08gradient\x18\x02 \x01(\x0c\x12\x10\n\x08trunk_id\x18\x03 \x01(\x0c*C\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x08\n\x04INT8\x10\x03\x32\xc7\x01\n\x05Trunk\x12>\n\x08\x44\x65scribe\x12\x19.fl_split.DescribeRequest\x1a\x17.fl_split.DescribeReply\x12;\n\x07\x46orward\x12\x18.fl_split.ForwardRequest\x1a\x16.fl_split.ForwardReply\x12\x41\n\tSurrogate\x12\x1a.fl_split.SurrogateRequest\x1a\x18.fl_split.SurrogateReply2C\n\rExactGradient\x12\x32\n\x04Pull\x12\x15.fl_split.PullRequest\x1a\x13.fl_split.PullReply2E\n\x0eGradientShares\x12\x33\n\x05Share\x12\x15.fl_split.PullRequest\x1a\x13.fl_split.PullReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fl_split.proto.trunk_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=928
-  _globals['_DTYPE']._serialized_end=995
+  _globals['_DTYPE']._serialized_start=1032
+  _globals['_DTYPE']._serialized_end=1099
   _globals['_DESCRIBEREQUEST']._serialized_start=40
   _globals['_DESCRIBEREQUEST']._serialized_end=57
   _globals['_DESCRIBEREPLY']._serialized_start=60
-  _globals['_DESCRIBEREPLY']._serialized_end=467
-  _globals['_FORWARDREQUEST']._serialized_start=469
-  _globals['_FORWARDREQUEST']._serialized_end=594
-  _globals['_FORWARDREPLY']._serialized_start=596
-  _globals['_FORWARDREPLY']._serialized_end=701
-  _globals['_SURROGATEREQUEST']._serialized_start=703
-  _globals['_SURROGATEREQUEST']._serialized_end=737
-  _globals['_SURROGATEREPLY']._serialized_start=739
-  _globals['_SURROGATEREPLY']._serialized_end=769
-  _globals['_PULLREQUEST']._serialized_start=771
-  _globals['_PULLREQUEST']._serialized_end=845
-  _globals['_PULLREPLY']._serialized_start=847
-  _globals['_PULLREPLY']._serialized_end=926
-  _globals['_TRUNK']._serialized_start=998
-  _globals['_TRUNK']._serialized_end=1197
-  _globals['_EXACTGRADIENT']._serialized_start=1199
-  _globals['_EXACTGRADIENT']._serialized_end=1266
+  _globals['_DESCRIBEREPLY']._serialized_end=492
+  _globals['_FORWARDREQUEST']._serialized_start=494
+  _globals['_FORWARDREQUEST']._serialized_end=619
+  _globals['_FORWARDREPLY']._serialized_start=621
+  _globals['_FORWARDREPLY']._serialized_end=726
+  _globals['_SURROGATEREQUEST']._serialized_start=728
+  _globals['_SURROGATEREQUEST']._serialized_end=762
+  _globals['_SURROGATEREPLY']._serialized_start=764
+  _globals['_SURROGATEREPLY']._serialized_end=794
+  _globals['_PULLREQUEST']._serialized_start=796
+  _globals['_PULLREQUEST']._serialized_end=900
+  _globals['_MASK']._serialized_start=902
+  _globals['_MASK']._serialized_end=949
+  _globals['_PULLREPLY']._serialized_start=951
+  _globals['_PULLREPLY']._serialized_end=1030
+  _globals['_TRUNK']._serialized_start=1102
+  _globals['_TRUNK']._serialized_end=1301
+  _globals['_EXACTGRADIENT']._serialized_start=1303
+  _globals['_EXACTGRADIENT']._serialized_end=1370
+  _globals['_GRADIENTSHARES']._serialized_start=1372
+  _globals['_GRADIENTSHARES']._serialized_end=1441
 # @@protoc_insertion_point(module_scope)

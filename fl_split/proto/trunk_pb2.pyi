@@ -23,7 +23,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("config_digest", "weights_digest", "model_type", "first_layer", "end_layer", "hidden_size", "dtypes", "max_tokens", "max_sequence_length", "trunk_id", "max_message_bytes", "version", "surrogate_digest", "surrogate_bytes", "exact_gradient", "compute_dtype", "quantization")
+    __slots__ = ("config_digest", "weights_digest", "model_type", "first_layer", "end_layer", "hidden_size", "dtypes", "max_tokens", "max_sequence_length", "trunk_id", "max_message_bytes", "version", "surrogate_digest", "surrogate_bytes", "exact_gradient", "compute_dtype", "quantization", "gradient_shares")
     CONFIG_DIGEST_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class DescribeReply(_message.Message):
     EXACT_GRADIENT_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_SHARES_FIELD_NUMBER: _ClassVar[int]
     config_digest: str
     weights_digest: str
     model_type: str
@@ -58,7 +59,8 @@ class DescribeReply(_message.Message):
     exact_gradient: bool
     compute_dtype: str
     quantization: str
-    def __init__(self, config_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., model_type: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., max_tokens: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., trunk_id: _Optional[bytes] = ..., max_message_bytes: _Optional[int] = ..., version: _Optional[str] = ..., surrogate_digest: _Optional[bytes] = ..., surrogate_bytes: _Optional[int] = ..., exact_gradient: bool = ..., compute_dtype: _Optional[str] = ..., quantization: _Optional[str] = ...) -> None: ...
+    gradient_shares: bool
+    def __init__(self, config_digest: _Optional[str] = ..., weights_digest: _Optional[str] = ..., model_type: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., max_tokens: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., trunk_id: _Optional[bytes] = ..., max_message_bytes: _Optional[int] = ..., version: _Optional[str] = ..., surrogate_digest: _Optional[bytes] = ..., surrogate_bytes: _Optional[int] = ..., exact_gradient: bool = ..., compute_dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., gradient_shares: bool = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
     __slots__ = ("dtype", "hidden_states", "lengths", "positions", "outliers")
@@ -99,12 +101,24 @@ class SurrogateReply(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("forward", "gradient")
+    __slots__ = ("forward", "gradient", "mask")
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
     forward: ForwardRequest
     gradient: bytes
-    def __init__(self, forward: _Optional[_Union[ForwardRequest, _Mapping]] = ..., gradient: _Optional[bytes] = ...) -> None: ...
+    mask: Mask
+    def __init__(self, forward: _Optional[_Union[ForwardRequest, _Mapping]] = ..., gradient: _Optional[bytes] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ...) -> None: ...
+
+class Mask(_message.Message):
+    __slots__ = ("seed", "std", "step")
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    STD_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    seed: bytes
+    std: float
+    step: float
+    def __init__(self, seed: _Optional[bytes] = ..., std: _Optional[float] = ..., step: _Optional[float] = ...) -> None: ...
 
 class PullReply(_message.Message):
     __slots__ = ("dtype", "gradient", "trunk_id")

@@ -21,7 +21,7 @@ from fl_split.model.checkpoint import read_config, weights_digest
 from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.loss import IGNORED
-from fl_split.node.build import connect, find_model
+from fl_split.node.build import connect, connect_shares, find_model
 from fl_split.plan.fits_here import Check, check_room
 from fl_split.plan.plan import PROCESS_BYTES, auto_class, choose_split
 from fl_split.plan.versions import check_versions
@@ -139,6 +139,11 @@ def _trunk(config: RunConfig, own: NodeConfig, folder: Path) -> tuple[str, None]
     if address == "embedded":
         return "embedded: the run starts it", None
     trunk = config.trunk.model_copy(update={"timeout_s": min(config.trunk.timeout_s, _PATIENCE_S)})
+    config = config.model_copy(update={"trunk": trunk})
     with ExitStack() as stack:
-        connect(config.model_copy(update={"trunk": trunk}), own, folder, address, stack)
+        if config.surrogate.kind == "shares":
+            connect_shares(config, own, folder, (address, trunk.share_address), stack)
+            second = own.trunk_share_address or trunk.share_address
+            return f"{address} and {second} answer, hold this run's layers, are apart and let this node in", None
+        connect(config, own, folder, address, stack)
     return f"{address} answers, holds this run's layers and lets this node in", None

@@ -46,6 +46,7 @@ def describe(address: str, credentials: Credentials, timeout_s: float = 5.0) -> 
         "dtype": reply.compute_dtype,
         "quantization": reply.quantization or "none",
         "exact-gradient": reply.exact_gradient,
+        "gradient-shares": reply.gradient_shares,
         "surrogate": reply.surrogate_digest.hex() or "none",
         "version": reply.version,
     }

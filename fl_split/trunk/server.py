@@ -28,7 +28,15 @@ from fl_split.trunk.calls import Call, Refusal
 from fl_split.trunk.config import Batching, TrunkConfig
 from fl_split.trunk.health import OpenServices
 from fl_split.trunk.layers import HeldLayers, hold_layers, num_cpus
-from fl_split.trunk.messages import Decode, decode_forward, decode_pull, encode_forward, encode_pull, run_pulls
+from fl_split.trunk.messages import (
+    Decode,
+    decode_forward,
+    decode_pull,
+    decode_share,
+    encode_forward,
+    encode_pull,
+    run_pulls,
+)
 from fl_split.trunk.metrics import TrunkMetrics
 from fl_split.trunk.padding import run_packed
 from fl_split.trunk.published import Published
@@ -63,7 +71,8 @@ class TrunkServer:
         self.port = 0
         self._description = held.describe(config.limits)
         self._description.exact_gradient = config.server.exact_gradient
-        if config.server.exact_gradient:  # a message holds two tensors
+        self._description.gradient_shares = config.server.gradient_shares
+        if config.server.exact_gradient or config.server.gradient_shares:  # a message holds two tensors
             self._description.max_message_bytes += config.limits.max_tokens * 4 * held.hidden_size
         self._published = Published(config.model.surrogate, self._description)
         self._limits = wire.CallLimits(
@@ -114,6 +123,15 @@ class TrunkServer:
                 "their private loss, to this trunk"
             )
             server.add_generic_rpc_handlers((self._handlers(wire.EXACT_SERVICE, self._pull),))
+        if self._config.server.gradient_shares:
+            torch.set_float32_matmul_precision("highest")  # no TF32: the two shares' answers nearly cancel
+            torch.backends.cudnn.allow_tf32 = False
+            logger.warning(
+                "gradient shares are on (server.gradient-shares): nodes that use them send one of two shares of "
+                "dL/dh2, the gradient of their private loss, to this trunk; it says nothing only while this operator "
+                "and that of the other trunk do not collude"
+            )
+            server.add_generic_rpc_handlers((self._handlers(wire.SHARES_SERVICE, self._share),))
         server.add_generic_rpc_handlers(tuple(self._health.handlers()))
         return server
 
@@ -230,6 +248,10 @@ class TrunkServer:
 
     async def _pull(self, call: "Call") -> bytes:
         dtype, rows = await self._run(call, self._puller, decode_pull)
+        return await _in_thread_if(rows.nbytes, encode_pull, rows, dtype, self._description.trunk_id)
+
+    async def _share(self, call: "Call") -> bytes:
+        dtype, rows = await self._run(call, self._puller, decode_share)
         return await _in_thread_if(rows.nbytes, encode_pull, rows, dtype, self._description.trunk_id)
 
     async def _run(self, call: "Call", batcher: Batcher, decode: Decode) -> tuple[pb.DType, Tensor]:

@@ -20,12 +20,13 @@ def test_keys_are_these_and_no_others() -> None:
         train_s=15.0,
         trunk_forward_s=16.0,
         activation_bytes=17,
-        cached_sequences=18,
-        rounds_missed=19,
+        share_leak_bits=18.0,
+        cached_sequences=19,
+        rounds_missed=20,
     )
     keys = (
         "partition-id num-examples weight bad-rows truncated-examples truncated-tokens train-loss heldout-loss-base "
         "heldout-macro-f1-base heldout-loss-after descent-ratio bottom-loss-fall train-tokens tokens-per-s train-s "
-        "trunk-forward-s activation-bytes cached-sequences rounds-missed"
+        "trunk-forward-s activation-bytes share-leak-bits cached-sequences rounds-missed"
     )
-    assert metrics.record() == dict(zip(keys.split(), range(1, 20), strict=True))
+    assert metrics.record() == dict(zip(keys.split(), range(1, 21), strict=True))
