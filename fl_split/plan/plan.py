@@ -1,7 +1,7 @@
 """What a split costs before anything is downloaded: memory of each party, bytes on the wire, time per step.
 
 All of it from a model's configuration: the node's model is built on the meta device, which holds shapes and no numbers,
-and takes one training step there (`live`).
+and takes one training step there (`step_memory`).
 """
 
 import copy
