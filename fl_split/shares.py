@@ -6,8 +6,9 @@ the node: shares do not tell one gradient's size from another's either. r is nor
 
 **What a share says.** y = u - r with ``|u| <= 1`` and r ~ N(0, c^2 I) is a Gaussian channel: whatever the distribution
 of u, it carries at most sum_i log2(1 + E u_i^2 / c^2) / 2 <= ``|u|^2 / (2 ln 2 c^2)`` = 0.72 / c^2 bits a sequence.
-Rounding does not add to it: u and r are both whole multiples of one step, so y is u plus the rounded normal number,
-which is the normal channel's output, rounded; float32 holds it exactly. r itself says nothing of u.
+Rounding does not add to it: u and r are both whole multiples of one step, so y is the normal channel's output, rounded;
+float32 holds it exactly. That u was rounded itself makes ``|u|^2`` a little more than 1; `Shares.leak_bits` counts it.
+r by itself says nothing of u.
 """
 
 import hashlib

@@ -97,9 +97,11 @@ def stream_layer(
         dtype: To compute in.
     """
     for module in shell.modules():  # small tables that are in no checkpoint are made anew
-        for name in module._non_persistent_buffers_set:
-            module._buffers[name] = torch.zeros_like(module.get_buffer(name), device="cpu")
-        if module._non_persistent_buffers_set:
+        tables = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+        module._buffers.update(
+            {name: torch.zeros_like(table, device="cpu") for name, table in tables.items() if table is not None}
+        )
+        if tables:
             model._init_weights(module)
     own = shell.state_dict().keys()
     kept = {name: table for name, table in shell.named_buffers() if name not in own}
@@ -108,7 +110,7 @@ def stream_layer(
 
 def _read(
     places: dict[str, Place], kept: dict[str, Tensor], dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
+) -> dict[str, Tensor]:
     weights = {name: buffer.to(device) for name, buffer in kept.items()}
     for file in {file for file, _ in places.values()}:
         with safe_open(file, "pt") as tensors:  # closed again: pages of an open map would count as memory
