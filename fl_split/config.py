@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from click import ClickException
-from flwr.common.config import parse_config_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_split.errors import ConfigError, explain_invalid
@@ -66,7 +64,7 @@ class Split(_Section):
 
     bottom_layers: Positive = Field(2, description="layers on the node before the trunk")
     top_layers: Positive = Field(2, description="layers on the node after the trunk")
-    client_memory: Annotated[str, Field(pattern=r"^$|^ *[0-9.]+ *[A-Za-z]+ *$")] = Field(
+    client_memory: Annotated[str, Field(pattern=r"^$|^ *[0-9]+(\.[0-9]+)? *[A-Za-z]+ *$")] = Field(
         "", description="such as `4GB`: take the deepest split that a node of this memory can train, instead of the two"
     )
 
@@ -466,6 +464,9 @@ def read_values(file: Path | None, overrides: list[str]) -> dict[str, Scalar]:
     Raises:
         ConfigError: There is no such file, or something cannot be parsed.
     """
+    from click import ClickException
+    from flwr.common.config import parse_config_args
+
     values: dict[str, Scalar] = {}
     for given in ([str(file)] if file else [], overrides):
         try:

@@ -18,15 +18,31 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 from transformers.utils import logging as transformers_logging
 
+import client_app
+import server_app
 from fl_split import demo
 from fl_split.config import RunConfig
 from fl_split.model import adapters
 from fl_split.model.ends import load_ends
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node.state import NodeFolder
+from fl_split.trunk.layers import HeldLayers, hold_layers
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
+
+
+# What quick tests do without: the trained demo, what starts servers and processes, and the table of all model types.
+_NOT_QUICK_FIXTURES = {"demo_model"}
+_NOT_QUICK_NAMES = {"fake_trunk", "table", "run_app", "server", "serving", "subprocess", "multiprocessing"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as ``quick`` what does without all that."""
+    for item in items:
+        slow = item.get_closest_marker("slow") or _NOT_QUICK_FIXTURES & set(item.fixturenames)  # type: ignore[attr-defined]
+        if not slow and not _NOT_QUICK_NAMES & vars(item.module).keys():  # type: ignore[attr-defined]
+            item.add_marker("quick")
 
 
 def tiny(family: str) -> PretrainedConfig:
@@ -72,6 +88,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return folders[family]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def held(checkpoint: Callable[[str], Path]) -> HeldLayers:
+    """The trunk of a small random model, between two layers on each side."""
+    return hold_layers(checkpoint("llama"), 2, 2)
 
 
 @pytest.fixture(scope="session")
@@ -162,3 +184,39 @@ class InProcessGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         return self.pull_messages(self.push_messages(messages))
+
+
+def run_app(
+    run_dir: Path,
+    name: str = "x",
+    *,
+    nodes: int = 2,
+    grid_class: type[InProcessGrid] = InProcessGrid,
+    node_config: Sequence[dict[str, Any]] = (),
+    **changes: Any,
+) -> InProcessGrid:
+    """Run the whole app in this process on the demo, with few short steps.
+
+    Args:
+        run_dir: Where the run's folder is made.
+        name: Of the run.
+        nodes: How many.
+        grid_class: What stands for Flower.
+        node_config: What the first nodes set for themselves.
+        changes: Keys of the run.
+    """
+    config = {
+        **RunConfig().to_flat(),
+        "num-server-rounds": 2,
+        "train.steps": 2,
+        "data.max-length": 48,
+        "data.holdout": 0.02,
+        "run.dir": str(run_dir),
+        "run.name": name,
+        **changes,
+    }
+    grid = grid_class(client_app.app, nodes, config)
+    for context, own in zip(grid.contexts.values(), node_config, strict=False):
+        context.node_config.update(own)
+    server_app.app(grid=grid, context=Context(1, 1, {}, RecordDict(), config))
+    return grid

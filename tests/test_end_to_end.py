@@ -13,15 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import InProcessGrid
-from flwr.app import Context, RecordDict
+from conftest import InProcessGrid, run_app
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-import client_app
-import server_app
-from fl_split.config import Lora, RunConfig, Train
+from fl_split.config import Lora, Train
 from fl_split.errors import NodeStateError, RoundFailed, SplitError, TrunkUnavailable
 from fl_split.model import adapters
 from fl_split.model.ends import load_ends
@@ -40,20 +37,9 @@ def run(demo_model: Path, tmp_path: Path) -> Run:
     """Run the app in this process on the demo, with few short steps."""
 
     def run(name: str = "x", *, nodes: int = 2, **changes: Any) -> InProcessGrid:
-        config = {
-            **RunConfig().to_flat(),
-            "num-server-rounds": 2,
-            "train.steps": 3,
-            "train.scheduler": "constant",  # so that a run of two rounds is the beginning of one of three
-            "data.max-length": 48,
-            "data.holdout": 0.05,
-            "run.dir": str(tmp_path),
-            "run.name": name,
-            **changes,
-        }
-        grid = InProcessGrid(client_app.app, nodes, config)
-        server_app.app(grid=grid, context=Context(1, 1, {}, RecordDict(), config))
-        return grid
+        # constant, so that a run of two rounds is the beginning of one of three
+        defaults = {"train.steps": 3, "train.scheduler": "constant", "data.holdout": 0.05}
+        return run_app(tmp_path, name, nodes=nodes, **{**defaults, **changes})
 
     return run
 

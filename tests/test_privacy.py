@@ -4,19 +4,17 @@ import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import torch
-from conftest import InProcessGrid
-from flwr.app import Context, RecordDict
+from conftest import run_app
 from torch import Tensor
 from transformers import AutoTokenizer
 
-import client_app
-import server_app
 from fl_split import wire
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.data.batches import prepare_tokenizer
@@ -28,6 +26,7 @@ from fl_split.trunk import server
 from fl_split.trunk.layers import hold_layers
 
 Sent = list[tuple[str, bytes]]
+run_once = partial(run_app, **{"num-server-rounds": 1})  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -58,22 +57,6 @@ def tapped_trunk(folder: Path, sent: Sent) -> Iterator[str]:
             channel.close()
 
 
-def run_app(tmp_path: Path, **changes: Any) -> InProcessGrid:
-    config = {
-        **RunConfig().to_flat(),
-        "num-server-rounds": 1,
-        "train.steps": 2,
-        "data.max-length": 48,
-        "data.holdout": 0.02,
-        "run.dir": str(tmp_path),
-        "run.name": "x",
-        **changes,
-    }
-    grid = InProcessGrid(client_app.app, 2, config)
-    server_app.app(grid=grid, context=Context(1, 1, {}, RecordDict(), config))
-    return grid
-
-
 @pytest.mark.parametrize("kind", ["blocks", "streamed"])
 def test_only_hidden_states_reach_the_trunk(
     demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -88,7 +71,7 @@ def test_only_hidden_states_reach_the_trunk(
 
     monkeypatch.setattr(TrunkCalls, "start", spy)
     with tapped_trunk(demo_model, sent) as address:
-        run_app(tmp_path, **{"trunk.address": address, "trunk.in-flight": 1, "surrogate.kind": kind})
+        run_once(tmp_path, **{"trunk.address": address, "trunk.in-flight": 1, "surrogate.kind": kind})
 
     tokens = private_tokens(demo_model)
     requests = [message for method, message in sent if method.endswith("/Forward")]
@@ -115,7 +98,7 @@ def test_two_trunks_of_a_run_in_shares_get_hidden_states_and_noise(
     demo_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = {"surrogate.kind": "shares", "trunk.share-address": "embedded", "surrogate.mask-std": 100.0}
-    grid = run_app(tmp_path, **keys)
+    grid = run_once(tmp_path, **keys)
     assert [set(m.content["config"]) for m in grid.instructions] == [
         {"run-name", "run-id", "trunk-address", "share-address", "server-round"}
     ] * 2
@@ -146,7 +129,7 @@ def private_tokens(folder: Path) -> list[bytes]:
 
 @pytest.mark.parametrize("share", ["none", "bottom", "top", "both"])
 def test_replies_hold_the_shared_names_and_numbers_only(demo_model: Path, tmp_path: Path, share: str) -> None:
-    grid = run_app(tmp_path, **{"aggregation.share": share})
+    grid = run_once(tmp_path, **{"aggregation.share": share})
     assert len(grid.replies) == 2
     assert [set(m.content["config"]) for m in grid.instructions] == [
         {"run-name", "run-id", "trunk-address", "server-round"}
@@ -161,7 +144,7 @@ def test_replies_hold_the_shared_names_and_numbers_only(demo_model: Path, tmp_pa
 
 def test_nothing_sends_adapter_weights_but_shared_state(demo_model: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(adapters, "shared_state", lambda *args: {})
-    grid = run_app(tmp_path, **{"aggregation.share": "both"})
+    grid = run_once(tmp_path, **{"aggregation.share": "both"})
     assert all(len(reply.content["arrays"]) == 0 for reply in grid.replies.values())
 
 
@@ -173,7 +156,7 @@ def test_a_failing_nodes_words_hold_nothing_private(
 
     monkeypatch.setattr("fl_split.node.round.load_examples", fail)
     with pytest.raises(Exception, match="RuntimeError on the node") as error:
-        run_app(tmp_path)
+        run_once(tmp_path)
     assert "Zanzibar" not in str(error.value)
 
 

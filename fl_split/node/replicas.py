@@ -14,9 +14,10 @@ from typing import Any
 
 import grpc
 
+from fl_split.address import is_local, split_address
 from fl_split.errors import ConfigError
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.wire import EXACT_SERVICE, SERVICE, SHARES_SERVICE, is_loopback
+from fl_split.proto.trunk_pb2_grpc import ExactGradientStub, GradientSharesStub, TrunkStub
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),  # replies are checked against their requests
@@ -99,14 +100,10 @@ class Replica:
 
     def __post_init__(self) -> None:
         """Look up the methods."""
-        unary = self.channel.unary_unary
-        self.describe = unary(f"/{SERVICE}/Describe", pb.DescribeRequest.SerializeToString, pb.DescribeReply.FromString)
-        self.forward = unary(f"/{SERVICE}/Forward", pb.ForwardRequest.SerializeToString, pb.ForwardReply.FromString)
-        self.surrogate = unary(
-            f"/{SERVICE}/Surrogate", pb.SurrogateRequest.SerializeToString, pb.SurrogateReply.FromString
-        )
-        self.pull = unary(f"/{EXACT_SERVICE}/Pull", pb.PullRequest.SerializeToString, pb.PullReply.FromString)
-        self.share = unary(f"/{SHARES_SERVICE}/Share", pb.PullRequest.SerializeToString, pb.PullReply.FromString)
+        stub = TrunkStub(self.channel)
+        self.describe, self.forward, self.surrogate = stub.Describe, stub.Forward, stub.Surrogate
+        self.pull = ExactGradientStub(self.channel).Pull
+        self.share = GradientSharesStub(self.channel).Share
 
 
 class Replicas:
@@ -152,29 +149,6 @@ class Replicas:
         """Close all channels."""
         for replica in self._all:
             replica.channel.close()
-
-
-def is_local(address: str) -> bool:
-    """Whether ``host:port`` is on this machine."""
-    return address.startswith("unix:") or is_loopback(address.rpartition(":")[0].rpartition("/")[2])
-
-
-def split_address(address: str) -> list[str]:
-    """``a:1, b:2`` -> its parts.
-
-    Raises:
-        ConfigError: A part without a port, or none at all.
-    """
-    parts = [part.strip() for part in address.split(",") if part.strip()]
-    for part in parts:
-        port = part.rpartition(":")[2]
-        if not part.startswith("unix:") and not (
-            port.isdecimal() and 0 < int(port) < 65536 and len(part) > len(port) + 1
-        ):
-            raise ConfigError(f"trunk.address={address!r}: {part!r} is not host:port; separate several with commas")
-    if not parts:
-        raise ConfigError("trunk.address is empty: expected 'embedded', or host:port, several with commas between")
-    return parts
 
 
 def _read(key: str, path: str) -> bytes:

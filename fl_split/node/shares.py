@@ -21,8 +21,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from torch import Tensor
 
 from fl_split import wire
+from fl_split.address import is_local, split_address
 from fl_split.errors import ConfigError, TrunkMismatch, TrunkUnavailable
-from fl_split.node.replicas import Credentials, is_local, split_address
+from fl_split.node.replicas import Credentials
 from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.shares import split_gradient, step_of

@@ -153,9 +153,10 @@ def _scheduler(
     for group in optimizer.param_groups:  # a scheduler multiplies the rates that a run starts with
         group["lr"] = group["initial_lr"] = rates[group["name"]]
     scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
-        config.scheduler, optimizer, num_warmup_steps=0, num_training_steps=total_steps
+        config.scheduler,
+        optimizer,
+        num_warmup_steps=0,
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs={"last_epoch": first_step - 1},  # the steps before were done in earlier rounds
     )
-    for _ in range(first_step):
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # these steps were done in earlier rounds
-        scheduler.step()
     return scheduler

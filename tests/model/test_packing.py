@@ -14,7 +14,7 @@ from fl_split.data.examples import Example
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model import adapters
 from fl_split.model.ends import load_ends
-from fl_split.model.loss import Batch, accumulate, count_targets, count_tokens
+from fl_split.model.loss import IGNORED, Batch, accumulate, count_targets, count_tokens
 from fl_split.model.packing import check_packing
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node.evaluate import evaluate
@@ -32,7 +32,8 @@ def some(count: int, longest: int) -> list[Example]:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, longest, (count,), generator=generator).tolist()
     ids = [torch.randint(4, 99, (length,), generator=generator).tolist() for length in lengths]
-    return [{"input_ids": row, "labels": [-100, *row[1:]]} for row in ids]
+    # every other one as plain text is: it counts its first token, which nothing predicts
+    return [{"input_ids": row, "labels": [row[0] if i % 2 else IGNORED, *row[1:]]} for i, row in enumerate(ids)]
 
 
 def test_batches_by_length_hold_each_example_once_an_epoch_with_less_padding(
@@ -86,6 +87,7 @@ def test_packed_examples_have_the_loss_and_gradients_of_padded_ones(
     assert [b["input_ids"].shape[0] for b in batches] == [1, 1]
     assert [count_tokens(b) for b in batches] == [count_tokens(b) for b in padded]
     assert [count_targets(b) for b in batches] == [count_targets(b) for b in padded]
+    assert sum(count_targets(b) for b in batches) == sum(len(example["input_ids"]) - 1 for example in examples)
 
 
 def test_packing_is_refused_where_examples_would_see_each_other(tmp_path: Path) -> None:

@@ -31,10 +31,10 @@ def batches(demo_model: Path) -> list[Batch]:
     return list(islice(training_batches(examples.train, tokenizer, 8, 0, 0), 8))
 
 
-def ratio_of(demo_model: Path, candidate: Candidate, batches: list[Batch]) -> float:
-    """After two small steps on the probe's own batch."""
+def ratio_of(demo_model: Path, candidate: Candidate, batches: list[Batch], rate: float = 3e-5) -> float:
+    """After two steps on the probe's own batch; small ones by default."""
     model = build(demo_model, 2, 2, LocalTrunk(load_trunk(demo_model, 2, 2)), candidate, Lora())
-    config = Train.model_validate({"steps": 2, "bottom-lr": 3e-5, "top-lr": 3e-5})
+    config = Train.model_validate({"steps": 2, "bottom-lr": rate, "top-lr": rate})
     probe = DescentProbe(model, batches[0])
     train.train_round(model, train.make_optimizer(model, config), iter([batches[0]] * 2), config)
     return probe.ask().ratio
@@ -47,6 +47,12 @@ def test_ratio_of_a_small_update_is_about_one_for_the_exact_gradient_and_not_for
     # the exact gradient within 0.005 of 1
     assert ratio_of(demo_model, Candidate("exact"), batches) == pytest.approx(1, abs=0.03)
     assert abs(ratio_of(demo_model, Candidate("identity"), batches) - 1) > 0.1
+
+
+def test_ratio_is_about_one_along_a_curve_too(demo_model: Path, batches: list[Batch]) -> None:
+    # steps ten times as large, along which the gradient turns: by the one at the start it would be 0.85, by the one at
+    # the end 1.22, by the mean of the two it was seen at 1.003
+    assert ratio_of(demo_model, Candidate("exact"), batches, 3e-4) == pytest.approx(1, abs=0.06)
 
 
 def test_probe_leaves_model_and_gradients_as_they_are(demo_model: Path, batches: list[Batch]) -> None:

@@ -107,6 +107,20 @@ def test_each_end_has_its_own_rate(make_model: Callable[[], PeftModel]) -> None:
     assert moved == {"top"}
 
 
+@pytest.mark.parametrize("most", [1e-3, 1e9])
+def test_a_step_is_no_longer_than_max_grad_norm_allows(make_model: Callable[[], PeftModel], most: float) -> None:
+    model = make_model()
+    accumulate(model, [make_batch(0, (9, 5))])
+    whole = torch.cat([gradient.flatten() for gradient in gradients(model)]).norm().item()
+    model.zero_grad(set_to_none=True)
+    before = adapters.adapter_state(model)
+    config = Train.model_validate({"steps": 1, "bottom-lr": 1.0, "top-lr": 1.0, "max-grad-norm": most})
+    train.train_round(model, torch.optim.SGD(adapters.parameter_groups(model, 1.0, 1.0)), endless(), config)
+    moved = torch.cat([(value - before[name]).flatten() for name, value in adapters.adapter_state(model).items()])
+    assert 1e-3 < whole < 1e9
+    assert moved.norm().item() == pytest.approx(min(whole, most), rel=1e-3)
+
+
 def test_training_lowers_the_loss(make_model: Callable[[], PeftModel]) -> None:
     model, batch = make_model(), make_batch(0, (9, 7))
     config = Train.model_validate({"steps": 30, "bottom-lr": 1e-2, "top-lr": 1e-2})

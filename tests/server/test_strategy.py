@@ -9,13 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
-from conftest import InProcessGrid, trained_node
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from conftest import InProcessGrid, run_app, trained_node
+from flwr.app import Error, Message
 from flwr.serverapp.strategy import strategy_utils
-from flwr.supercore.task_identity import TaskIdentity
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -23,15 +21,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import client_app
-import server_app
-from fl_split.config import Aggregation, Dp, NodeConfig, RunConfig
+from fl_split.config import NodeConfig, RunConfig
 from fl_split.errors import AggregationError, ConfigError, RoundFailed
 from fl_split.model import adapters
 from fl_split.node.evaluate import evaluate
 from fl_split.node.round import RoundResult
 from fl_split.node.train import train_round
-from fl_split.server import flower
-from fl_split.server.flower import flower_strategy
 from fl_split.server.strategy import _check_numbers
 
 Run = Callable[..., InProcessGrid]
@@ -85,24 +80,14 @@ def run(demo_model: Path, tmp_path: Path) -> Run:
         grid_class: type[InProcessGrid] = InProcessGrid,
         **changes: Any,
     ) -> InProcessGrid:
-        config = {
-            **RunConfig().to_flat(),
-            "num-server-rounds": 2,
-            "train.steps": 2,
+        defaults = {
             "train.batch-size": 4,
             "data.max-length": 32,
-            "data.holdout": 0.02,
             "surrogate.kind": "identity",
             "aggregation.share": "top",
-            "run.dir": str(tmp_path),
-            "run.name": name,
-            **changes,
         }
-        grid = grid_class(client_app.app, nodes, config)
-        for context, rank in zip(grid.contexts.values(), ranks, strict=False):
-            context.node_config["lora.rank"] = rank
-        server_app.app(grid=grid, context=Context(1, 1, {}, RecordDict(), config))
-        return grid
+        own = [{"lora.rank": rank} for rank in ranks]
+        return run_app(tmp_path, name, nodes=nodes, grid_class=grid_class, node_config=own, **{**defaults, **changes})
 
     return run
 
@@ -384,78 +369,7 @@ def test_node_that_missed_a_round_catches_up(
             torch.testing.assert_close(other[name], product, rtol=1e-4, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------- strategies without an app
-
-
-def replies_of(*values: float) -> list[Message]:
-    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-    messages = []
-    for i, value in enumerate(values):
-        asked = Message(RecordDict(), dst_node_id=i + 1, message_type="train")
-        asked.metadata.__dict__["_message_id"] = str(i)
-        content = RecordDict(
-            {
-                "arrays": ArrayRecord({"x": Array(np.full(3, value, dtype=np.float32))}),
-                "metrics": MetricRecord({"weight": 1, "partition-id": i, "num-examples": 1}),
-                "node": ConfigRecord({"scaling": 2.0}),
-            }
-        )
-        messages.append(Message(content, reply_to=asked))
-    return messages
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "expected"),
-    [
-        ("fedmedian", [0, 1, 2, 3, 100], 2.0),
-        ("fedtrimmedavg", [0, 1, 2, 3, 100], 2.0),
-        ("krum", [0, 1, 1, 1, 100], 1.0),
-        ("multikrum", [1, 1, 1, 1, 100], 1.0),
-        ("bulyan", [1, 1, 1, 1, 1, 1, 100], 1.0),
-    ],
-)
-def test_robust_strategies_are_not_moved_by_a_node_that_lies(name: str, values: list[float], expected: float) -> None:
-    liars = 0 if name in ("fedmedian", "fedtrimmedavg") else 1
-    config = RunConfig.from_flat(
-        {"aggregation.share": "top", "aggregation.strategy": name, "aggregation.min-nodes": len(values),
-         "aggregation.malicious-nodes": liars}
-    ).aggregation  # fmt: skip
-    arrays, _ = flower_strategy(config, Dp()).aggregate_train(1, replies_of(*values))
-    assert arrays is not None and arrays["x"].numpy().tolist() == [expected] * 3
-
-
 def test_two_nodes_of_one_number_are_named() -> None:
     _check_numbers([{"partition-id": 0, "node": 7}, {"partition-id": 1, "node": 8}])
     with pytest.raises(ConfigError, match="nodes 7 and 9 both have partition-id=0: give each SuperNode a number"):
         _check_numbers([{"partition-id": 0, "node": 7}, {"partition-id": 0, "node": 9}])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"aggregation.combine": "svd"}, "shares nothing"),
-        ({"aggregation.share": "top", "aggregation.combine": "svd", "aggregation.tensors": "a-only"}, "tensors='both'"),
-        ({"aggregation.share": "top", "aggregation.combine": "exact", "aggregation.strategy": "fedadam"}, "'fedavg'"),
-        ({"aggregation.share": "top", "aggregation.combine": "stack", "dp.mode": "client-fixed",
-          "aggregation.weighting": "equal"}, "dp.mode='off'"),
-        ({"aggregation.share": "top", "aggregation.combine": "stack", "lora.variant": "dora"}, "'dora' needs"),
-        ({"aggregation.share": "top", "aggregation.tensors": "a-only", "lora.variant": "dora"}, "and 'a-only': its"),
-        ({"aggregation.share": "top", "dp.mode": "client-fixed"}, "aggregation.weighting='equal'"),
-        ({"aggregation.share": "top", "dp.mode": "client-adaptive", "aggregation.weighting": "equal"}, "below 0.2"),
-        ({"aggregation.share": "top", "aggregation.strategy": "krum", "aggregation.malicious-nodes": 1}, "at least 5"),
-        ({"aggregation.share": "top", "aggregation.strategy": "bulyan"}, "at least 3"),
-        ({"aggregation.share": "top", "aggregation.strategy": "fedtrimmedavg"}, "cuts off nobody"),
-    ],
-)  # fmt: skip
-def test_combinations_without_sense_are_refused_at_start(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        RunConfig.from_flat(changes)
-
-
-def test_epsilon_without_its_package_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(config: object) -> None:
-        raise ImportError("dp-accounting")
-
-    monkeypatch.setattr(flower, "RdpAccountant", absent)
-    with pytest.raises(ConfigError, match=r"pip install 'fl-split\[dp\]'"):
-        flower_strategy(Aggregation(share="top", weighting="equal"), Dp(mode="client-fixed"))

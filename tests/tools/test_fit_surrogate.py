@@ -210,7 +210,7 @@ def value_error(model: Any, batches: list[Batch]) -> float:
     return distiller.value_error
 
 
-def test_distillation_brings_the_surrogate_closer_and_the_task_does_not_move_it(
+def test_distillation_brings_the_surrogate_closer_and_gives_it_to_nobody(
     demo_model: Path, batches: list[Batch]
 ) -> None:
     trunk = LocalTrunk(load_trunk(demo_model, 2, 2))
@@ -218,16 +218,27 @@ def test_distillation_brings_the_surrogate_closer_and_the_task_does_not_move_it(
     before = value_error(model, batches[:1])
     config = Train.model_validate({"steps": 20})
     optimizer = train.make_optimizer(model, config)
-    frozen = train.make_distiller(model, 1e-30)
-    weights = frozen.state()
-    train.train_round(model, optimizer, iter(batches * 5), config)
-    assert all(torch.allclose(value, weights[name], rtol=0, atol=1e-12) for name, value in frozen.state().items())
     train.make_distiller(model, 1e-3)
     train.train_round(model, optimizer, iter(batches * 5), config)
     assert value_error(model, batches[:1]) < 0.9 * before
     names = {group["name"] for group in optimizer.param_groups}
     assert names == {"bottom", "top"}  # the task's optimizer does not hold it
     assert not any(".kept." in name for name in adapters.adapter_state(model))  # nor do replies and exports
+
+
+def test_labels_do_not_move_a_surrogate_that_is_distilled(demo_model: Path, batches: list[Batch]) -> None:
+    """With ends that stand still, all it learns from is the same whatever is to be predicted."""
+    still = Train.model_validate({"steps": 3, "bottom-lr": 0.0, "top-lr": 0.0})
+    states = []
+    for labels in (batches[0]["labels"], batches[0]["input_ids"].roll(1, 1)):
+        model = build(demo_model, 2, 2, LocalTrunk(load_trunk(demo_model, 2, 2)), Candidate("distilled", 2), Lora())
+        distiller = train.make_distiller(model, 1e-3)
+        start = distiller.state()
+        batch = {**batches[0], "labels": labels}
+        train.train_round(model, train.make_optimizer(model, still), iter([batch] * 3), still)
+        states.append(distiller.state())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert not any(torch.equal(value, start[name]) for name, value in states[0].items())
 
 
 def observed(demo_model: Path, batches: list[Batch], probe_every: int) -> tuple[Any, tuple[Any, ...], Any]:
@@ -315,16 +326,22 @@ def test_probes_gradient_is_that_of_the_slopes_error(demo_model: Path, batches: 
 def test_probes_bring_the_bottoms_gradient_closer_to_the_exact_one_than_values_alone(
     demo_model: Path, batches: list[Batch]
 ) -> None:
+    """On batches that were not trained on, for every draw of the probes: of five, 0.38 to 0.50 of it were left."""
     trunk = LocalTrunk(load_trunk(demo_model, 2, 2))
-    exact = bottom_gradient(build(demo_model, 2, 2, trunk, Candidate("exact"), Lora()), batches)
-    cosines = []
-    for probe_every in (0, 1):
+    seen, unseen = batches[:3], batches[3:]
+    exact = bottom_gradient(build(demo_model, 2, 2, trunk, Candidate("exact"), Lora()), unseen)
+    still = Train.model_validate({"steps": 30, "bottom-lr": 0.0, "top-lr": 0.0})
+
+    def error(probe_every: int, seed: int = 0) -> float:
         model = build(demo_model, 2, 2, trunk, Candidate("distilled", 2), Lora())
         train.make_distiller(model, 1e-3, probe_every)
-        still = Train.model_validate({"steps": 40, "bottom-lr": 0.0, "top-lr": 0.0})
-        train.train_round(model, train.make_optimizer(model, still), iter(batches * 40), still)
-        cosines.append(torch.cosine_similarity(bottom_gradient(model, batches), exact, dim=0).item())
-    assert 1 - cosines[1] < 0.9 * (1 - cosines[0])
+        torch.manual_seed(seed)
+        train.train_round(model, train.make_optimizer(model, still), iter(seen * 10), still)
+        return 1 - torch.cosine_similarity(bottom_gradient(model, unseen), exact, dim=0).item()
+
+    values_alone = error(0)
+    for seed in range(3):
+        assert error(1, seed) < 0.7 * values_alone
 
 
 # ------------------------------------------------------------------------------------------------------- exact

@@ -5,8 +5,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ from torch import Tensor
 
 from fl_split.trunk.batching import Batcher, DeadlinePassed, Done, FairQueue, ForwardFailed, Job, QueueFull
 from fl_split.trunk.config import Batching
-from fl_split.trunk.layers import hold_layers
-from fl_split.trunk.padding import is_causal, passes, run_packed
 from fl_split.wire import Packed
 
 
@@ -60,6 +57,18 @@ def test_a_newcomer_does_not_make_up_for_the_time_before() -> None:
         queue.put(job("new", 100))
     order = [queue.take(1)[0].caller for _ in range(10)]
     assert 4 <= order.count("new") <= 6
+
+
+def test_a_caller_who_leaves_and_returns_has_still_had_its_turn() -> None:
+    queue = FairQueue(10_000)
+    for _ in range(20):
+        queue.put(job("steady", 100))
+    taken = []
+    for _ in range(15):
+        if "fleeting" not in queue.callers:  # one large call at a time, and gone in between
+            queue.put(job("fleeting", 400))
+        taken += [job.caller for job in queue.take(1)]
+    assert taken.count("fleeting") == 3  # of 15 turns: a call of 400 tokens for every four of 100
 
 
 def test_full_queue_refuses_whoever_holds_most() -> None:
@@ -261,6 +270,57 @@ def test_work_whose_caller_is_gone_is_dropped() -> None:
     assert computed == [1]
 
 
+def test_a_caller_who_leaves_while_its_batch_is_computed_does_not_stop_the_trunk() -> None:
+    computing, gone = threading.Event(), threading.Event()
+
+    def compute(requests: Sequence[Packed]) -> list[Tensor]:
+        computing.set()
+        assert gone.wait(30)
+        return [request.rows for request in requests]
+
+    async def main() -> Done:
+        batcher = Batcher(compute, Batching(), 10_000)
+        serving = asyncio.create_task(batcher.run())
+        leaving = asyncio.create_task(batcher.submit("a", packed(1), 10.0))
+        while not computing.is_set():
+            await asyncio.sleep(0.005)
+        leaving.cancel()
+        await asyncio.sleep(0)
+        gone.set()
+        done = await asyncio.wait_for(batcher.submit("b", packed(2), 10.0), 5)
+        serving.cancel()
+        return done
+
+    assert len(asyncio.run(main()).rows) == 2
+
+
+def test_without_batching_nobody_waits_for_others() -> None:
+    async def main() -> float:
+        batcher = Batcher(double, Batching(enabled=False, max_wait_ms=5000), 10_000)
+        serving = asyncio.create_task(batcher.run())
+        started = time.monotonic()
+        await asyncio.gather(*(batcher.submit(caller, packed(1), 10.0) for caller in "ab"))  # b sees that a was here
+        serving.cancel()
+        return time.monotonic() - started
+
+    assert asyncio.run(main()) < 2
+
+
+def test_a_request_without_room_is_refused_before_it_is_received() -> None:
+    async def main() -> None:
+        batcher = Batcher(double, Batching(), 100)  # nothing runs: what comes, stays
+        batcher.check_room("a")
+        waiting = [asyncio.create_task(batcher.submit("a", packed(40), 10.0)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull, match="ask again in"):
+            batcher.check_room("a")
+        batcher.check_room("b")  # a would give way
+        for call in waiting:
+            call.cancel()
+
+    asyncio.run(main())
+
+
 def test_a_call_that_is_late_and_given_up_at_once_does_not_stop_the_trunk() -> None:
     async def main() -> Done:
         batcher = Batcher(double, Batching(), 10_000)
@@ -286,7 +346,7 @@ def test_a_failed_batch_fails_its_calls_and_no_others() -> None:
     async def main() -> None:
         batcher = Batcher(compute, Batching(), 10_000)
         serving = asyncio.create_task(batcher.run())
-        with pytest.raises(ForwardFailed, match="^RuntimeError > .*test_trunk_batching.py:[0-9]+ compute$"):
+        with pytest.raises(ForwardFailed, match="^RuntimeError > .*test_batching.py:[0-9]+ compute$"):
             await batcher.submit("a", packed(3), 10.0)
         await batcher.submit("a", packed(3), 10.0)
         serving.cancel()
@@ -308,64 +368,6 @@ def test_a_batch_that_fails_fails_only_whoever_makes_it_fail() -> None:
     assert [type(result) for result in results] == [Done, ForwardFailed, Done]
     assert "0.123" not in str(results[1])
     assert sizes == [3, 1, 1, 1]
-
-
-# -------------------------------------------------------------------------------------------------------- layout
-
-
-def test_sequences_of_a_length_go_together() -> None:
-    layout = list(passes([packed(*[200] * 4, *[10] * 20), packed(*[195] * 4, 190)]))
-    lengths = [[span.length for span in group] for group in layout]
-    assert [length for group in lengths for length in group] == sorted([200] * 4 + [195] * 4 + [190] + [10] * 20)[::-1]
-    for group in lengths:
-        assert sum(group) >= 0.85 * len(group) * max(group)
-
-
-def test_a_few_short_sequences_do_not_get_a_pass_of_their_own() -> None:
-    assert len(list(passes([packed(10, 8, 5)]))) == 1
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gpt2"])
-@pytest.mark.parametrize("with_positions", [False, True])
-def test_result_does_not_depend_on_who_shared_the_batch(
-    checkpoint: Callable[[str], Path], family: str, with_positions: bool
-) -> None:
-    """Tolerance: 1e-5 of the largest value, float32 on the CPU; matrix kernels round differently by batch size."""
-    held = hold_layers(checkpoint(family), 2, 2)
-    assert held.causal
-    requests = [
-        packed(*lengths, hidden_size=32, seed=i) for i, lengths in enumerate([(9, 4), (30,), (4, 4, 1), (17, 2)])
-    ]
-    if with_positions:
-        rows, lengths = requests[0].rows, requests[0].lengths
-        requests[0] = Packed(rows, lengths, torch.cat([torch.arange(3, 3 + n) for n in lengths]))
-    together, _ = run_packed(held.run, requests, causal=held.causal)
-    masked, _ = run_packed(held.run, requests, causal=False)
-    for request, shared, with_mask in zip(requests, together, masked, strict=True):
-        alone = run_packed(held.run, [request], causal=held.causal)[0][0]
-        tolerance = 1e-5 * float(alone.abs().max())
-        torch.testing.assert_close(shared, alone, rtol=0, atol=tolerance)
-        torch.testing.assert_close(with_mask, alone, rtol=0, atol=tolerance)
-        again = run_packed(held.run, [request], causal=held.causal)[0][0]
-        assert torch.equal(alone, again)
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_positions_matter(checkpoint: Callable[[str], Path], family: str) -> None:
-    """Gaps, for rotary positions that are only shifted make no difference."""
-    held = hold_layers(checkpoint(family), 2, 2)
-    request, positions = packed(6, hidden_size=32), torch.tensor([0, 3, 4, 9, 10, 11])
-    plain = run_packed(held.run, [request], causal=True)[0][0]
-    moved = run_packed(held.run, [Packed(request.rows, [6], positions)], causal=True)[0][0]
-    right = held.run(request.rows[None], torch.ones(1, 6, dtype=torch.long), positions[None])[0]
-    torch.testing.assert_close(moved, right)
-    assert float((moved - plain).abs().max()) > 0.01 * float(plain.abs().max())
-
-
-def test_causality_is_found_out_by_trying() -> None:
-    assert is_causal(lambda h, mask, positions: h.cumsum(1), 8)
-    assert not is_causal(lambda h, mask, positions: h + h.mean(1, keepdim=True), 8)
-    assert not is_causal(lambda h, mask, positions: h + 1e-4 * h[:, -1:], 8)
 
 
 def test_queue_holds_no_more_work_than_callers_wait_for() -> None:

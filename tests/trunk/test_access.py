@@ -1,6 +1,5 @@
-"""Who may call: tokens, certificates, plaintext, and how many calls at once. Over real sockets on loopback."""
+"""Who may call: tokens, certificates, plaintext. Over real sockets on loopback."""
 
-import asyncio
 import datetime
 import ipaddress
 import json
@@ -14,21 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from trunk_service import serving
 
+from fl_split import wire
 from fl_split.errors import ConfigError, TrunkRefused, TrunkUnavailable
 from fl_split.node.expected import Expected
 from fl_split.node.replicas import Credentials
 from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.trunk import server
 from fl_split.trunk.access import TokenBook, Unauthenticated, add_token, read_tokens, revoke_tokens
-from fl_split.trunk.admission import Gate, TooManyCalls
-from fl_split.trunk.config import Limits, TrunkConfig
-from fl_split.trunk.layers import hold_layers
+from fl_split.trunk.config import TrunkConfig
+from fl_split.trunk.layers import HeldLayers, hold_layers
 
 NOW = datetime.datetime.now(datetime.UTC)
 DAY = datetime.timedelta(days=1)
@@ -213,6 +214,23 @@ def test_calls_need_a_valid_token(served: Callable[..., Any], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        ("Bearer {}", grpc.StatusCode.OK),
+        ("bearer {}", grpc.StatusCode.OK),
+        ("Basic {}", grpc.StatusCode.UNAUTHENTICATED),
+        ("{}", grpc.StatusCode.UNAUTHENTICATED),
+        ("", grpc.StatusCode.UNAUTHENTICATED),
+    ],
+)
+def test_a_token_counts_as_a_bearers_only(held: HeldLayers, tmp_path: Path, value: str, code: grpc.StatusCode) -> None:
+    token = add_token(tmp_path / "tokens.json", "north", None)
+    with serving(held, security={"tokens": str(tmp_path / "tokens.json")}) as channel:
+        call = channel.unary_unary(f"/{wire.SERVICE}/Describe")
+        assert call.future(b"", timeout=5, metadata=(("authorization", value.format(token)),)).code() is code
+
+
+@pytest.mark.parametrize(
     ("text", "message"), [(None, "trunk-token-file=.* cannot be read"), ("a\nb", "does not hold a token")]
 )
 def test_a_token_file_that_cannot_be_used_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
@@ -335,43 +353,3 @@ def test_a_node_speaks_plaintext_on_loopback_only(
 def test_half_a_client_certificate_is_refused() -> None:
     with pytest.raises(ConfigError, match="trunk-cert and trunk-key belong together"):
         Credentials(cert="a").channel("127.0.0.1:1")
-
-
-# ---------------------------------------------------------------------------------------------------------- gate
-
-
-def test_gate_counts_calls_per_caller_and_in_all() -> None:
-    async def main() -> None:
-        gate = Gate(Limits(calls=3, calls_per_caller=2))
-        async with gate.call("a"), gate.call("a"):
-            with pytest.raises(TooManyCalls):
-                async with gate.call("a"):
-                    pass
-            async with gate.call("b"):
-                with pytest.raises(TooManyCalls):
-                    async with gate.call("c"):
-                        pass
-        async with gate.call("c"):
-            pass
-
-    asyncio.run(main())
-
-
-def test_gate_lets_few_read_at_a_time_and_none_hold_all_places() -> None:
-    async def main() -> None:
-        gate = Gate(Limits(reading=3, reading_per_caller=2))
-        most = {"a": 0, "b": 0}
-        now = {"a": 0, "b": 0}
-
-        async def read(caller: str) -> None:
-            async with gate.reading(caller):
-                now[caller] += 1
-                most[caller] = max(most[caller], now[caller])
-                assert sum(now.values()) <= 3
-                await asyncio.sleep(0.01)
-                now[caller] -= 1
-
-        await asyncio.gather(*(read("a") for _ in range(8)), read("b"))
-        assert most == {"a": 2, "b": 1}
-
-    asyncio.run(main())
