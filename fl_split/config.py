@@ -4,15 +4,19 @@ Flower hands an app flat scalars (``train.batch-size = 8``) and does not check t
 names a wrong key as the user wrote it. Defaults live here; a test holds `pyproject.toml` and the docs equal to them.
 """
 
+import re
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from click import ClickException
-from flwr.common.config import parse_config_args
+from flwr.common.config import flatten_dict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_split.errors import ConfigError
+
+_PAIR = re.compile(r"""(\S+?)=('[^']*'|"[^"]*"|\S+)""")  # as Flower finds them
+_QUOTES = "strings need quotes, as in 'run.name=\"mine\"'"
 
 Scalar = str | int | float | bool
 Positive = Annotated[int, Field(ge=1)]
@@ -401,19 +405,50 @@ def _check_data(data: Data) -> None:
 def read_values(file: Path | None, overrides: list[str]) -> dict[str, Scalar]:
     """Flat keys and values as `flwr run -c` takes them: from a TOML file, then from ``key=value`` strings.
 
+    They are merged key by key: `flwr run` itself keeps only the last ``-c`` of each table.
+
     Raises:
         ConfigError: There is no such file, or something cannot be parsed.
     """
-    values: dict[str, Scalar] = {}
-    for given in ([str(file)] if file else [], overrides):
-        try:
-            values.update(parse_config_args(given) if given else {})
-        except (OSError, ValueError, ClickException) as error:
-            what = f"{file} cannot be read as TOML" if given and file and given[0] == str(file) else "wrong key=value"
-            raise ConfigError(
-                f"{what} ({type(error).__name__}): strings need quotes, as in 'run.name=\"mine\"'"
-            ) from None
+    values = _read_file(file) if file else {}
+    for given in overrides:
+        values |= _read_file(Path(given)) if given.endswith(".toml") else _read_pairs(given)
     return values
+
+
+def _read_file(file: Path) -> dict[str, Scalar]:
+    try:
+        return flatten_dict(tomllib.loads(file.expanduser().read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read as TOML ({type(error).__name__}): {_QUOTES}") from None
+
+
+def _read_pairs(given: str) -> dict[str, Scalar]:
+    pairs = _PAIR.findall(given)
+    left = _PAIR.sub("", given).split()
+    if left:
+        raise ConfigError(f"wrong key=value: {left[0]!r} has no key or no value; {_QUOTES}")
+    try:
+        return flatten_dict(tomllib.loads("\n".join(f"{key} = {value}" for key, value in pairs)))
+    except ValueError as error:
+        raise ConfigError(f"wrong key=value ({type(error).__name__}): {_QUOTES}") from None
+
+
+def check_given(given: Mapping[str, Scalar]) -> None:
+    """Refuse what two ``-c`` of `flwr run` become, where that can be seen: the demo's model under another's keys.
+
+    Args:
+        given: What Flower has kept of the keys that a person gave.
+
+    Raises:
+        ConfigError: Keys of ``model`` without its name.
+    """
+    keys = [key for key in given if key.startswith("model.")]
+    if keys and "model.name" not in given:
+        raise ConfigError(
+            f"{keys[0]} is given and model.name is not: of several -c with keys of one table, 'flwr run' keeps one and "
+            "drops the others. Put all pairs into one -c '...'; for the demo's model, add model.name=\"demo\""
+        )
 
 
 class NodeConfig(BaseModel):
