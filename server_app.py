@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.exception import PrivacyBudgetExhausted
@@ -96,7 +95,7 @@ def _hold(config: RunConfig) -> HeldLayers:
     """The trunk's layers of a run's model."""
     ends = (config.split.bottom_layers, config.split.top_layers)
     folder = resolve_model(config.model.name, config.model.revision, trunk_needs(*ends))
-    return hold_layers(folder, *ends, getattr(torch, config.model.dtype))
+    return hold_layers(folder, *ends, config.model.torch_dtype)
 
 
 def _embedded_config(config: RunConfig) -> TrunkConfig:

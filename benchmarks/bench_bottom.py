@@ -39,19 +39,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fl_split.config import Data, Lora, NodeConfig, Train
-from fl_split.data import load as data
 from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
+from fl_split.data.load import Examples, load_examples
 from fl_split.model.distill import Distiller
 from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.loss import Batch, accumulate
 from fl_split.model.trunk import LocalTrunk, load_trunk, run_trunk
 from fl_split.node import train
+from fl_split.node.evaluate import evaluate
 from fl_split.node.expected import Expected
 from fl_split.node.trunk_cache import CachedTrunk
-from fl_split.node.trunk_client import TrunkClient
-from fl_split.tools import fit_surrogate as matching
-from fl_split.tools.fit_surrogate import observe
+from fl_split.node.trunk_connection import TrunkConnection
+from fl_split.tools.fit_surrogate import Fit, fit, observe, read_text, sample_text
 from fl_split.tools.gradcheck import Candidate, build, gradcheck, surrogate_params
 from fl_split.trunk import server
 from fl_split.trunk.layers import hold_layers
@@ -133,10 +133,10 @@ def python_documentation(out: Path) -> Path:
     return out
 
 
-def examples(setting: Setting, institution: str, seed: int) -> tuple[data.Examples, object]:
+def examples(setting: Setting, institution: str, seed: int) -> tuple[Examples, object]:
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(setting.model))
     config = Data.model_validate({"path": str(setting.texts / f"{institution}.jsonl"), "max-length": MAX_LENGTH})
-    return data.load_examples(config, NodeConfig(), tokenizer, seed), tokenizer
+    return load_examples(config, NodeConfig(), tokenizer, seed), tokenizer
 
 
 def run(setting: Setting, task: Task) -> float:
@@ -146,15 +146,15 @@ def run(setting: Setting, task: Task) -> float:
     private, tokenizer = examples(setting, task.institution, task.seed)
     trunk = LocalTrunk(load_trunk(setting.model, BOTTOM, TOP))
     bottom, top, *own = map(float, task.rates.split(","))
-    model, distiller = task.method.build(setting, trunk, *(own or [0.0]))
+    model, _ = task.method.build(setting, trunk, *(own or [0.0]))
     config = Train.model_validate(
         {"steps": setting.steps, "batch-size": BATCH, "bottom-lr": bottom, "top-lr": top, "scheduler": "linear"}
     )
     optimizer = train.make_optimizer(model, config)
     torch.manual_seed(task.seed)  # of the probes
     batches = training_batches(private.train, tokenizer, BATCH, task.seed, 0)
-    train.train_round(model, optimizer, batches, config, distiller=distiller)
-    return train.evaluate(model, heldout_batches(private.heldout, tokenizer, 16))
+    train.train_round(model, optimizer, batches, config)
+    return evaluate(model, heldout_batches(private.heldout, tokenizer, 16))["loss"]
 
 
 class Runs:
@@ -183,9 +183,9 @@ class Runs:
 def public_text(setting: Setting, files: list[Path] | None) -> torch.Tensor:
     """Token ids to fit on: the files given, or Python's documentation and more in the model's own words."""
     if files:
-        return matching.read_text(files, setting.model, MAX_LENGTH)
-    text = matching.read_text([python_documentation(setting.work / "documentation.txt")], setting.model, MAX_LENGTH)
-    text = torch.cat([text, matching.sample_text(setting.model, 8192, MAX_LENGTH)])
+        return read_text(files, setting.model, MAX_LENGTH)
+    text = read_text([python_documentation(setting.work / "documentation.txt")], setting.model, MAX_LENGTH)
+    text = torch.cat([text, sample_text(setting.model, 8192, MAX_LENGTH)])
     return text[torch.randperm(len(text), generator=torch.Generator().manual_seed(0))]
 
 
@@ -195,8 +195,7 @@ def fit_surrogate(setting: Setting, files: list[Path] | None, layers: int, steps
         text = public_text(setting, files)
         print(f"fitting a surrogate worth {layers} layers, {steps} steps ...", flush=True)
         started = time.monotonic()
-        fit = matching.Fit(layers=layers, steps=steps, length=MAX_LENGTH)
-        card = matching.fit(setting.model, BOTTOM, TOP, text, fit, out)
+        card = fit(setting.model, BOTTOM, TOP, text, Fit(layers=layers, steps=steps, length=MAX_LENGTH), out)
         print(
             f"  {time.monotonic() - started:.0f} s; gradient cosine {card['gradient-cosine']:.3f} on other public text"
         )
@@ -251,7 +250,7 @@ def cache_saving(setting: Setting, institution: str, epochs: int = 3) -> dict[st
         server.embedded(hold_layers(setting.model, BOTTOM, TOP)) as address,
     ):
         for cached in (False, True):
-            with TrunkClient(address, expected) as client:
+            with TrunkConnection(address, expected) as client:
                 trunk = CachedTrunk(client, Path(folder) / "cache.sqlite", 10**9, b"") if cached else client
                 model = build(setting.model, BOTTOM, TOP, trunk, Candidate("none"), Lora())
                 batches = training_batches(rows, tokenizer, BATCH, 0, 0)

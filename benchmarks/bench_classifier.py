@@ -23,15 +23,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fl_split.config import Aggregation, Data, Lora, NodeConfig, Train
-from fl_split.data import load as data
 from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
+from fl_split.data.load import Examples, load_examples
 from fl_split.model import adapters
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.trunk import LocalTrunk, load_trunk
-from fl_split.node import evaluate as classification
 from fl_split.node import train
+from fl_split.node.evaluate import Scores, evaluate
 from fl_split.server.aggregation import Update, combine
 
 BOTTOM, TOP, BATCH, MAX_LENGTH = 2, 2, 8, 96
@@ -55,13 +55,13 @@ def whole_model(folder: Path, labels: list[str]) -> PeftModel:
 def make(kind: str, folder: Path, labels: list[str], trunk: LocalTrunk) -> PeftModel:
     if kind == "whole":
         return whole_model(folder, labels)
-    client = load_client(folder, BOTTOM, TOP, trunk, surrogate=kind, labels=labels)
+    client = load_ends(folder, BOTTOM, TOP, trunk, surrogate=kind, labels=labels)
     return adapters.attach(client, Lora(), train_bottom=kind != "none", seed=0)
 
 
 def federate(
-    models: list[PeftModel], nodes: list[data.Examples], tokenizer: object, config: Train, rounds: int
-) -> list[classification.Scores]:
+    models: list[PeftModel], nodes: list[Examples], tokenizer: object, config: Train, rounds: int
+) -> list[Scores]:
     """FedAvg of the tops, by the nodes' numbers of texts; returns the scores of each node."""
     how = Aggregation(share="top")
     optimizers = [train.make_optimizer(model, config) for model in models]
@@ -69,9 +69,8 @@ def federate(
     for number in range(rounds):
         for model, optimizer, own in zip(models, optimizers, batches, strict=True):
             part = islice(own, config.steps)
-            train.train_round(
-                model, optimizer, part, config, first_step=number * config.steps, total_steps=rounds * config.steps
-            )
+            settings = train.RoundSettings(number * config.steps, rounds * config.steps)
+            train.train_round(model, optimizer, part, config, settings)
         updates = [
             Update(adapters.shared_state(model, how), len(node.train), adapters.scaling_of(model))
             for model, node in zip(models, nodes, strict=True)
@@ -80,7 +79,7 @@ def federate(
         for model in models:
             adapters.load_adapter_state(model, shared)
     return [
-        classification.evaluate(model, heldout_batches(node.heldout, tokenizer, BATCH))
+        evaluate(model, heldout_batches(node.heldout, tokenizer, BATCH))
         for model, node in zip(models, nodes, strict=True)
     ]
 
@@ -111,8 +110,7 @@ def main() -> None:
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
     keys = {"text": "answer", "label": "topic", "labels": ",".join(labels), "max-length": MAX_LENGTH, "holdout": 0.2}
     nodes = [
-        data.load_examples(Data.model_validate({"path": str(file), **keys}), NodeConfig(), tokenizer, 0)
-        for file in files
+        load_examples(Data.model_validate({"path": str(file), **keys}), NodeConfig(), tokenizer, 0) for file in files
     ]
     if options.quick:
         nodes = [replace(node, heldout=node.heldout[:32]) for node in nodes]
@@ -136,7 +134,7 @@ def main() -> None:
         models = [make(kind, folder, labels, trunk) for _ in nodes]
         scores = federate(models, nodes, tokenizer, config, options.rounds)
         for key, name in (("loss", "loss"), ("accuracy", "accuracy"), ("macro-f1", "macro_f1")):
-            values = [getattr(score, name) for score in scores]
+            values = [score[name] for score in scores]
             figures[f"{key}/{kind}"] = statistics.mean(values)
             figures |= {f"{key}/{kind}/{n}": v for n, v in zip(options.institutions, values, strict=True)}
         line = f"{kind:9}  {figures[f'loss/{kind}']:.4f}  {figures[f'accuracy/{kind}']:.3f}     "

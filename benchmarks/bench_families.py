@@ -2,10 +2,10 @@
 
     python benchmarks/bench_families.py [--quick] [--json FILE]
 
-The families are those of ``tests/families.py``, and the check is the tests' own (``tests/model/test_families.py``), run by
-pytest: a family is exact if its logits, with no, left and right padding, and the gradients of its top equal the full
-model's bit for bit (the bottom's, with the exact surrogate, within 1e-3 of the largest). A type of model may be there
-more than once: as language model and as classifier, or with another setting.
+The families are those of ``tests/families.py``, and the check is the tests' own (``tests/model/test_families.py``),
+run by pytest: a family is exact if its logits, with no, left and right padding, and the gradients of its top equal the
+full model's bit for bit (the bottom's, with the exact surrogate, within 1e-3 of the largest). A type of model may be
+there more than once: as language model and as classifier, or with another setting.
 """
 
 import argparse

@@ -33,11 +33,11 @@ from transformers.utils import logging as transformers_logging
 from fl_split.config import Lora, RunConfig
 from fl_split.model import adapters
 from fl_split.model.checkpoint import read_config
-from fl_split.model.client import checkpoint_activations, load_client
+from fl_split.model.ends import checkpoint_activations, load_ends
 from fl_split.model.loss import Batch
 from fl_split.node import train
 from fl_split.node.expected import Expected
-from fl_split.node.trunk_client import TrunkClient
+from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.plan.plan import make_plan
 from fl_split.trunk.layers import hold_layers
 from fl_split.trunk.server import embedded
@@ -80,7 +80,7 @@ class Case:
         config = copy.deepcopy(self.model)
         if quick:
             config.num_hidden_layers, config.vocab_size = 8, 4000
-        model = AutoModelForCausalLM.from_config(config).to(getattr(torch, self.run.model.dtype))
+        model = AutoModelForCausalLM.from_config(config).to(self.run.model.torch_dtype)
         model.save_pretrained(folder, max_shard_size="200MB")
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
@@ -130,10 +130,10 @@ def batch_of(run: RunConfig, vocab_size: int) -> Batch:
 
 def client(config: RunConfig, folder: Path, address: str) -> dict[str, int]:
     watch = Watch()
-    dtype = getattr(torch, config.model.dtype)
-    with TrunkClient(address, Expected.from_checkpoint(folder, BOTTOM, TOP), timeout_s=600) as trunk:
+    dtype = config.model.torch_dtype
+    with TrunkConnection(address, Expected.from_checkpoint(folder, BOTTOM, TOP), timeout_s=600) as trunk:
         trunk.connect()
-        model = load_client(folder, BOTTOM, TOP, trunk, surrogate="blocks", surrogate_layers=2, dtype=dtype)
+        model = load_ends(folder, BOTTOM, TOP, trunk, surrogate="blocks", surrogate_layers=2, dtype=dtype)
         watch.mark("loading")
         if config.train.activation_checkpointing:
             checkpoint_activations(model)
@@ -141,7 +141,7 @@ def client(config: RunConfig, folder: Path, address: str) -> dict[str, int]:
         peft = adapters.attach(model, config.lora, train_bottom=True, seed=0)
         optimizer = train.make_optimizer(peft, config.train)
         batches = repeat(batch_of(config, model.config.vocab_size))
-        train.train_round(peft, optimizer, batches, config.train, in_flight=config.trunk.in_flight)
+        train.train_round(peft, optimizer, batches, config.train, train.RoundSettings(in_flight=config.trunk.in_flight))
         watch.mark("training")
         trained = sum(p.numel() * p.element_size() for p in peft.parameters() if p.requires_grad)
         sent = {"bytes-sent": trunk.bytes_sent, "bytes-received": trunk.bytes_received}
@@ -150,7 +150,7 @@ def client(config: RunConfig, folder: Path, address: str) -> dict[str, int]:
 
 def trunk(config: RunConfig, folder: Path, address: str) -> dict[str, int]:
     watch = Watch()
-    held = hold_layers(folder, BOTTOM, TOP, getattr(torch, config.model.dtype))
+    held = hold_layers(folder, BOTTOM, TOP, config.model.torch_dtype)
     watch.mark("loading")
     with embedded(held) as own:
         print(own, flush=True)

@@ -32,18 +32,19 @@ from trunk_parts import ROOT, Server, interleaved, percentile, random_model, rat
 
 from fl_split import demo, wire
 from fl_split.config import Data, Lora, NodeConfig, Train
-from fl_split.data import load as data
 from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
+from fl_split.data.load import load_examples
 from fl_split.malloc import keep_heap, share_heap
 from fl_split.model import adapters
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.loss import accumulate
 from fl_split.model.slots import Trunk
 from fl_split.model.trunk import LocalTrunk
 from fl_split.node import train
+from fl_split.node.evaluate import evaluate
 from fl_split.node.expected import Expected
 from fl_split.node.replicas import Credentials
-from fl_split.node.trunk_client import TrunkClient
+from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.trunk import server
 from fl_split.trunk.access import add_token
 from fl_split.trunk.layers import HeldLayers, hold_layers
@@ -77,7 +78,7 @@ def bench_overhead(setting: Setting) -> Figures:
         for name, batch, seq, repeats in (("large", 8, 256, 3 if setting.quick else 7), ("small", 1, 32, 30)):
             hidden_states = torch.randn(batch, seq, 768)
             for dtype in ("bfloat16", "float32", "int8"):
-                with TrunkClient(address, expected, wire_dtype=dtype) as client:
+                with TrunkConnection(address, expected, wire_dtype=dtype) as client:
                     times = interleaved(
                         {
                             "remote": lambda h=hidden_states, c=client: c.start(h, None, None).result(),
@@ -107,7 +108,7 @@ def _parts(hidden_states: Tensor, held: HeldLayers) -> Figures:
     """Milliseconds of each step around the layers, in bfloat16; what is left of the difference is gRPC's."""
     packed = wire.pack_batch(hidden_states, None, None)
     request = wire.encode_request(packed, 2)
-    limits = wire.Limits(hidden_states.shape[-1], 1 << 20, 1 << 20)
+    limits = wire.CallLimits(hidden_states.shape[-1], 1 << 20, 1 << 20)
     reply = wire.encode_reply(packed.rows.bfloat16(), 2)
     message = request.SerializeToString()
     steps: dict[str, Callable[[], object]] = {
@@ -139,7 +140,7 @@ def bench_throughput(setting: Setting) -> Figures:
         stack.callback(process.stop)
         credentials = [Credentials(token_file=str(file)) for file in mine]
         clients = [
-            stack.enter_context(TrunkClient(process.address, expected, in_flight=1, credentials=own))
+            stack.enter_context(TrunkConnection(process.address, expected, in_flight=1, credentials=own))
             for own in credentials
         ]
         for client in clients:
@@ -183,8 +184,8 @@ def _merge(requests: list[Packed], max_tokens: int) -> list[Tensor]:
     return batches
 
 
-def _call_all(clients: list[TrunkClient], calls: list[list[Packed]], latencies: list[float]) -> None:
-    def caller(client: TrunkClient, mine: list[Packed]) -> None:
+def _call_all(clients: list[TrunkConnection], calls: list[list[Packed]], latencies: list[float]) -> None:
+    def caller(client: TrunkConnection, mine: list[Packed]) -> None:
         for packed in mine:
             started = time.perf_counter()
             client._call(packed)
@@ -213,10 +214,10 @@ def bench_hiding(setting: Setting) -> Figures:
     with ExitStack() as stack:
         process = Server(folder, 2, 2)
         stack.callback(process.stop)
-        near = stack.enter_context(TrunkClient(process.address, expected))
+        near = stack.enter_context(TrunkConnection(process.address, expected))
         near.connect()
         line = stack.enter_context(relay_line(process.port, _ROUND_TRIP_S / 2))
-        far = stack.enter_context(TrunkClient(line.address, expected))
+        far = stack.enter_context(TrunkConnection(line.address, expected))
         far.connect()
         print("\nseconds a step: measured (formula)")
         for key, batch, seq in (("latency-hiding", 4, 96), ("latency-hiding-small", 1, 16)):
@@ -225,15 +226,15 @@ def bench_hiding(setting: Setting) -> Figures:
 
 
 def _hidden(
-    key: str, folder: Path, near: TrunkClient, far: TrunkClient, shape: tuple[int, int], repeats: int
+    key: str, folder: Path, near: TrunkConnection, far: TrunkConnection, shape: tuple[int, int], repeats: int
 ) -> Figures:
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(0, 512, shape, generator=generator) for _ in range(_ACCUMULATION)]
     batches = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids]
     hidden_states = torch.randn(*shape, 256, generator=generator)
 
-    def step(trunk: TrunkClient, in_flight: int) -> Callable[[], object]:
-        model = adapters.attach(load_client(folder, 2, 2, trunk), Lora(), train_bottom=True, seed=0)
+    def step(trunk: TrunkConnection, in_flight: int) -> Callable[[], object]:
+        model = adapters.attach(load_ends(folder, 2, 2, trunk), Lora(), train_bottom=True, seed=0)
         model.train()
         return lambda: accumulate(model, batches, in_flight)
 
@@ -296,13 +297,13 @@ def bench_bytes(setting: Setting) -> Figures:
 
     def trained(trunk: Trunk, seed: int) -> tuple[int, Callable[[], float]]:
         """Tokens of a training, and its held-out loss, which asks the trunk once more."""
-        examples = data.load_examples(Data(path=str(texts), max_length=96), NodeConfig(), tokenizer, seed)
-        client = load_client(folder, 2, 2, trunk, surrogate="blocks", surrogate_layers=2)
+        examples = load_examples(Data(path=str(texts), max_length=96), NodeConfig(), tokenizer, seed)
+        client = load_ends(folder, 2, 2, trunk, surrogate="blocks", surrogate_layers=2)
         model = adapters.attach(client, Lora(), train_bottom=True, seed=seed)
         batches = training_batches(examples.train, tokenizer, config.batch_size, seed, 0)
         done = train.train_round(model, train.make_optimizer(model, config), batches, config)
         heldout = heldout_batches(examples.heldout, tokenizer, 16)
-        return done.num_tokens, lambda: train.evaluate(model, heldout)
+        return done.num_tokens, lambda: evaluate(model, heldout)
 
     codes: dict[str, Code] = {"float32": Tensor.float, "int8": _int8, "int8-per-token": _int8_per_token}
     for seed in range(setting.seeds):
@@ -310,7 +311,7 @@ def bench_bytes(setting: Setting) -> Figures:
             with ExitStack() as stack:
                 port = int(stack.enter_context(server.embedded(held)).rpartition(":")[2])
                 line = stack.enter_context(relay_line(port))
-                trunk = stack.enter_context(TrunkClient(line.address, expected, wire_dtype=dtype))
+                trunk = stack.enter_context(TrunkConnection(line.address, expected, wire_dtype=dtype))
                 num_tokens, loss = trained(trunk, seed)
                 ratios.setdefault(name, []).append(line.num_bytes / num_tokens / (4 * 4 * expected.hidden_size))
                 losses.setdefault(dtype, []).append(loss())

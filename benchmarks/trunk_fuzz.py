@@ -19,7 +19,7 @@ from fl_split.trunk.messages import Decode, decode_forward, decode_pull
 
 FORWARD, PULL = f"/{wire.SERVICE}/Forward", f"/{wire.EXACT_SERVICE}/Pull"
 HIDDEN = 64
-LIMITS = wire.Limits(HIDDEN, 256, 64)
+LIMITS = wire.CallLimits(HIDDEN, 256, 64)
 
 
 @dataclass(frozen=True)

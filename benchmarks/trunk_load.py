@@ -22,11 +22,11 @@ from fl_split import wire
 from fl_split.config import Lora
 from fl_split.errors import TrunkUnavailable
 from fl_split.model import adapters
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.loss import accumulate
 from fl_split.model.trunk import LocalTrunk
 from fl_split.node.expected import Expected
-from fl_split.node.trunk_client import TrunkClient
+from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk.access import add_token
 from fl_split.trunk.layers import hold_layers
@@ -194,7 +194,7 @@ def bench_soak(setting: Any) -> Figures:
         for replica in replicas:
             stack.callback(lambda r=replica: r.process.kill())
         address = ",".join(replica.address for replica in replicas)
-        client = stack.enter_context(TrunkClient(address, expected, wire_dtype="float32", timeout_s=120))
+        client = stack.enter_context(TrunkConnection(address, expected, wire_dtype="float32", timeout_s=120))
         client.connect()
         works: list[Callable[[Counter[str]], None]] = [
             *(partial(_churn, replica, expected, seed, stop) for seed, replica in enumerate(replicas)),
@@ -241,7 +241,7 @@ def _churn(replica: Server, expected: Expected, seed: int, stop: threading.Event
         stop.wait(rng.uniform(0.0, 2.0))
         replica.start()
         while not stop.is_set():
-            with TrunkClient(replica.address, expected, timeout_s=1) as probe, suppress(TrunkUnavailable):
+            with TrunkConnection(replica.address, expected, timeout_s=1) as probe, suppress(TrunkUnavailable):
                 probe.connect()
                 break
 
@@ -256,7 +256,7 @@ def _traffic(
 ) -> None:
     """Requests of mixed sizes, padded on either side or not; each answer is compared with the trunk's in here."""
     rng = random.Random()  # what is asked when depends on the kills anyway
-    with TrunkClient(address, expected, wire_dtype=dtype, timeout_s=120) as client:
+    with TrunkConnection(address, expected, wire_dtype=dtype, timeout_s=120) as client:
         while not stop.is_set():
             batch, seq = rng.randint(1, 6), rng.choice([1, 7, 60, 200])
             hidden_states, lengths = torch.randn(batch, seq, 256), torch.randint(1, seq + 1, (batch, 1))
@@ -296,7 +296,7 @@ def _nuisance(replicas: list[Server], stop: threading.Event, counts: Counter[str
 
 
 def _train(folder: Path, trunk: Any, go_on: Callable[[int, float], bool]) -> list[float]:
-    model = adapters.attach(load_client(folder, 2, 2, trunk), Lora(), train_bottom=True, seed=0)
+    model = adapters.attach(load_ends(folder, 2, 2, trunk), Lora(), train_bottom=True, seed=0)
     model.train()
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(params, lr=0.02)

@@ -239,17 +239,17 @@ def surrogate_fit(
 ) -> None:
     """Fit a surrogate whose gradient is the trunk's, to public text; the owner does it once per model and split."""
     from fl_split.model.checkpoint import resolve_model
-    from fl_split.tools import fit_surrogate as matching
+    from fl_split.tools import fit_surrogate
 
     _log_to_stderr()
-    fit = matching.Fit(layers, steps, batch_size, length, lr, seed)
+    fit = fit_surrogate.Fit(layers, steps, batch_size, length, lr, seed)
     with _errors():
         folder = resolve_model(model, revision)
         if text:
-            ids = matching.read_text(text, folder, length)
+            ids = fit_surrogate.read_text(text, folder, length)
         else:
-            ids = matching.sample_text(folder, min(4096, max(128, steps * batch_size // 2)), length, seed)
-        card = matching.fit(folder, bottom_layers, top_layers, ids, fit, out)
+            ids = fit_surrogate.sample_text(folder, min(4096, max(128, steps * batch_size // 2)), length, seed)
+        card = fit_surrogate.fit(folder, bottom_layers, top_layers, ids, fit, out)
     for name, value in card.items():
         print(f"{name:22} {value}")
 

@@ -8,12 +8,17 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from flwr.common.config import flatten_dict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fl_split.errors import ConfigError
+from fl_split.errors import ConfigError, explain_invalid
+
+if TYPE_CHECKING:
+    import torch
+
+_KEYS = "the table of keys in docs/configuration.md"
 
 _PAIR = re.compile(r"""(\S+?)=('[^']*'|"[^"]*"|\S+)""")  # as Flower finds them
 _QUOTES = "strings need quotes, as in 'run.name=\"mine\"'"
@@ -47,6 +52,18 @@ class Model(_Section):
     revision: str = Field("", description="branch, tag or commit of a Hugging Face id; empty: the default branch")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights, on nodes and trunk")
 
+    @property
+    def is_local(self) -> bool:
+        """Whether `name` stands for a folder of this machine, not for a model of the hub."""
+        return is_local_model(self.name)
+
+    @property
+    def torch_dtype(self) -> "torch.dtype":
+        """`dtype` as torch has it; imported only here: commands that need no model read the configuration, too."""
+        import torch
+
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
 
 class Split(_Section):
     """Where the model is cut."""
@@ -75,6 +92,21 @@ class Surrogate(_Section):
         description="while a surrogate is trained on the node: at every so many micro-batches ask the trunk about "
         "randomly shifted hidden states, too, and fit the surrogate's slope to the answer; 0: never",
     )
+
+    @property
+    def trains_bottom(self) -> bool:
+        """Whether the bottom gets a gradient; without one it has no adapter either."""
+        return self.kind != "none"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the surrogate itself is trained on the way."""
+        return self.kind == "distilled" or (self.kind == "matched" and self.distill)
+
+    @property
+    def num_kept(self) -> int:
+        """How many of the trunk's layers a node keeps as they are."""
+        return self.layers if self.kind in ("blocks", "distilled") else 0
 
 
 class Lora(_Section):
@@ -281,7 +313,7 @@ class RunConfig(_Section):
                 f"{self.aggregation.combine!r} and {self.aggregation.tensors!r}: its update is not alpha/rank * B A, "
                 "and its magnitudes belong to A and B together"
             )
-        if self.surrogate.kind == "none" and self.aggregation.share in ("bottom", "both"):
+        if not self.surrogate.trains_bottom and self.aggregation.share in ("bottom", "both"):
             raise ValueError(
                 f"aggregation.share={self.aggregation.share!r} shares a bottom adapter, but surrogate.kind='none' "
                 "makes none: use aggregation.share='top', or another surrogate"
@@ -326,7 +358,7 @@ class RunConfig(_Section):
         try:
             return cls.model_validate(nested)
         except ValidationError as error:
-            raise ConfigError("wrong configuration:\n" + "\n".join(_explain(e) for e in error.errors())) from None
+            raise ConfigError("wrong configuration:\n" + explain_invalid(error, _KEYS)) from None
 
     def to_flat(self) -> dict[str, Scalar]:
         """Inverse of `from_flat`: every key as the user writes it."""
@@ -484,7 +516,7 @@ class NodeConfig(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise ConfigError("wrong node-config:\n" + "\n".join(_explain(e) for e in error.errors())) from None
+            raise ConfigError("wrong node-config:\n" + explain_invalid(error, _KEYS)) from None
 
     def lora(self, of_run: Lora) -> Lora:
         """The run's adapters with this node's own rank, if it has one."""
@@ -495,6 +527,11 @@ class NodeConfig(BaseModel):
         if self.out_dir:
             return absolute("out-dir", self.out_dir) / run_name
         return config.run.root / run_name / "nodes" / str(self.partition_id)
+
+
+def is_local_model(name: str) -> bool:
+    """Whether a model's name stands for a folder of this machine: the demo's, or an absolute or ``~`` path."""
+    return name == "demo" or name.startswith(("/", "~"))
 
 
 def absolute(key: str, path: str) -> Path:
@@ -509,11 +546,3 @@ def absolute(key: str, path: str) -> Path:
             f"{key}={path!r} is relative, and Flower runs apps in folders of its own: write it from / or ~"
         )
     return expanded
-
-
-def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"  {key}: no such key; see the table of keys in docs/configuration.md"
-    text = error["msg"].removeprefix("Value error, ")
-    return f"  {key}={error['input']!r}: {text[0].lower()}{text[1:]}" if key else f"  {text}"

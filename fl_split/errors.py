@@ -17,6 +17,11 @@
 Messages travel: Flower sends the text of a node's exception to the server. None may hold private data.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class FLSplitError(Exception):
     """Root of every error that fl-split raises on purpose."""
@@ -68,3 +73,22 @@ class AggregationError(FLSplitError):
 
 class RoundFailed(FLSplitError):
     """Fewer nodes finished a round than ``aggregation.min-nodes``."""
+
+
+def explain_invalid(error: "ValidationError", see: str) -> str:
+    """Say what is wrong with a configuration: a line for each key, as the user wrote it.
+
+    Args:
+        error: Of the whole configuration.
+        see: Where its keys are listed.
+    """
+    lines = []
+    for each in error.errors():
+        key, text = ".".join(str(part) for part in each["loc"]), each["msg"].removeprefix("Value error, ")
+        if each["type"] == "extra_forbidden":
+            lines.append(f"  {key}: no such key; see {see}")
+        elif each["type"] == "value_error":  # a combination: its input is a whole section
+            lines.append(f"  {key}: {text}" if key else f"  {text}")
+        else:
+            lines.append(f"  {key}={each['input']!r}: {text[0].lower()}{text[1:]}" if key else f"  {text}")
+    return "\n".join(lines)

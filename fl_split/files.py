@@ -10,6 +10,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+KEPT_ROUNDS = 2  # of a run or a node: the server may have lost the last one, and then asks for it again
+
 
 def cache_folder() -> Path:
     """Where things are kept that can be had again: ``$XDG_CACHE_HOME`` or ``~/.cache``, then ``fl-split``."""

@@ -165,7 +165,7 @@ class Packed:
 
 
 def pack_batch(hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Packed:
-    """What of one forward pass goes to the trunk; shapes as in `remote.Trunk.start`.
+    """What of one forward pass goes to the trunk; shapes as in `slots.Trunk.start`.
 
     Without a mask, positions that start anew begin another document of the same row, which transformers keeps apart
     from the one before: here it becomes a sequence of its own.
@@ -217,7 +217,7 @@ def encode_request(packed: Packed, dtype: pb.DType) -> pb.ForwardRequest:
 
 
 @dataclass(frozen=True)
-class Limits:
+class CallLimits:
     """What one call may hold."""
 
     hidden_size: int
@@ -225,7 +225,7 @@ class Limits:
     max_sequence_length: int
 
 
-def decode_request(request: pb.ForwardRequest, limits: Limits) -> Packed:
+def decode_request(request: pb.ForwardRequest, limits: CallLimits) -> Packed:
     """Inverse of `encode_request`, for input that nobody vouches for.
 
     Raises:
@@ -271,7 +271,7 @@ def encode_pull(packed: Packed, gradient: Tensor, dtype: pb.DType) -> pb.PullReq
     return pb.PullRequest(forward=encode_request(packed, dtype), gradient=encode_rows(gradient, dtype)[0])
 
 
-def decode_pull(request: pb.PullRequest, limits: Limits) -> tuple[Packed, Tensor]:
+def decode_pull(request: pb.PullRequest, limits: CallLimits) -> tuple[Packed, Tensor]:
     """Inverse of `encode_pull`, for input that nobody vouches for.
 
     Raises:

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from fl_split import demo
 from fl_split.config import RunConfig
 from fl_split.model import adapters
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node.state import NodeFolder
 
@@ -98,7 +98,7 @@ def trained_node(run: Path, number: int, base: Path, received: dict[str, Tensor]
     config = RunConfig.from_flat(about["config"])
     ends = config.split.bottom_layers, config.split.top_layers
     trunk, labels = LocalTrunk(load_trunk(base, *ends)), config.data.label_names
-    client = load_client(base, *ends, trunk, surrogate="identity", labels=labels)
+    client = load_ends(base, *ends, trunk, surrogate="identity", labels=labels)
     client.config.pad_token_id = 0
     lora = config.lora.model_copy(update={"rank": rank})
     model = adapters.attach(client, lora, train_bottom=True, seed=0)

@@ -24,11 +24,11 @@ import server_app
 from fl_split.config import Lora, RunConfig, Train
 from fl_split.errors import NodeStateError, RoundFailed, SplitError, TrunkUnavailable
 from fl_split.model import adapters
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node import train
 from fl_split.node.expected import Expected
-from fl_split.node.trunk_client import TrunkClient
+from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.trunk import server
 from fl_split.trunk.layers import hold_layers
 
@@ -177,7 +177,7 @@ def test_missing_trunk_is_an_error_that_says_what_to_do(run: Run) -> None:
 
 
 def test_unmodified_transformers_trainer_trains_a_client(demo_model: Path, tmp_path: Path) -> None:
-    client = load_client(demo_model, 2, 2, LocalTrunk(load_trunk(demo_model, 2, 2)))
+    client = load_ends(demo_model, 2, 2, LocalTrunk(load_trunk(demo_model, 2, 2)))
     model = adapters.attach(client, Lora(), train_bottom=True, seed=0)
     ids = torch.randint(3, client.config.vocab_size, (16, 12), generator=torch.Generator().manual_seed(0))
     rows = [{"input_ids": row, "labels": row} for row in ids]
@@ -236,8 +236,8 @@ def test_trunk_killed_and_restarted_in_mid_round_loses_no_step(
     config = Train.model_validate({"steps": 6})
 
     def trained(disturb: Callable[[int], None]) -> dict[str, torch.Tensor]:
-        with TrunkClient(address, expected, timeout_s=120) as trunk:
-            model = adapters.attach(load_client(demo_model, 2, 2, trunk), Lora(), train_bottom=True, seed=0)
+        with TrunkConnection(address, expected, timeout_s=120) as trunk:
+            model = adapters.attach(load_ends(demo_model, 2, 2, trunk), Lora(), train_bottom=True, seed=0)
             train.train_round(model, train.make_optimizer(model, config), iter(batches), config, on_step=disturb)
             return adapters.adapter_state(model)
 
@@ -249,7 +249,7 @@ def test_trunk_that_stays_away_is_an_error_within_the_time_limit(demo_model: Pat
     expected = Expected.from_checkpoint(demo_model, 2, 2)
     started = time.monotonic()
     with (
-        TrunkClient("127.0.0.1:9", expected, timeout_s=1) as trunk,
+        TrunkConnection("127.0.0.1:9", expected, timeout_s=1) as trunk,
         pytest.raises(TrunkUnavailable, match="tried for 1 s"),
     ):
         trunk.connect()

@@ -22,7 +22,7 @@ from fl_split.config import NodeConfig, RunConfig
 from fl_split.data.batches import prepare_tokenizer
 from fl_split.data.load import load_examples
 from fl_split.model import adapters
-from fl_split.model.slots import RemoteTrunk
+from fl_split.model.slots import TrunkCalls
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk import server
 from fl_split.trunk.layers import hold_layers
@@ -77,13 +77,13 @@ def run_app(tmp_path: Path, **changes: Any) -> InProcessGrid:
 def test_only_hidden_states_reach_the_trunk(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: Sent = []
     outputs: list[Tensor] = []  # of the last bottom layer, packed as on the wire
-    start = RemoteTrunk.start
+    start = TrunkCalls.start
 
-    def spy(self: RemoteTrunk, hidden_states: Tensor, training: bool) -> None:
+    def spy(self: TrunkCalls, hidden_states: Tensor, training: bool) -> None:
         outputs.append(wire.pack(hidden_states, self._thread.context[0])[0])
         start(self, hidden_states, training)
 
-    monkeypatch.setattr(RemoteTrunk, "start", spy)
+    monkeypatch.setattr(TrunkCalls, "start", spy)
     with tapped_trunk(demo_model, sent) as address:
         run_app(tmp_path, **{"trunk.address": address, "trunk.in-flight": 1})
 

@@ -10,7 +10,7 @@ from fl_split import wire
 from fl_split.errors import WireError
 from fl_split.proto import trunk_pb2 as pb
 
-LIMITS = wire.Limits(hidden_size=8, max_tokens=64, max_sequence_length=16)
+LIMITS = wire.CallLimits(hidden_size=8, max_tokens=64, max_sequence_length=16)
 
 
 def rows_of(num_rows: int, hidden_size: int, seed: int = 0) -> Tensor:

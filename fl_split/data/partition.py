@@ -13,10 +13,10 @@ import torch
 from fl_split.config import Data
 from fl_split.errors import ConfigError, DataError
 
-Row = dict[str, Any]
+Values = dict[str, Any]  # of a row, by column
 
 
-def owners(rows: Iterable[Row], config: Data, num_partitions: int, seed: int) -> list[int]:
+def owners(rows: Iterable[Values], config: Data, num_partitions: int, seed: int) -> list[int]:
     """Which node each row belongs to; the same on each node that asks with the same arguments.
 
     Args:
@@ -42,7 +42,7 @@ def owners(rows: Iterable[Row], config: Data, num_partitions: int, seed: int) ->
     return found
 
 
-def _values(rows: Iterable[Row], config: Data) -> list[str]:
+def _values(rows: Iterable[Values], config: Data) -> list[str]:
     """What to go by, as text; empty for those that go by number of rows alone."""
     if config.partitioner not in ("column", "dirichlet", "pathological"):
         return ["" for _ in rows]

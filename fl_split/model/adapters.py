@@ -1,6 +1,6 @@
-"""LoRA adapters of a client, and a classifier's head: attach them, tell private from shared, export them.
+"""LoRA adapters of the ends, and a classifier's head: attach them, tell private from shared, export them.
 
-A client's module names are those of the full model, so its PEFT adapter *is* an adapter of the full model.
+Module names of the ends are those of the full model, so their PEFT adapter *is* an adapter of the full model.
 What leaves the node: `shared_state` decides it, by name, and nothing else reads adapter weights for a reply.
 """
 
@@ -26,18 +26,18 @@ from transformers.pytorch_utils import Conv1D
 
 from fl_split.config import Aggregation, Lora, Share
 from fl_split.errors import ConfigError, NodeStateError
-from fl_split.model.client import head_of
+from fl_split.model.ends import head_of
 from fl_split.model.loading import boundaries_of
 
 Part = Literal["bottom", "trunk", "top"]
 Variant = Literal["lora", "rslora", "dora"]
 
 
-def attach(client: PreTrainedModel, lora: Lora, *, train_bottom: bool, seed: int) -> PeftModel:
-    """Put LoRA on the layers that a client holds and can train; a classifier's head is trained whole, in float32.
+def attach(ends: PreTrainedModel, lora: Lora, *, train_bottom: bool, seed: int) -> PeftModel:
+    """Put LoRA on the layers that a node holds and can train; a classifier's head is trained whole, in float32.
 
     Args:
-        client: From `split.load_client`; mutated.
+        ends: From `load_ends`; mutated.
         lora: Variant, rank, alpha, dropout and target modules.
         train_bottom: False leaves the bottom without an adapter, for ``surrogate.kind = "none"``, which gives it no
             gradient: never an adapter that cannot learn.
@@ -46,17 +46,17 @@ def attach(client: PreTrainedModel, lora: Lora, *, train_bottom: bool, seed: int
     Raises:
         ConfigError: `lora.target-modules` names nothing in these layers.
     """
-    cut = boundaries_of(client)
+    cut = boundaries_of(ends)
     layers = [*(cut.bottom if train_bottom else ()), *cut.top]
-    linear = _linear_modules(client, layers)
-    head = head_of(client)
+    linear = _linear_modules(ends, layers)
+    head = head_of(ends)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=lora.dropout,
         use_rslora=lora.variant == "rslora",
         use_dora=lora.variant == "dora",
-        target_modules=_target_modules(linear, client.config.model_type, lora.target_modules),
+        target_modules=_target_modules(linear, ends.config.model_type, lora.target_modules),
         fan_in_fan_out=Conv1D in linear.values(),
         layers_to_transform=layers,
         layers_pattern=cut.layers_name,
@@ -65,11 +65,11 @@ def attach(client: PreTrainedModel, lora: Lora, *, train_bottom: bool, seed: int
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = cast(PeftModel, get_peft_model(client, config, low_cpu_mem_usage=client.device.type == "meta"))
+        model = cast(PeftModel, get_peft_model(ends, config, low_cpu_mem_usage=ends.device.type == "meta"))
     for module in _heads(model):  # PEFT makes LoRA float32 on a base in bfloat16, but not these
         module.modules_to_save.float()
         module.register_forward_pre_hook(_to_float32)
-    if client.device.type != "meta":
+    if ends.device.type != "meta":
         load_adapter_state(model, fresh_state(adapter_shapes(model), seed))
     return model
 
@@ -99,33 +99,33 @@ def fresh_state(shapes: Mapping[str, torch.Size], seed: int) -> dict[str, Tensor
     return state
 
 
-def _linear_modules(client: PreTrainedModel, layers: list[int]) -> dict[str, type[nn.Module]]:
-    """Last name and class of each linear module inside the layers."""
-    stack = client.base_model.get_submodule(boundaries_of(client).layers_path)
+def _linear_modules(ends: PreTrainedModel, layers: list[int]) -> dict[str, type[nn.Module]]:
+    """Find the linear modules inside the layers: the last part of their names, and their class."""
+    stack = ends.base_model.get_submodule(boundaries_of(ends).layers_path)
     found = {
         path.rsplit(".", 1)[-1]: type(module)
         for i in layers
         for path, module in stack.get_submodule(str(i)).named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     }
-    return {name: kind for name, kind in found.items() if not _means_experts(client, name)}
+    return {name: kind for name, kind in found.items() if not _means_experts(ends, name)}
 
 
-def _means_experts(client: PreTrainedModel, name: str) -> bool:
-    """Whether PEFT would take the name for the experts of *all* layers, the trunk's included, as it was in old models.
+def _means_experts(ends: PreTrainedModel, name: str) -> bool:
+    """Tell whether PEFT would take the name for the experts of *all* layers, as it was in old models, the trunk's too.
 
     It does so in some mixtures of experts whose first layers, or shared experts, have linears of the experts' names.
     """
     trial = LoraConfig(target_modules=[name])
     try:
-        convert_peft_config_for_transformers(trial, client, None)
+        convert_peft_config_for_transformers(trial, ends, None)
     except ValueError:  # one name of several that were fused
         return True
     return bool(trial.target_parameters)
 
 
 def _target_modules(linear: Iterable[str], model_type: str, wanted: str) -> list[str]:
-    """Names of modules; never a pattern, which would match other layers of the full model."""
+    """Name the modules to adapt; never by a pattern, which would match other layers of the full model."""
     if wanted == "all-linear":
         return sorted(linear)
     names = [name.strip() for name in wanted.split(",") if name.strip()]
@@ -161,7 +161,7 @@ def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
 
 
 def part_of(model: PeftModel, name: str) -> Part:
-    """Which part of the model a weight belongs to; on a client, the trunk's are those of its surrogate."""
+    """Which part of the model a weight belongs to; of the ends, the trunk's are those of the surrogate."""
     cut, layer = boundaries_of(model.get_base_model()), _layer_of(model, name)
     if layer is None:
         return "top"  # outside the layers: the head

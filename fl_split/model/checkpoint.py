@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from fl_split import demo
-from fl_split.config import Kind
+from fl_split.config import Kind, is_local_model
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries
@@ -79,7 +79,7 @@ def resolve_model(name: str, revision: str, needs: Callable[[PretrainedConfig], 
     """
     if name == "demo":
         return demo.model_folder()
-    if name.startswith(("/", "~")):
+    if is_local_model(name):
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
             raise ConfigError(
@@ -103,7 +103,7 @@ def resolve_model(name: str, revision: str, needs: Callable[[PretrainedConfig], 
 
 
 def _files_needed(folder: Path, needs: Callable[[PretrainedConfig], Needs] | None) -> list[str]:
-    """Names or patterns of the files with weights, of a checkpoint of which everything else is in `folder`."""
+    """Name the files with needed weights, or give a pattern; all else of the checkpoint is in `folder` already."""
     index = folder / INDEX
     if needs is None or not index.is_file():
         return ["*.safetensors"]
@@ -121,9 +121,8 @@ def read_config(name: str, revision: str = "") -> PretrainedConfig:
     Raises:
         ConfigError: There is none.
     """
-    local = name == "demo" or name.startswith(("/", "~"))
     try:
-        place = resolve_model(name, "") if local else name
+        place = resolve_model(name, "") if is_local_model(name) else name
         config: PretrainedConfig = AutoConfig.from_pretrained(place, revision=revision or "main")
         return config
     except (OSError, ValueError) as error:

@@ -112,7 +112,7 @@ class Distiller:
 
 
 def _real(attention_mask: Tensor | None) -> Any:
-    """Index of the tokens that are not padding."""
+    """Make an index of the tokens that are not padding."""
     return slice(None) if attention_mask is None else attention_mask.bool()
 
 

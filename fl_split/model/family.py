@@ -1,13 +1,15 @@
 """What a model family does around its layers, learnt from one shape-only forward pass; no per-family code.
 
-`split` needs to know where the layers are, how they return hidden states, and which modules before and after them make
-or change hidden states. All three are found out by running the model on the meta device with its layers left out.
+Who cuts a model needs to know where the layers are, how they return hidden states, and which modules before and after
+them make or change hidden states. All three are found out by running the model on the meta device with its layers left
+out.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fl_split.errors import SplitError
+
+_CANNOT_RUN = (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError, NotImplementedError)
+_BATCH, _SEQ = 3, 7  # of the pass without numbers
 
 
 class Hole(nn.Module):
@@ -92,11 +97,29 @@ def _examine(config: PretrainedConfig, auto: Any) -> Anatomy:
     ) from failure
 
 
-_CANNOT_RUN = (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError, NotImplementedError)
+def ancestors(base: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str]]:
+    """Walk from `base` down to the owner of the layers: prefix, module, name of the next."""
+    prefix, module = "", base
+    for name in path.split("."):
+        yield prefix, module, name
+        prefix, module = f"{prefix}{name}.", module.get_submodule(name)
+
+
+@contextmanager
+def all_left_out(layers: nn.ModuleList, as_tuple: bool) -> Iterator[None]:
+    """Put a hole in the place of every layer, for a while."""
+    real = list(layers)
+    try:
+        for i, layer in enumerate(real):
+            layers[i] = Hole(layer, as_tuple)
+        yield
+    finally:
+        for i, layer in enumerate(real):
+            layers[i] = layer
 
 
 def _skeleton(config: PretrainedConfig, auto: Any) -> PreTrainedModel:
-    """The whole model without weights."""
+    """Build the whole model without weights."""
     try:
         with torch.device("meta"):
             model: PreTrainedModel = auto.from_config(copy.deepcopy(config))
@@ -144,14 +167,6 @@ def _find_layers(base: nn.Module) -> tuple[str, nn.ModuleList]:
     )
 
 
-def owners(base: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str]]:
-    """Modules from `base` down to the owner of the layers: prefix, module, name of the next."""
-    prefix, module = "", base
-    for name in path.split("."):
-        yield prefix, module, name
-        prefix, module = f"{prefix}{name}.", module.get_submodule(name)
-
-
 def _find_edges(base: PreTrainedModel, path: str, as_tuple: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Run `base` with every layer a hole.
 
@@ -159,46 +174,43 @@ def _find_edges(base: PreTrainedModel, path: str, as_tuple: bool) -> tuple[tuple
         Modules whose output is, or is added to, the hidden states, and all that run after the layers; of the latter
         those whose output is no longer a vector per token.
     """
-    batch, seq = 3, 7
     layers = base.get_submodule(path)
     if not isinstance(layers, nn.ModuleList):
         raise TypeError(f"{path} is not a list of layers")
-    real = list(layers)
-    edges: list[str] = []
-    pools: list[str] = []
-    below = False  # whether the layers have been passed
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
-            shaped = isinstance(out, Tensor) and out.is_floating_point() and out.dim() == 3
-            if below or (shaped and tuple(out.shape[:2]) in ((batch, seq), (1, seq))):
-                edges.append(name)
-            if below and isinstance(out, Tensor) and tuple(out.shape[:2]) != (batch, seq):
-                pools.append(name)
-
-        return hook
-
-    def passed(*_: Any) -> None:
-        nonlocal below
-        below = True
-
+    watch = _Watch()
     handles = [
-        child.register_forward_hook(watch(prefix + name))
-        for prefix, owner, inner in owners(base, path)
+        child.register_forward_hook(partial(watch.saw, prefix + name))
+        for prefix, owner, inner in ancestors(base, path)
         for name, child in owner.named_children()
         if name != inner
     ]
     try:
-        for i, layer in enumerate(real):
-            layers[i] = Hole(layer, as_tuple)
-        base._init_weights(base)  # some look into their layers here, when they are loaded
-        handles.append(layers[-1].register_forward_hook(passed))
-        out = base(input_ids=torch.zeros(batch, seq, dtype=torch.long, device=base.device))[0]
-        if tuple(out.shape[:2]) != (batch, seq):
-            raise ValueError("hidden states came back in another shape")
+        with all_left_out(layers, as_tuple):
+            base._init_weights(base)  # some look into their layers here, when they are loaded
+            handles.append(layers[-1].register_forward_hook(watch.passed_layers))
+            out = base(input_ids=torch.zeros(_BATCH, _SEQ, dtype=torch.long, device=base.device))[0]
+            if tuple(out.shape[:2]) != (_BATCH, _SEQ):
+                raise ValueError("hidden states came back in another shape")
     finally:
         for handle in handles:
             handle.remove()
-        for i, layer in enumerate(real):
-            layers[i] = layer
-    return tuple(dict.fromkeys(edges)), tuple(dict.fromkeys(pools))
+    return tuple(dict.fromkeys(watch.edges)), tuple(dict.fromkeys(watch.pools))
+
+
+class _Watch:
+    """Notes, while a model runs, which modules around its layers make or change hidden states."""
+
+    def __init__(self) -> None:
+        self.edges: list[str] = []
+        self.pools: list[str] = []
+        self._below = False  # whether the layers have been passed
+
+    def saw(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
+        shaped = isinstance(out, Tensor) and out.is_floating_point() and out.dim() == 3
+        if self._below or (shaped and tuple(out.shape[:2]) in ((_BATCH, _SEQ), (1, _SEQ))):
+            self.edges.append(name)
+        if self._below and isinstance(out, Tensor) and tuple(out.shape[:2]) != (_BATCH, _SEQ):
+            self.pools.append(name)
+
+    def passed_layers(self, *_: Any) -> None:
+        self._below = True

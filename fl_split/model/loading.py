@@ -1,8 +1,8 @@
-"""A Hugging Face model -> the client's model and the trunk's model.
+"""Where a model is cut, and how a party loads its part without ever reading the rest.
 
-Both are ordinary models of the full config in which each layer that a party does not hold is a hole that passes
-the hidden states on. Module names, layer indices, masks, rotary tables, checkpoint keys and adapter keys stay
-those of the full model, so Hugging Face's own forward and loss, PEFT and `Trainer` work on a client unchanged.
+The ends and the trunk are ordinary models of the full config in which each layer that a party does not hold is a hole
+that passes the hidden states on. Module names, layer indices, masks, rotary tables, checkpoint keys and adapter keys
+stay those of the full model, so Hugging Face's own forward and loss, PEFT and `Trainer` work on the ends unchanged.
 """
 
 import json
@@ -14,10 +14,7 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fl_split.errors import SplitError
 from fl_split.model.family import Anatomy
@@ -33,7 +30,7 @@ class Boundaries:
     end: int
 
     @classmethod
-    def of(cls, anatomy: "Anatomy", bottom_layers: int, top_layers: int) -> "Boundaries":
+    def of(cls, anatomy: Anatomy, bottom_layers: int, top_layers: int) -> "Boundaries":
         """Cut a model so that the node holds its first and last layers.
 
         Raises:
@@ -71,14 +68,8 @@ class Boundaries:
         return range(self.end, self.num_layers)
 
 
-# --------------------------------------------------------------------------------------------------------- holes
-
-
-# ------------------------------------------------------------------------------------------------------- loading
-
-
 def boundaries_of(model: nn.Module) -> Boundaries:
-    """Where a client or a trunk was cut."""
+    """Where the ends or a trunk were cut."""
     return cast(Boundaries, model.boundaries)
 
 
@@ -91,7 +82,7 @@ def list_of_layers(base: nn.Module, anatomy: Anatomy) -> nn.ModuleList:
 
 
 def ignore_in_checkpoint(model: PreTrainedModel, pattern: str) -> None:
-    """Weights matching `pattern` belong to another party: do not warn that they are not used."""
+    """Do not warn that weights matching `pattern` are not used: they belong to another party."""
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), pattern}
 
 
@@ -103,7 +94,22 @@ def load_around_holes(
     dtype: torch.dtype,
     **options: Any,
 ) -> tuple[Any, set[str]]:
-    """`from_pretrained` of a class that digs its holes as it is built, so that their weights are never read."""
+    """Load a model that digs its holes as it is built, so that their weights are never read.
+
+    Args:
+        model_class: Of the full model.
+        folder: Its checkpoint.
+        config: Its configuration.
+        dig: Puts the holes into a model that was just built.
+        dtype: Of the weights.
+        options: For transformers' `from_pretrained`.
+
+    Returns:
+        The model, and the names of the weights that the checkpoint lacks or has in another shape.
+
+    Raises:
+        SplitError: The folder holds no weights that can be loaded.
+    """
 
     def init(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
@@ -132,7 +138,7 @@ def load_around_holes(
 
 
 def _partial_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The weights at hand, not read yet, where some files of a checkpoint are not here: another party needs those."""
+    """Open the weights at hand, not read yet, if some files of a checkpoint are missing, which another party needs."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return None

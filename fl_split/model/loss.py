@@ -72,7 +72,7 @@ def _to_device(batch: Batch, model: PeftModel) -> Batch:
 
 
 def _autocast(model: PeftModel) -> AbstractContextManager[object]:
-    """Mixed precision where the device is made for it."""
+    """Use mixed precision where the device is made for it."""
     if model.device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return nullcontext()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fl_split.errors import SplitError
-from fl_split.model.slots import remote_trunk_of
+from fl_split.model.slots import trunk_calls_of
 
 _LENGTHS = (5, 9)  # tokens of two random examples
 _TOLERANCE = 0.1  # of the difference that sharing attention makes; what rounding makes is far below
@@ -26,7 +26,7 @@ class _Nowhere:
         return done
 
 
-def check_packing(client: PreTrainedModel) -> None:
+def check_packing(ends: PreTrainedModel) -> None:
     """Run two random examples through the node's own layers, alone and packed; nothing leaves the node.
 
     The trunk needs no check: it gets packed examples as sequences of their own (`wire.pack_batch`).
@@ -35,30 +35,31 @@ def check_packing(client: PreTrainedModel) -> None:
         SplitError: The examples see each other.
     """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(client.config.vocab_size, (1, sum(_LENGTHS)), generator=generator).to(client.device)
-    positions = torch.cat([torch.arange(n) for n in _LENGTHS])[None].to(client.device)
+    ids = torch.randint(ends.config.vocab_size, (1, sum(_LENGTHS)), generator=generator).to(ends.device)
+    positions = torch.cat([torch.arange(n) for n in _LENGTHS])[None].to(ends.device)
 
     def last(**inputs: Tensor) -> Tensor:
-        return cast(Tensor, client(**inputs).logits)[0, -1].float()
+        return cast(Tensor, ends(**inputs).logits)[0, -1].float()
 
-    alone = _offline(client, lambda: last(input_ids=ids[:, _LENGTHS[0] :]))
-    packed = _offline(client, lambda: last(input_ids=ids, position_ids=positions))
-    mixed = _offline(client, lambda: last(input_ids=ids))
+    alone = _offline(ends, lambda: last(input_ids=ids[:, _LENGTHS[0] :]))
+    packed = _offline(ends, lambda: last(input_ids=ids, position_ids=positions))
+    mixed = _offline(ends, lambda: last(input_ids=ids))
     if (packed - alone).norm() > _TOLERANCE * (mixed - alone).norm():
         raise SplitError(
-            f"data.packing=true is not exact for {client.config.model_type}: packed examples would see each other; set "
+            f"data.packing=true is not exact for {ends.config.model_type}: packed examples would see each other; set "
             "data.packing=false, and data.group-by-length=true for less padding"
         )
 
 
-def _offline(client: nn.Module, call: Callable[[], Tensor]) -> Tensor:
-    remote, training = remote_trunk_of(client), client.training
-    trunk = remote.trunk
-    remote.trunk = _Nowhere()
-    client.eval()
+def _offline(ends: nn.Module, call: Callable[[], Tensor]) -> Tensor:
+    """Make a call with a trunk that passes hidden states on; then all is as it was."""
+    calls, training = trunk_calls_of(ends), ends.training
+    trunk = calls.trunk
+    calls.trunk = _Nowhere()
+    ends.eval()
     try:
         with torch.no_grad():
             return call()
     finally:
-        remote.trunk = trunk
-        client.train(training)
+        calls.trunk = trunk
+        ends.train(training)

@@ -8,17 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-Arrays = Mapping[str, Tensor]
-
-
+Arrays = Mapping[str, Tensor]  # by name
 Factors = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank]; they stand for B A
 
-
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
-
-
-RESIDUAL_A, RESIDUAL_B = ".residual_A.weight", ".residual_B.weight"
-
+RESIDUAL_A, RESIDUAL_B = ".residual_A.weight", ".residual_B.weight"  # what became part of the model
 
 _NEGLIGIBLE = 1e-7  # of the largest singular value: float32 cannot hold less
 
@@ -26,6 +20,11 @@ _NEGLIGIBLE = 1e-7  # of the largest singular value: float32 cannot hold less
 def modules(arrays: Arrays) -> list[str]:
     """Names of the modules whose A *and* B are at hand, in order."""
     return [module for module in prefixes(arrays, LORA_A) if module + LORA_B in arrays]
+
+
+def prefixes(arrays: Arrays, ending: str) -> list[str]:
+    """Names of the modules that have an array of this ending, in order."""
+    return [name.removesuffix(ending) for name in arrays if name.endswith(ending)]
 
 
 def add(products: Sequence[Factors]) -> Factors:
@@ -50,8 +49,3 @@ def truncate(factors: Factors, rank: int | None = None) -> Factors:
     if rank is None:
         rank = max(1, int((s > _NEGLIGIBLE * s[0]).sum()))
     return (v[:rank] @ q_a.T).float().contiguous(), (q_b @ (u[:, :rank] * s[:rank])).float().contiguous()
-
-
-def prefixes(arrays: Arrays, ending: str) -> list[str]:
-    """Names of the modules that have an array of this ending, in order."""
-    return [name.removesuffix(ending) for name in arrays if name.endswith(ending)]

@@ -1,8 +1,8 @@
-"""A client's way through its trunk: the call begins at the trunk's first layer and is joined at its last.
+"""The way of hidden states from bottom to top: a call that begins at the trunk's first layer and ends at its last.
 
 Data path: bottom -> **first slot starts the call -> the surrogate's layers meanwhile -> last slot joins** -> top.
 
-What leaves the node: what `RemoteTrunk.start` hands to the trunk, and nothing else (hidden states after the bottom, or
+What leaves the node: what `TrunkCalls.start` hands to the trunk, and nothing else (hidden states after the bottom, or
 a random step away from them, the padding mask, position ids).
 """
 
@@ -22,7 +22,7 @@ from fl_split.model.turns import in_turn
 
 
 class Trunk(Protocol):
-    """Whatever runs the middle layers: a remote service or a model in this process."""
+    """Whatever runs the middle layers: a service or a model in this process."""
 
     def start(
         self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
@@ -50,8 +50,8 @@ class ExactTrunk(Trunk, Protocol):
         ...
 
 
-class RemoteTrunk:
-    """One client model's calls to its trunk: begun at the trunk's first layer, joined at its last.
+class TrunkCalls:
+    """The calls of one model to its trunk: begun at the trunk's first layer, finished at its last.
 
     Plain Python, not a module: the model owns it through its slots. What is in flight is kept per thread.
     """
@@ -79,7 +79,7 @@ class RemoteTrunk:
         if self._thread.probe is not None:
             self._thread.surrogate.append(layer)
 
-    def join(self, surrogate: Tensor) -> Tensor:
+    def finish(self, surrogate: Tensor) -> Tensor:
         """Wait for the trunk's output and give it the surrogate's Jacobian, ``[batch, seq, hidden]``."""
         mine = self._thread
         hidden_states: Tensor = mine.pending.result()
@@ -100,26 +100,26 @@ class RemoteTrunk:
 
 
 class TrunkSlot(Hole):
-    """The place of one trunk layer on a client: a hole, or a layer kept as part of the surrogate.
+    """The place of one trunk layer between a node's ends: a hole, or a layer kept as part of the surrogate.
 
-    The first slot starts the call, the last one joins it. A kept layer steps aside when there is no gradient to make.
+    The first slot starts the call, the last finishes it. A kept layer steps aside when there is no gradient to make.
     """
 
-    def __init__(self, layer: nn.Module, as_tuple: bool, remote: RemoteTrunk, first: bool, last: bool) -> None:
+    def __init__(self, layer: nn.Module, as_tuple: bool, calls: TrunkCalls, first: bool, last: bool) -> None:
         super().__init__(layer, as_tuple)
         self.kept = None if isinstance(layer, Hole) else layer
-        self.remote, self.first, self.last = remote, first, last
+        self.calls, self.first, self.last = calls, first, last
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """``[batch, seq, hidden]`` -> the same."""
         if self.first:
-            self.remote.start(hidden_states, self.training)
+            self.calls.start(hidden_states, self.training)
         if self.kept is not None and hidden_states.requires_grad:
             layer = partial(self._keep, args, kwargs)
-            self.remote.passed(layer)
+            self.calls.passed(layer)
             hidden_states = layer(hidden_states)
         if self.last:
-            hidden_states = self.remote.join(hidden_states)
+            hidden_states = self.calls.finish(hidden_states)
         return super().forward(hidden_states)
 
     def _keep(self, args: Any, kwargs: Any, hidden_states: Tensor) -> Tensor:
@@ -127,6 +127,6 @@ class TrunkSlot(Hole):
         return cast(Tensor, out[0] if self.as_tuple else out)
 
 
-def remote_trunk_of(model: nn.Module) -> RemoteTrunk:
-    """A client's connection to its trunk."""
-    return cast(RemoteTrunk, model.remote_trunk)
+def trunk_calls_of(model: nn.Module) -> TrunkCalls:
+    """The calls that a node's model, from `ends.load_ends`, makes to its trunk."""
+    return cast(TrunkCalls, model.trunk_calls)

@@ -20,18 +20,6 @@ from fl_split.config import Kind
 from fl_split.errors import ConfigError
 
 
-class _Join(torch.autograd.Function):
-    """The formula above without its rounding: forward is T(h1) bit for bit, backward goes to S(h1)."""
-
-    @staticmethod
-    def forward(ctx: Any, surrogate: Tensor, trunk: Tensor) -> Tensor:
-        return trunk.view_as(trunk)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return grad_outputs[0], None
-
-
 def join(surrogate: Tensor, trunk: Tensor) -> Tensor:
     """Give the trunk's value the surrogate's Jacobian.
 
@@ -44,19 +32,6 @@ def join(surrogate: Tensor, trunk: Tensor) -> Tensor:
     """
     joined: Tensor = _Join.apply(surrogate, trunk)  # type: ignore[no-untyped-call]
     return joined
-
-
-class _JoinExact(torch.autograd.Function):
-    """Forward is T(h1); backward asks whoever holds T for its vector-Jacobian product."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, trunk: Tensor, vjp: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.vjp = vjp
-        return trunk.view_as(trunk)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.vjp(grad_outputs[0]), None, None
 
 
 def join_exact(hidden_states: Tensor, trunk: Tensor, vjp: Callable[[Tensor], Tensor]) -> Tensor:
@@ -94,7 +69,26 @@ def kept_layers(kind: Kind, count: int, first: int, end: int) -> tuple[int, ...]
     return tuple(first + (2 * i + 1) * depth // (2 * count) for i in range(count))
 
 
-# ------------------------------------------------------------------------------------------------- thin layers
+class _Join(torch.autograd.Function):
+    """The module's formula without its rounding: forward is T(h1) bit for bit, backward goes to S(h1)."""
+
+    @staticmethod
+    def forward(ctx: Any, surrogate: Tensor, trunk: Tensor) -> Tensor:
+        return trunk.view_as(trunk)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
 
 
-# ------------------------------------------------------------------------------------------------ distillation
+class _JoinExact(torch.autograd.Function):
+    """Forward is T(h1); backward asks whoever holds T for its vector-Jacobian product."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, trunk: Tensor, vjp: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.vjp = vjp
+        return trunk.view_as(trunk)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.vjp(grad_outputs[0]), None, None

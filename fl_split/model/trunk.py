@@ -9,19 +9,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from fl_split.errors import SplitError
-from fl_split.model.family import Anatomy, Hole, examine
+from fl_split.model.family import Anatomy, Hole, all_left_out, examine
 from fl_split.model.loading import Boundaries, ignore_in_checkpoint, list_of_layers, load_around_holes
 
 
 class Absent(nn.Module):
-    """On the trunk, an embedding or a norm that clients hold: passes hidden states on; to anything else adds 0."""
+    """On the trunk, an embedding or a norm that nodes hold: passes hidden states on; to anything else adds 0."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the hidden states among the arguments, or a 0-d zero, which keeps dtype and device when added."""
@@ -72,18 +68,11 @@ def load_trunk(
 
 
 def _check_edges_neutral(base: PreTrainedModel, anatomy: Anatomy) -> None:
-    """With every layer a hole, a trunk must give back its inputs_embeds bit for bit."""
+    """Refuse a trunk that, with every layer a hole, does not give back its inputs_embeds bit for bit."""
     layers = list_of_layers(base, anatomy)
-    real = list(layers)
     probe = torch.randn(2, 3, base.config.hidden_size, dtype=base.dtype, device=base.device)
-    try:
-        for i, layer in enumerate(real):
-            layers[i] = Hole(layer, anatomy.as_tuple)
-        with torch.no_grad():
-            out = base(inputs_embeds=probe)[0]
-    finally:
-        for i, layer in enumerate(real):
-            layers[i] = layer
+    with all_left_out(layers, anatomy.as_tuple), torch.no_grad():
+        out = base(inputs_embeds=probe)[0]
     if not torch.equal(probe, out):
         raise SplitError(
             f"{base.config.model_type} cannot be split: something outside its layers changes the hidden states"
@@ -99,7 +88,7 @@ class LocalTrunk:
     def start(
         self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> "Future[Tensor]":
-        """Run the trunk now; see `remote.Trunk.start`."""
+        """Run the trunk now; see `slots.Trunk.start`."""
         done: Future[Tensor] = Future()
         done.set_result(run_trunk(self.model, hidden_states, attention_mask, position_ids))
         return done
@@ -107,14 +96,14 @@ class LocalTrunk:
     def vjp(
         self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, gradient: Tensor
     ) -> Tensor:
-        """Recompute and pull a gradient back; see `remote.ExactTrunk.vjp`."""
+        """Recompute and pull a gradient back; see `slots.ExactTrunk.vjp`."""
         return pull_back(self.model, hidden_states, attention_mask, position_ids, gradient)
 
 
 def run_trunk(
     model: PreTrainedModel, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> Tensor:
-    """Run a trunk's layers, forward only; shapes as in `remote.Trunk.start`; dtype and device of `hidden_states`."""
+    """Run a trunk's layers, forward only; shapes as in `slots.Trunk.start`; dtype and device of `hidden_states`."""
     kwargs: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
     with torch.inference_mode():
         embeds = hidden_states.to(device=model.device, dtype=model.dtype)

@@ -22,7 +22,7 @@ _current = threading.local()
 
 
 class _Abandoned(BaseException):
-    """Another micro-batch failed: this one ends."""
+    """Ends a micro-batch because another one failed."""
 
 
 class _Turns(Generic[T]):

@@ -1,4 +1,4 @@
-"""A node's model for a round: the way to the trunk, the two ends around it, adapters, a surrogate that learns."""
+"""What a node needs for a round: consent, room, the base model, the way to the trunk, the two ends with adapters."""
 
 import logging
 from contextlib import ExitStack
@@ -11,21 +11,21 @@ from fl_split.config import Lora, NodeConfig, RunConfig
 from fl_split.errors import ConfigError
 from fl_split.files import cache_folder
 from fl_split.model import adapters
-from fl_split.model.client import checkpoint_activations, load_client
-from fl_split.model.distill import Distiller
+from fl_split.model.checkpoint import node_needs, resolve_model
+from fl_split.model.ends import checkpoint_activations, load_ends
 from fl_split.model.packing import check_packing
 from fl_split.model.slots import Trunk
-from fl_split.node import train
 from fl_split.node.expected import Expected
 from fl_split.node.replicas import Credentials
 from fl_split.node.trunk_cache import CachedTrunk
-from fl_split.node.trunk_client import TrunkClient
+from fl_split.node.trunk_connection import TrunkConnection
+from fl_split.plan.fits_here import check_room
 
 logger = logging.getLogger(__name__)
 
 
 def check_consent(config: RunConfig, node: NodeConfig) -> None:
-    """Exact gradients need the institution's own word, wherever it speaks for itself (a simulation cannot ask)."""
+    """Refuse exact gradients without the institution's own word, where there is one (a simulation cannot ask)."""
     if config.surrogate.kind != "exact":
         return
     if (node.data_path or node.out_dir) and not node.allow_exact_gradient:
@@ -36,9 +36,27 @@ def check_consent(config: RunConfig, node: NodeConfig) -> None:
     logger.warning("surrogate.kind='exact': dL/dh2, the gradient of this node's private loss, goes to the trunk")
 
 
+def warn_of_room(config: RunConfig, node: NodeConfig) -> None:
+    """Say before the first round what `fl-split doctor` would have said of memory and disk."""
+    for check in check_room(config, node):
+        if check.status == "fail":
+            logger.warning("%s: %s", check.name, check.text)
+
+
+def find_model(config: RunConfig) -> Path:
+    """Find the folder of the base model, fetching what a node needs of it; `config` has its split chosen.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    split, surrogate = config.split, config.surrogate
+    needs = node_needs(split.bottom_layers, split.top_layers, surrogate.kind, surrogate.layers)
+    return resolve_model(config.model.name, config.model.revision, needs)
+
+
 def connect(
     config: RunConfig, node: NodeConfig, folder: Path, address: str, stack: ExitStack
-) -> tuple[TrunkClient, Expected]:
+) -> tuple[TrunkConnection, Expected]:
     """Reach the trunk and check that it is the run's.
 
     Args:
@@ -46,13 +64,13 @@ def connect(
         node: Its address of the trunk comes first.
         folder: The base model's.
         address: Where the server says that the trunk is.
-        stack: Closes the client.
+        stack: Closes the connection.
 
     Raises:
         TrunkError: It cannot be reached, is another, or does not let this node in.
     """
     expected = Expected.from_checkpoint(folder, config.split.bottom_layers, config.split.top_layers)
-    client = TrunkClient(
+    connection = TrunkConnection(
         node.trunk_address or address,
         expected,
         wire_dtype=config.trunk.wire_dtype,
@@ -62,35 +80,37 @@ def connect(
             node.trunk_ca, node.trunk_cert, node.trunk_key, node.trunk_token_file, node.trunk_allow_plaintext
         ),
     )
-    stack.enter_context(client)
-    client.connect()
-    return client, expected
+    stack.enter_context(connection)
+    connection.connect()
+    return connection, expected
 
 
-def with_cache(config: RunConfig, client: TrunkClient, expected: Expected, home: Path, stack: ExitStack) -> Trunk:
-    """A frozen bottom asks the trunk about each example once."""
-    if config.surrogate.kind != "none" or not config.trunk.cache_mb:
-        return client
-    salt = f"{expected}|{client.trunk_id.hex()}|{config.trunk.wire_dtype}".encode()  # its precision is in its id
-    cache = CachedTrunk(client, home / "trunk-cache.sqlite", config.trunk.cache_mb * 1_000_000, salt)
+def with_cache(
+    config: RunConfig, connection: TrunkConnection, expected: Expected, home: Path, stack: ExitStack
+) -> Trunk:
+    """Put a cache before the trunk where the bottom is frozen: then each example is asked about once."""
+    if config.surrogate.trains_bottom or not config.trunk.cache_mb:
+        return connection
+    salt = f"{expected}|{connection.trunk_id.hex()}|{config.trunk.wire_dtype}".encode()  # its precision is in its id
+    cache = CachedTrunk(connection, home / "trunk-cache.sqlite", config.trunk.cache_mb * 1_000_000, salt)
     stack.callback(cache.close)
     return cache
 
 
 def build_model(
-    config: RunConfig, lora: Lora, folder: Path, client: TrunkClient, trunk: Trunk, pad_token_id: int | None
+    config: RunConfig, lora: Lora, folder: Path, connection: TrunkConnection, trunk: Trunk, pad_token_id: int | None
 ) -> PeftModel:
-    """The two ends with their adapters, on the device that there is."""
+    """Load the two ends with their adapters, on the device that there is."""
     kind = config.surrogate.kind
-    model = load_client(
+    model = load_ends(
         folder,
         config.split.bottom_layers,
         config.split.top_layers,
         trunk,
         surrogate=kind,
         surrogate_layers=config.surrogate.layers,
-        matched=client.fetch_surrogate(cache_folder() / "surrogates") if kind == "matched" else None,
-        dtype=getattr(torch, config.model.dtype),
+        matched=connection.fetch_surrogate(cache_folder() / "surrogates") if kind == "matched" else None,
+        dtype=config.model.torch_dtype,
         labels=config.data.label_names,
         seed=config.train.seed,
     )
@@ -100,20 +120,12 @@ def build_model(
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     if config.data.packing:
         check_packing(model)
-    if kind == "none":
+    if not config.surrogate.trains_bottom:
         logger.warning(
             "surrogate.kind='none': the bottom stays frozen, without an adapter, because nothing on this node can give "
             "it a gradient; only the top is trained"
         )
-    adapted = adapters.attach(model, lora, train_bottom=kind != "none", seed=config.train.seed)
+    adapted = adapters.attach(model, lora, train_bottom=config.surrogate.trains_bottom, seed=config.train.seed)
     if config.aggregation.tensors == "b-only":
         adapters.freeze_a(adapted, config.aggregation.share)
     return adapted
-
-
-def make_distiller(config: RunConfig, model: PeftModel) -> Distiller | None:
-    """What trains the surrogate on the way, if the run asks for it; mutates the model."""
-    surrogate = config.surrogate
-    if surrogate.kind == "distilled" or (surrogate.kind == "matched" and surrogate.distill):
-        return train.make_distiller(model, surrogate.distill_lr, surrogate.probe_every)
-    return None

@@ -2,21 +2,20 @@
 
 from pathlib import Path
 
-from fl_split.config import NodeConfig, RunConfig
+from fl_split.config import Model, NodeConfig, RunConfig
 
 
-def base_name(config: RunConfig, folder: Path) -> str:
+def base_name(model: Model, folder: Path) -> str:
     """What the export names as its base: a hub id as it is, a local folder by its path."""
-    is_local = config.model.name == "demo" or config.model.name.startswith(("/", "~"))
-    return str(folder) if is_local else config.model.name
+    return str(folder) if model.is_local else model.name
 
 
 def card_text(
-    config: RunConfig, node: NodeConfig, server_round: int, quality: dict[str, float], num_examples: int
+    config: RunConfig, node: NodeConfig, server_round: int, heldout: dict[str, float], num_examples: int
 ) -> str:
     """Say in Markdown what was trained, on what and how well; numbers, no text of an example."""
     revision = config.model.revision or "default"
-    results = "\n".join(f"| {name} the last round | {value:.4f} |" for name, value in quality.items())
+    results = "\n".join(f"| {name} the last round | {value:.4f} |" for name, value in heldout.items())
     labels = f"| labels, in order | {', '.join(config.data.label_names)} |\n" if config.data.labels else ""
     return f"""---
 library_name: peft

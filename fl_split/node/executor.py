@@ -68,7 +68,7 @@ class ForkExecutor(SubprocessExecutor):
 
 
 def _run_client_app(arguments: list[str]) -> None:
-    """In the fork: be `flwr-clientapp`."""
+    """Turn the fork into `flwr-clientapp`."""
     if not arguments:
         return
     for name in [name for name in sys.modules if name.partition(".")[0] == "fl_split"]:

@@ -1,16 +1,40 @@
-"""What a node makes of the arrays that the server sent; the inverse side of `server.aggregation.combine`."""
+"""What a node makes of the arrays that the server sent; the inverse side of `server.aggregation.combine`.
+
+Data path: what the server combined -> **this node's adapter** -> local round.
+"""
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from fl_split.config import Combine
+from fl_split.model import adapters
 from fl_split.model.products import LORA_A, LORA_B, RESIDUAL_A, RESIDUAL_B, Arrays, modules, prefixes
+from fl_split.node.train import forget_moments
+
+
+def receive(model: PeftModel, optimizer: torch.optim.Optimizer, received: Arrays, how: Combine, seed: int) -> None:
+    """Put what the server made of the nodes' shared weights into this node's model; mutates model and optimizer.
+
+    Args:
+        model: The node's, as its own last round left it.
+        optimizer: It forgets the moments of weights that were factored anew or begin anew.
+        received: From the server's `combine`; empty at the start.
+        how: `aggregation.combine`.
+        seed: Of adapters that begin anew.
+    """
+    fresh = adapters.fresh_state(adapters.adapter_shapes(model), seed)
+    taken, residual = take(received, how, adapters.adapter_state(model), fresh, adapters.scaling_of(model))
+    adapters.load_adapter_state(model, taken)
+    adapters.add_residual(model, residual)
+    if how in ("svd", "stack"):  # other directions than those that the optimizer remembers
+        forget_moments(model, optimizer, taken)
 
 
 def take(
     received: Arrays, how: Combine, own: Arrays, fresh: Arrays, scaling: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a node makes of the arrays that the server sent: the inverse side of `combine`.
+    """Work out a node's next adapter from the arrays that the server sent.
 
     Args:
         received: From `combine`; empty at the start.

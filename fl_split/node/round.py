@@ -1,40 +1,40 @@
 """One node's round, from its configuration to what it gives away.
 
-Data path: config -> private examples -> client model with adapters -> local round -> own disk -> shared part, metrics.
+Data path: config -> private examples -> the ends with adapters -> local round -> own disk -> shared part, metrics.
 """
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Self
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
-from fl_split.data.load import load_examples
+from fl_split.data.load import Examples, load_examples
 from fl_split.model import adapters
-from fl_split.model.checkpoint import node_needs, resolve_model
 from fl_split.model.distill import Distiller
 from fl_split.model.loss import Batch
-from fl_split.node import evaluate as classification
+from fl_split.model.slots import Trunk
 from fl_split.node import train
-from fl_split.node.build import build_model, check_consent, connect, make_distiller, with_cache
+from fl_split.node.build import build_model, check_consent, connect, find_model, warn_of_room, with_cache
 from fl_split.node.card import base_name, card_text
 from fl_split.node.descent import Descent, DescentProbe, warn_if_stuck
-from fl_split.node.received import take
-from fl_split.node.state import NodeFolder, Quality, SavedRound
+from fl_split.node.evaluate import Scores, evaluate, scores_before
+from fl_split.node.metrics import RoundMetrics, heldout_metrics
+from fl_split.node.received import receive
+from fl_split.node.state import NodeFolder, SavedRound
+from fl_split.node.train import RoundSettings, Trained, train_round
 from fl_split.node.trunk_cache import CachedTrunk
-from fl_split.plan.fits_here import check_room
+from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.plan.plan import choose_split
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class RoundResult:
 
     shared: dict[str, Tensor]  # adapter weights that `aggregation.share` and `aggregation.tensors` name
     scaling: float  # alpha / rank of this node, without which they mean nothing
-    metrics: dict[str, int | float]  # numbers about the round
+    metrics: dict[str, int | float]  # numbers about the round: `node.metrics`
     adapter: Path  # the export, on the node's own disk
 
 
@@ -74,175 +74,166 @@ def run_round(
     """
     transformers_logging.disable_progress_bar()
     check_consent(config, node)
-    config = choose_split(config)
-    split, surrogate = config.split, config.surrogate
-    needs = node_needs(split.bottom_layers, split.top_layers, surrogate.kind, surrogate.layers)
-    folder = resolve_model(config.model.name, config.model.revision, needs)
-    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
-    home = node.folder(config, instructions.run_name)
-    if instructions.server_round == 1:
-        _warn_of_room(config, node)
-    examples = load_examples(config.data, node, tokenizer, config.train.seed, store=home / "examples")
-    store = NodeFolder(home, instructions.run_id)
-    server_round, in_flight = instructions.server_round, config.trunk.in_flight
-
     with ExitStack() as stack:
-        client, expected = connect(config, node, folder, instructions.trunk_address, stack)
-        trunk = with_cache(config, client, expected, home, stack)
-        model = build_model(config, node.lora(config.lora), folder, client, trunk, tokenizer.pad_token_id)
-        optimizer = train.make_optimizer(model, config.train)
-        distiller = make_distiller(config, model)
-        saved = store.load_before(server_round) or SavedRound(0)
-        _restore(model, optimizer, distiller, saved)
-        _take(config, model, optimizer, received, server_round)
+        this = Round.build(choose_split(config), node, instructions, stack)
+        this.restore(received)
+        outcome = this.train()
+    this.save(outcome)
+    return this.reply(outcome)
 
-        def heldout() -> Quality:
-            batches = heldout_batches(examples.heldout, tokenizer, config.train.batch_size, config.data)
-            if config.task == "sequence-classification":
-                return asdict(classification.evaluate(model, batches, in_flight))
-            return {"loss": train.evaluate(model, batches, in_flight)}
 
-        def batches(seed: int, first: int) -> Iterator[Batch]:
-            size = config.train.batch_size
-            return training_batches(examples.train, tokenizer, size, seed, first, config.data)
+@dataclass(frozen=True)
+class Outcome:
+    """What a round's training came to."""
 
-        quality = _quality_before(config, model, heldout, saved)
-        probe = None
-        if config.surrogate.kind != "none":
-            (fixed,) = islice(batches(config.train.seed, 0), 1)
-            probe = DescentProbe(model, fixed)
-        torch.manual_seed(hash((config.train.seed, server_round, node.partition_id)))  # of dropout
-        first_step = (server_round - 1) * config.train.steps
-        trained = train.train_round(
-            model,
-            optimizer,
-            batches(
-                hash((config.train.seed, node.partition_id)),
-                first_step * config.train.batch_size * config.train.accumulation,
-            ),
-            config.train,
-            first_step=first_step,
-            total_steps=config.num_server_rounds * config.train.steps,
+    trained: Trained
+    descent: Descent
+    heldout: dict[str, Scores]  # `base`, `before`, `shared`, `after`
+
+
+@dataclass(frozen=True)
+class Round:
+    """All that a node needs for one round; its steps are `restore`, `train`, `save` and `reply`, in this order."""
+
+    config: RunConfig  # with its split chosen
+    node: NodeConfig
+    instructions: Instructions
+    base: Path  # the base model's folder
+    tokenizer: PreTrainedTokenizerBase
+    examples: Examples
+    connection: TrunkConnection
+    trunk: Trunk  # the connection, or a cache before it
+    model: PeftModel
+    optimizer: torch.optim.Optimizer
+    distiller: Distiller | None  # if the surrogate is trained on the way
+    folder: NodeFolder
+    saved: SavedRound  # the newest one before this
+
+    @classmethod
+    def build(cls, config: RunConfig, node: NodeConfig, instructions: Instructions, stack: ExitStack) -> Self:
+        """Load examples and model, and reach the trunk; `stack` closes what is to be closed."""
+        base = find_model(config)
+        tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(base))
+        home = node.folder(config, instructions.run_name)
+        if instructions.server_round == 1:
+            warn_of_room(config, node)
+        examples = load_examples(config.data, node, tokenizer, config.train.seed, store=home / "examples")
+        connection, expected = connect(config, node, base, instructions.trunk_address, stack)
+        trunk = with_cache(config, connection, expected, home, stack)
+        model = build_model(config, node.lora(config.lora), base, connection, trunk, tokenizer.pad_token_id)
+        optimizer, distiller, surrogate = train.make_optimizer(model, config.train), None, config.surrogate
+        if surrogate.is_trained:
+            distiller = train.make_distiller(model, surrogate.distill_lr, surrogate.probe_every)
+        folder = NodeFolder(home, instructions.run_id)
+        return cls(
+            config=config,
+            node=node,
+            instructions=instructions,
+            base=base,
+            tokenizer=tokenizer,
+            examples=examples,
+            connection=connection,
+            trunk=trunk,
+            model=model,
+            optimizer=optimizer,
             distiller=distiller,
-            in_flight=in_flight,
-            proximal_mu=instructions.proximal_mu,
-            anchored=lambda name: adapters.is_shared(model, name, config.aggregation),
+            folder=folder,
+            saved=folder.load_before(instructions.server_round) or SavedRound(0),
+        )
+
+    def restore(self, received: dict[str, Tensor]) -> None:
+        """Put back what this node's earlier rounds have trained, then what the server made of all nodes' rounds."""
+        saved = self.saved
+        adapters.load_adapter_state(self.model, saved.adapter)
+        train.load_optimizer_state(self.model, self.optimizer, saved.optimizer)
+        if self.distiller is not None and saved.surrogate:
+            self.distiller.load(saved.surrogate)
+            train.load_optimizer_state(self.model, self.distiller.optimizer, saved.surrogate_optimizer)
+        seed = self.config.train.seed + self.instructions.server_round
+        receive(self.model, self.optimizer, received, self.config.aggregation.combine, seed)
+
+    def train(self) -> Outcome:
+        """Score, train, score again."""
+        config, server_round, partition = self.config, self.instructions.server_round, self.node.partition_id
+        seed = config.train.seed
+        heldout = scores_before(self.model, config.aggregation, seed, self.saved.scores, self.measure)
+        probe = None
+        if config.surrogate.trains_bottom:
+            (fixed,) = islice(self.batches(seed, 0), 1)
+            probe = DescentProbe(self.model, fixed)
+        torch.manual_seed(hash((seed, server_round, partition)))  # of dropout
+        first_step = (server_round - 1) * config.train.steps
+        first_example = first_step * config.train.batch_size * config.train.accumulation
+        trained = train_round(
+            self.model,
+            self.optimizer,
+            self.batches(hash((seed, partition)), first_example),
+            config.train,
+            RoundSettings(
+                first_step=first_step,
+                total_steps=config.num_server_rounds * config.train.steps,
+                in_flight=config.trunk.in_flight,
+                proximal_mu=self.instructions.proximal_mu,
+                anchored=lambda name: adapters.is_shared(self.model, name, config.aggregation),
+            ),
         )
         descent = probe.ask() if probe else Descent(0.0, 0.0)
-        quality["after"] = heldout()
+        heldout["after"] = self.measure()
+        return Outcome(trained, descent, heldout)
 
-    falls = [*saved.falls, descent.measured]
-    if probe:
-        warn_if_stuck(falls, config.surrogate.kind)
-    kept = {when: quality[when] for when in ("base", "after")}
-    store.save(_to_save(server_round, model, optimizer, distiller, falls, kept))
-    heldout_metrics = {
-        f"heldout-{name.replace('_', '-')}-{when}": x for when, values in quality.items() for name, x in values.items()
-    }
-    card = card_text(config, node, server_round, heldout_metrics, len(examples.train))
-    adapters.export(model, store.adapter, base_name(config, folder), config.model.revision, card)
-    metrics: dict[str, int | float] = {
-        "partition-id": node.partition_id,
-        "num-examples": len(examples.train),
-        "weight": 1 if config.aggregation.weighting == "equal" else len(examples.train),
-        "bad-rows": examples.report.num_bad,
-        "truncated-examples": examples.report.num_truncated,
-        "truncated-tokens": examples.report.num_cut,
-        "train-loss": trained.loss,
-        **heldout_metrics,
-        "descent-ratio": descent.ratio,
-        "bottom-loss-fall": descent.measured,
-        "train-tokens": trained.num_tokens,
-        "tokens-per-s": trained.num_tokens / trained.seconds,
-        "train-s": trained.seconds,
-        "trunk-forward-s": client.forward_s,
-        "activation-bytes": client.bytes_sent,
-        "cached-sequences": trunk.hits if isinstance(trunk, CachedTrunk) else 0,
-        "rounds-missed": server_round - 1 - saved.number,
-    }
-    shared = adapters.shared_state(model, config.aggregation)
-    return RoundResult(shared, adapters.scaling_of(model), metrics, store.adapter)
+    def measure(self) -> Scores:
+        """Score the model as it stands on the held-out examples."""
+        config = self.config
+        batches = heldout_batches(self.examples.heldout, self.tokenizer, config.train.batch_size, config.data)
+        return evaluate(self.model, batches, config.trunk.in_flight)
 
+    def batches(self, seed: int, first_example: int) -> Iterator[Batch]:
+        """Endless batches of the examples to train on."""
+        size, data = self.config.train.batch_size, self.config.data
+        return training_batches(self.examples.train, self.tokenizer, size, seed, first_example, data)
 
-def _warn_of_room(config: RunConfig, node: NodeConfig) -> None:
-    """Say before the first round what `fl-split doctor` would have said of memory and disk."""
-    for check in check_room(config, node):
-        if check.status == "fail":
-            logger.warning("%s: %s", check.name, check.text)
+    def save(self, outcome: Outcome) -> None:
+        """Keep on the node's own disk what was trained, and export the adapter."""
+        config, server_round, distiller = self.config, self.instructions.server_round, self.distiller
+        falls = [*self.saved.falls, outcome.descent.measured]
+        if config.surrogate.trains_bottom:
+            warn_if_stuck(falls, config.surrogate.kind)
+        self.folder.save(
+            SavedRound(
+                server_round,
+                adapters.adapter_state(self.model),
+                train.optimizer_state(self.model, self.optimizer),
+                distiller.state() if distiller else {},
+                train.optimizer_state(self.model, distiller.optimizer) if distiller else {},
+                falls,
+                {when: outcome.heldout[when] for when in ("base", "after")},
+            )
+        )
+        card = card_text(config, self.node, server_round, heldout_metrics(outcome.heldout), len(self.examples.train))
+        base = base_name(config.model, self.base)
+        adapters.export(self.model, self.folder.adapter, base, config.model.revision, card)
 
-
-def _restore(
-    model: PeftModel, optimizer: torch.optim.Optimizer, distiller: Distiller | None, saved: SavedRound
-) -> None:
-    """Put back what this node's earlier rounds have trained."""
-    adapters.load_adapter_state(model, saved.adapter)
-    train.load_optimizer_state(model, optimizer, saved.optimizer)
-    if distiller is not None and saved.surrogate:
-        distiller.load(saved.surrogate)
-        train.load_optimizer_state(model, distiller.optimizer, saved.surrogate_optimizer)
-
-
-def _take(
-    config: RunConfig,
-    model: PeftModel,
-    optimizer: torch.optim.Optimizer,
-    received: dict[str, Tensor],
-    server_round: int,
-) -> None:
-    """Put what the server made of the nodes' shared weights into this node's model; mutates model and optimizer."""
-    how, own = config.aggregation.combine, adapters.adapter_state(model)
-    fresh = adapters.fresh_state(adapters.adapter_shapes(model), config.train.seed + server_round)
-    taken, residual = take(received, how, own, fresh, adapters.scaling_of(model))
-    adapters.load_adapter_state(model, taken)
-    adapters.add_residual(model, residual)
-    if how in ("svd", "stack"):  # other directions than those that the optimizer remembers
-        train.forget_moments(model, optimizer, taken)
-
-
-def _quality_before(
-    config: RunConfig, model: PeftModel, heldout: Callable[[], Quality], saved: SavedRound
-) -> dict[str, Quality]:
-    """How good the base model, what is shared alone, and the whole are before this round's training."""
-    own = adapters.adapter_state(model)
-    private = {name for name in own if not adapters.is_shared(model, name, config.aggregation)}
-    nothing_new = private == own.keys() and saved.number > 0
-    quality = {"base": saved.quality["base"] if saved.number else _base_quality(model, heldout)}
-    quality["before"] = saved.quality["after"] if nothing_new else heldout()
-    if all(".lora_A." in name for name in own.keys() - private):  # nothing, or A alone: without its B it does nothing
-        quality["shared"] = quality["base"]
-    elif not private:
-        quality["shared"] = quality["before"]
-    else:
-        fresh = adapters.fresh_state(adapters.adapter_shapes(model), config.train.seed)
-        adapters.load_adapter_state(model, {name: fresh[name] for name in private if name in fresh})
-        quality["shared"] = heldout()
-        adapters.load_adapter_state(model, own)
-    return quality
-
-
-def _base_quality(model: PeftModel, heldout: Callable[[], Quality]) -> Quality:
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    with model.disable_adapter():
-        quality = heldout()
-    for p in frozen:  # PEFT has made all of every adapter trainable
-        p.requires_grad_(False)
-    return quality
-
-
-def _to_save(
-    server_round: int,
-    model: PeftModel,
-    optimizer: torch.optim.Optimizer,
-    distiller: Distiller | None,
-    falls: list[float],
-    quality: dict[str, Quality],
-) -> SavedRound:
-    return SavedRound(
-        server_round,
-        adapters.adapter_state(model),
-        train.optimizer_state(model, optimizer),
-        distiller.state() if distiller else {},
-        train.optimizer_state(model, distiller.optimizer) if distiller else {},
-        falls,
-        quality,
-    )
+    def reply(self, outcome: Outcome) -> RoundResult:
+        """What leaves the node: the shared part of the adapter, and numbers."""
+        how, trained, examples = self.config.aggregation, outcome.trained, self.examples
+        metrics = RoundMetrics(
+            partition_id=self.node.partition_id,
+            num_examples=len(examples.train),
+            weight=1 if how.weighting == "equal" else len(examples.train),
+            bad_rows=examples.report.num_bad,
+            truncated_examples=examples.report.num_truncated,
+            truncated_tokens=examples.report.num_cut,
+            train_loss=trained.loss,
+            heldout=outcome.heldout,
+            descent_ratio=outcome.descent.ratio,
+            bottom_loss_fall=outcome.descent.measured,
+            train_tokens=trained.num_tokens,
+            tokens_per_s=trained.num_tokens / trained.seconds,
+            train_s=trained.seconds,
+            trunk_forward_s=self.connection.forward_s,
+            activation_bytes=self.connection.bytes_sent,
+            cached_sequences=self.trunk.hits if isinstance(self.trunk, CachedTrunk) else 0,
+            rounds_missed=self.instructions.server_round - 1 - self.saved.number,
+        )
+        shared = adapters.shared_state(self.model, how)
+        return RoundResult(shared, adapters.scaling_of(self.model), metrics.record(), self.folder.adapter)

@@ -1,9 +1,12 @@
 """What a node keeps on its own disk between rounds; nobody else reads it.
 
-nodes/<partition-id>/             in simulation; on a deployed node <out-dir>/<run.name>/
-adapter/                      the PEFT export
-state/<run id>/round-0003/    adapter, optimizer and surrogate as safetensors: private
-examples/                     the prepared examples: private
+    <run.dir>/<run.name>/nodes/<partition-id>/    in simulation; on a deployed node <out-dir>/<run.name>/
+        adapter/                                  the PEFT export
+        state/<run id>/round-0003/                adapter, optimizer, surrogate and numbers as safetensors: private
+        examples/                                 the prepared examples: private
+        trunk-cache.sqlite                        what the trunk answered, of a frozen bottom: private
+
+A round's folder is written under another name and renamed when complete, so a kill loses no finished round.
 """
 
 from dataclasses import dataclass, field
@@ -14,13 +17,10 @@ import torch
 from torch import Tensor
 
 from fl_split.errors import NodeStateError
-from fl_split.files import Rounds
-from fl_split.server.run_folder import _KEPT_ROUNDS
+from fl_split.files import KEPT_ROUNDS, Rounds
+from fl_split.node.evaluate import Scores
 
 _TENSORS = ("adapter", "optimizer", "surrogate", "surrogate_optimizer")  # of SavedRound, a file each
-
-
-Quality = dict[str, float]  # on held-out examples: `loss`, and of a classifier `accuracy` and `macro_f1`
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SavedRound:
     surrogate: dict[str, Tensor] = field(default_factory=dict)  # empty unless it is distilled
     surrogate_optimizer: dict[str, Tensor] = field(default_factory=dict)
     falls: list[float] = field(default_factory=list)  # of the loss by the bottom's update, one a round
-    quality: dict[str, Quality] = field(default_factory=dict)  # on held-out examples: `base`, and `after` that round
+    scores: dict[str, Scores] = field(default_factory=dict)  # on held-out examples: `base`, and `after` that round
 
 
 class NodeFolder:
@@ -62,16 +62,16 @@ class NodeFolder:
         files = {name: self.rounds.load(number, name.replace("_", "-")) for name in _TENSORS}
         numbers = self.rounds.load(number, "numbers")
         falls = numbers.pop("falls").tolist()
-        quality: dict[str, Quality] = {}
+        scores: dict[str, Scores] = {}
         for key, value in numbers.items():
             when, _, name = key.partition("|")
-            quality.setdefault(when, {})[name] = value.item()
-        return SavedRound(number, **files, falls=falls, quality=quality)
+            scores.setdefault(when, {})[name] = value.item()
+        return SavedRound(number, **files, falls=falls, scores=scores)
 
     def save(self, saved: SavedRound) -> None:
         """Keep what a round has trained."""
         files = {name.replace("_", "-"): getattr(saved, name) for name in _TENSORS}
         numbers: dict[str, Any] = {"falls": saved.falls}
-        numbers |= {f"{when}|{name}": x for when, values in saved.quality.items() for name, x in values.items()}
+        numbers |= {f"{when}|{name}": x for when, values in saved.scores.items() for name, x in values.items()}
         files["numbers"] = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
-        self.rounds.save(saved.number, files, keep=_KEPT_ROUNDS)
+        self.rounds.save(saved.number, files, keep=KEPT_ROUNDS)

@@ -7,7 +7,6 @@ labels and every gradient exist only here.
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from peft import PeftModel
@@ -18,9 +17,19 @@ from transformers import get_scheduler
 from fl_split.config import Train
 from fl_split.model.adapters import parameter_groups, part_of
 from fl_split.model.distill import Distiller
-from fl_split.model.loss import Batch, accumulate, count_targets, count_tokens, forward
-from fl_split.model.slots import remote_trunk_of
-from fl_split.model.turns import run_in_turns
+from fl_split.model.loss import Batch, accumulate, count_tokens
+from fl_split.model.slots import trunk_calls_of
+
+
+@dataclass(frozen=True)
+class RoundSettings:
+    """Which part of a run a local round is; by default a run by itself."""
+
+    first_step: int = 0  # steps done in earlier rounds, for the scheduler
+    total_steps: int | None = None  # of the whole run, for the scheduler; None: those of this round
+    in_flight: int = 1  # calls to the trunk at the same time, at most
+    proximal_mu: float = 0.0  # weight of FedProx's term
+    anchored: Callable[[str], bool] = lambda name: True  # the weights that it is about, by name: those that are shared
 
 
 @dataclass(frozen=True)
@@ -38,10 +47,10 @@ def make_optimizer(model: PeftModel, config: Train) -> torch.optim.AdamW:
 
 
 def make_distiller(model: PeftModel, lr: float, probe_every: int = 0) -> Distiller:
-    """Begin to train a client's surrogate, from now on, on what its trunk returns; mutates the client."""
+    """Train a model's surrogate from now on, on what its trunk returns; mutates the model."""
     names = {name: p for name, p in model.named_parameters() if part_of(model, name) == "trunk"}
     distiller = Distiller(names, lr, probe_every)
-    remote_trunk_of(model.get_base_model()).distiller = distiller
+    trunk_calls_of(model.get_base_model()).distiller = distiller
     return distiller
 
 
@@ -50,47 +59,30 @@ def train_round(
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Batch],
     config: Train,
-    *,
-    first_step: int = 0,
-    total_steps: int | None = None,
-    distiller: Distiller | None = None,
-    in_flight: int = 1,
-    proximal_mu: float = 0.0,
-    anchored: Callable[[str], bool] = lambda name: True,
+    settings: RoundSettings = RoundSettings(),
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Trained:
-    """Train the adapters for one round of ``train.steps`` optimizer steps; mutates model and optimizer.
+    """Train the adapters for ``train.steps`` optimizer steps, and the surrogate if it has a distiller.
 
     Args:
-        model: The client with its adapters.
-        optimizer: From `make_optimizer`.
+        model: The ends with their adapters; mutated.
+        optimizer: From `make_optimizer`; mutated.
         batches: Endless micro-batches.
         config: Steps, accumulation, scheduler and clipping.
-        first_step: Steps done in earlier rounds, for the scheduler.
-        total_steps: Steps of the whole run, for the scheduler; by default those of this round.
-        distiller: From `make_distiller`, for a surrogate that is trained on the way.
-        in_flight: Calls to the trunk at the same time, at most.
-        proximal_mu: Weight of ``mu / 2 * ||w - w at the start||^2`` in the loss (FedProx, arXiv 1812.06127).
-        anchored: Which weights that term is about, by their name in the adapter's state; those that are shared.
+        settings: Which part of a run this is.
         on_step: Called with the number of each step done.
     """
-    end = first_step + config.steps
-    scheduler = _scheduler(optimizer, config, first_step, total_steps or end)
+    steps = range(settings.first_step, settings.first_step + config.steps)
+    scheduler = _scheduler(optimizer, config, steps.start, settings.total_steps or steps.stop)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    anchors = [
-        (p, p.detach().clone())
-        for name, p in model.named_parameters()
-        if proximal_mu and p.requires_grad and anchored(name)
-    ]
+    proximal, distiller = _Proximal(model, settings), _distiller_of(model)
     model.train()
     started, loss_sum, num_tokens = time.monotonic(), 0.0, 0
     with tqdm(total=config.steps, unit="step", disable=None, leave=False) as bar:  # None: only on a terminal
-        for step in range(first_step, end):
+        for step in steps:
             step_batches = [next(batches) for _ in range(config.accumulation)]
-            loss = accumulate(model, step_batches, in_flight)
-            for parameter, anchor in anchors:
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach() - anchor, alpha=proximal_mu)
+            loss = accumulate(model, step_batches, settings.in_flight)
+            proximal.add_gradient()
             torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -105,17 +97,26 @@ def train_round(
     return Trained(loss_sum / config.steps, num_tokens, time.monotonic() - started)
 
 
-def evaluate(model: PeftModel, batches: Iterable[Batch], in_flight: int = 1) -> float:
-    """Mean loss per response token, without training; the trunk is called as in training."""
-    model.eval()
+class _Proximal:
+    """FedProx's term ``mu / 2 * ||w - w at the start||^2`` of the loss (arXiv 1812.06127)."""
 
-    def run(batch: Batch) -> tuple[float, int]:
-        with torch.no_grad():
-            loss, _ = forward(model, batch, num_targets=1)
-        return float(loss.item()), count_targets(batch)
+    def __init__(self, model: PeftModel, settings: RoundSettings) -> None:
+        self._mu = settings.proximal_mu
+        self._anchors = [
+            (p, p.detach().clone())
+            for name, p in model.named_parameters()
+            if self._mu and p.requires_grad and settings.anchored(name)
+        ]
 
-    results = list(run_in_turns([partial(run, batch) for batch in batches], in_flight))
-    return sum(loss for loss, _ in results) / sum(num_targets for _, num_targets in results)
+    def add_gradient(self) -> None:
+        for parameter, anchor in self._anchors:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - anchor, alpha=self._mu)
+
+
+def _distiller_of(model: PeftModel) -> Distiller | None:
+    base = model.get_base_model()
+    return trunk_calls_of(base).distiller if hasattr(base, "trunk_calls") else None  # a whole model has no trunk
 
 
 def _scheduler(

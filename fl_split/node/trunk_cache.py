@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class CachedTrunk:
-    """A `remote.Trunk` that remembers what another one answered."""
+    """A `slots.Trunk` that remembers what another one answered."""
 
     def __init__(self, trunk: Trunk, file: Path, limit_bytes: int, salt: bytes) -> None:
         """Open or make the cache.
@@ -44,7 +44,7 @@ class CachedTrunk:
     def start(
         self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> "Future[Tensor]":
-        """Answer from the cache what is there, ask the trunk for the rest in one call; see `remote.Trunk.start`."""
+        """Answer from the cache what is there, ask the trunk for the rest in one call; see `slots.Trunk.start`."""
         batch, seq, _ = hidden_states.shape
         real = torch.ones(batch, seq, dtype=torch.bool) if attention_mask is None else attention_mask.bool().cpu()
         places = (torch.arange(seq)[None] if position_ids is None else position_ids.cpu()).expand(batch, seq)

@@ -64,7 +64,7 @@ def _disk(plan: Plan, config: RunConfig, folder: Path) -> Check:
             "fail", "disk", f"{there} cannot be written to: set run.dir, or the node's out-dir, to a place that can"
         )
     free = shutil.disk_usage(there).free
-    cache = config.trunk.cache_mb * 10**6 if config.surrogate.kind == "none" else 0
+    cache = 0 if config.surrogate.trains_bottom else config.trunk.cache_mb * 10**6
     needed = 3 * plan.node.training + cache  # two rounds' state, and one while it is written
     text = f"{needed / 1e9:.1f} GB are needed below {folder} beside the examples, {free / 1e9:.1f} GB are free"
     if needed <= free:

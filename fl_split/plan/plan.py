@@ -112,15 +112,14 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     cut = Boundaries.of(anatomy, run.split.bottom_layers, run.split.top_layers)
     kind = "blocks" if run.surrogate.kind == "matched" else run.surrogate.kind  # thin layers, of as many layers' size
     kept = kept_layers(kind, run.surrogate.layers, cut.first, cut.end)
-    dtype = getattr(torch, run.model.dtype)
+    dtype = run.model.torch_dtype
     model = on_meta(config, anatomy, dtype)
     sizes = [_num_params(layer) for layer in layers_of(model, anatomy)]
     outside = _num_params(model) - sum(sizes)
     own = [*cut.bottom, *kept, *cut.top]
     kept_params = sum(sizes[i] for i in kept)
     training, activations = _step(model, config, anatomy, cut, kept, run)
-    trained = run.surrogate.kind == "distilled" or (run.surrogate.kind == "matched" and run.surrogate.distill)
-    if trained:
+    if run.surrogate.is_trained:
         training += 3 * kept_params * dtype.itemsize
     tokens = run.train.batch_size * run.data.max_length
     attention = 4 * run.data.max_length * config.hidden_size  # FLOP of one layer, token and forward pass
@@ -130,7 +129,7 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     passes = 3 if run.train.activation_checkpointing else 2  # through the node's layers: one more forward pass
     lengths = [run.data.max_length] * run.train.batch_size
     wire_dtype = wire.NAMES[run.trunk.wire_dtype]
-    calls = 1 + 1 / run.surrogate.probe_every if trained and run.surrogate.probe_every else 1
+    calls = 1 + 1 / run.surrogate.probe_every if run.surrogate.is_trained and run.surrogate.probe_every else 1
     pulled = pull_bytes(lengths, wire_dtype, config.hidden_size) if run.surrogate.kind == "exact" else (0, 0)
     return Plan(
         bottom_layers=len(cut.bottom),
@@ -267,8 +266,7 @@ def with_split(run: RunConfig, count: int) -> RunConfig:
 
 def _most_layers(config: PretrainedConfig, run: RunConfig) -> int:
     """Layers on a node beside its surrogate's, so that there is at least one that it does not hold."""
-    kept = run.surrogate.layers if run.surrogate.kind in ("blocks", "distilled") else 0
-    return int(config.num_hidden_layers) - 1 - kept
+    return int(config.num_hidden_layers) - 1 - run.surrogate.num_kept
 
 
 def choose_split(run: RunConfig, config: PretrainedConfig | None = None) -> RunConfig:

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, PretrainedConfig
 
 from fl_split.config import RunConfig
 from fl_split.model import adapters
-from fl_split.model.client import checkpoint_activations, stop_dropout
+from fl_split.model.ends import checkpoint_activations, stop_dropout
 from fl_split.model.family import Anatomy, Hole
 from fl_split.model.loading import Boundaries
 from fl_split.model.loss import Batch, forward
@@ -71,17 +71,17 @@ def step_on_meta(
         checkpoint_activations(model)
         model.config.use_cache = False  # it would grow when a layer is run again
     with torch.device("meta"):
-        client = adapters.attach(model, run.lora, train_bottom=run.surrogate.kind != "none", seed=0).train()
-        trained = sum(p.numel() * p.element_size() for p in client.parameters() if p.requires_grad)
+        adapted = adapters.attach(model, run.lora, train_bottom=run.surrogate.trains_bottom, seed=0).train()
+        trained = sum(p.numel() * p.element_size() for p in adapted.parameters() if p.requires_grad)
         ids = torch.zeros((run.train.batch_size, run.data.max_length), dtype=torch.long)
         batch: Batch = {"input_ids": ids, "labels": ids[:, 0] if run.task == "sequence-classification" else ids}
         if run.train.activation_checkpointing:  # a mask spares it that look, but some families look at the mask
             batch["attention_mask"] = torch.ones_like(ids)
-        live = _Live(client)
+        live = _Live(adapted)
         waits: list[int] = []  # what a micro-batch holds while it waits for the trunk
         layers[cut.end].register_forward_pre_hook(lambda *_: waits.append(live.num_bytes))
         with live:
-            forward(client, batch, num_targets=1)[0].backward()
+            forward(adapted, batch, num_targets=1)[0].backward()
     waiting = min(run.trunk.in_flight, run.train.accumulation) - 1
     return 4 * trained, live.peak + waiting * waits[0]
 

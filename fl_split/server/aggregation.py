@@ -1,4 +1,4 @@
-"""LoRA algebra on named arrays: how what nodes share is combined. Pure functions, for server and nodes.
+"""LoRA algebra on named arrays: how the server combines what nodes share. Pure functions.
 
 Data path: shared part of the adapters -> reply -> **combine** -> next round -> **take** on each node.
 

@@ -1,13 +1,10 @@
-"""What a run and its nodes keep on disk, written so that a kill at any moment loses no finished round.
+"""What the server keeps of a run on disk, written so that a kill at any moment loses no finished round.
 
-    <run.dir>/<run.name>/                 the server's
+    <run.dir>/<run.name>/
         run.json                          configuration, versions, identity of the run
         metrics.jsonl                     one object per node and round, and one per round
         checkpoints/round-0003/           a finished round: shared.safetensors, and server.safetensors, its optimizer
-        nodes/<partition-id>/             a node's, in simulation; on a deployed node <out-dir>/<run.name>/
-            adapter/                      the PEFT export
-            state/<run id>/round-0003/    adapter, optimizer and surrogate as safetensors: private
-            examples/                     the prepared examples: private
+        nodes/<partition-id>/             a node's, in simulation: see `node.state`
 
 A round's folder is written under another name and renamed when complete.
 """
@@ -28,9 +25,8 @@ from torch import Tensor
 
 from fl_split.config import RunConfig, Scalar
 from fl_split.errors import ConfigError, NodeStateError
-from fl_split.files import Rounds, write_atomic
+from fl_split.files import KEPT_ROUNDS, Rounds, write_atomic
 
-_KEPT_ROUNDS = 2  # the server may have lost the last one, and then asks for it again
 _MAY_CHANGE = ("num-server-rounds", "run.", "trunk.", "aggregation.min-nodes")
 _MAY_NOT = ("trunk.wire-dtype",)  # what the trunk is given, so the numbers that come out
 _MAY_NOT_WITH_DP = ("aggregation.min-nodes",)  # the noise of a node's part, which epsilon counts on
@@ -152,7 +148,7 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         files = {"shared": shared, "server": server_state or {}}
-        self._rounds.save(server_round, files, keep=_KEPT_ROUNDS)
+        self._rounds.save(server_round, files, keep=KEPT_ROUNDS)
         self.num_finished = server_round
 
     def shared(self) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from fl_split.config import RunConfig
 from fl_split.errors import ConfigError
 from fl_split.model import adapters
 from fl_split.model.checkpoint import read_config
-from fl_split.model.client import sketch_client
+from fl_split.model.ends import sketch_ends
 
 
 def starting_adapter(config: RunConfig) -> dict[str, Tensor]:
@@ -16,9 +16,8 @@ def starting_adapter(config: RunConfig) -> dict[str, Tensor]:
         ConfigError: Some of them depend on the model's own weights.
     """
     base = read_config(config.model.name, config.model.revision)
-    ends = config.split.bottom_layers, config.split.top_layers
-    client = sketch_client(base, *ends, config.data.label_names)
-    model = adapters.attach(client, config.lora, train_bottom=config.surrogate.kind != "none", seed=config.train.seed)
+    ends = sketch_ends(base, config.split.bottom_layers, config.split.top_layers, config.data.label_names)
+    model = adapters.attach(ends, config.lora, train_bottom=config.surrogate.trains_bottom, seed=config.train.seed)
     every = adapters.adapter_shapes(model)
     shapes = {name: shape for name, shape in every.items() if adapters.is_shared(model, name, config.aggregation)}
     fresh = adapters.fresh_state(shapes, config.train.seed)

@@ -1,4 +1,4 @@
-"""The Flower strategies: Flower's own for the maths, with rounds that are recorded and never fail in silence."""
+"""Rounds around one of Flower's strategies: they are recorded, go on from earlier ones, and never fail in silence."""
 
 import logging
 import time
@@ -153,7 +153,7 @@ class SplitStrategy(Strategy):
         return ArrayRecord(shared), metrics
 
     def _missing(self, replies: list[Message]) -> dict[str, str]:
-        """The nodes that were asked and have not finished, by name, and why."""
+        """Find the nodes that were asked and have not finished, by name, and why."""
         asked = {metadata.message_id: metadata.dst_node_id for metadata in self._asked}
         reasons = dict.fromkeys(asked.values(), f"did not answer within run.round-timeout={self._round_timeout:g}")
         for reply in replies:  # one that Flower has made up for a node, such as "node unavailable", is not from it
@@ -197,7 +197,7 @@ def _partition(reply: Message) -> int:
 
 
 def _check_numbers(nodes: Iterable[dict[str, Any]]) -> None:
-    """Seeds and metrics go by a node's number, and in a deployment each institution sets its own."""
+    """Refuse two nodes of one number: seeds and metrics go by it, and each institution sets its own."""
     seen: dict[int, int] = {}
     for entry in nodes:
         other = seen.setdefault(int(entry["partition-id"]), entry["node"])

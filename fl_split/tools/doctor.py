@@ -1,7 +1,7 @@
 """`fl-split doctor`: would this run work on this machine? Asked before it starts; each answer comes with its remedy.
 
-The checks are those that a run makes anyway (`load_examples`, `TrunkClient.connect`, `Boundaries.of`, `check_room`),
-made early and all at once. What leaves the node is what connecting to a trunk sends: a token, and no data.
+The checks are those that a run makes anyway (`load_examples`, `build.connect`, `Boundaries.of`, `check_room`), made
+early and all at once. What leaves the node is what connecting to a trunk sends: a token, and no data.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,11 +17,11 @@ from fl_split.data.batches import prepare_tokenizer
 from fl_split.data.load import Examples, load_examples
 from fl_split.data.readers import num_files
 from fl_split.errors import ConfigError, FLSplitError, SplitError
-from fl_split.model.checkpoint import node_needs, read_config, resolve_model, weights_digest
+from fl_split.model.checkpoint import read_config, weights_digest
 from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.loss import IGNORED
-from fl_split.node.build import connect
+from fl_split.node.build import connect, find_model
 from fl_split.plan.fits_here import Check, check_room
 from fl_split.plan.plan import PROCESS_BYTES, auto_class, choose_split
 from fl_split.plan.versions import check_versions
@@ -69,9 +69,7 @@ def _try(name: str, look: Callable[[], tuple[str, T]]) -> tuple[Check, T | None]
 
 def _model(config: RunConfig) -> tuple[str, tuple[RunConfig, Path]]:
     config = choose_split(config)
-    split, surrogate = config.split, config.surrogate
-    needs = node_needs(split.bottom_layers, split.top_layers, surrogate.kind, surrogate.layers)
-    folder = resolve_model(config.model.name, config.model.revision, needs)
+    folder = find_model(config)
     about = read_config(str(folder))
     cut = Boundaries.of(examine(about, auto_class(config)), config.split.bottom_layers, config.split.top_layers)
     if weights_digest(folder, cut.layers_name, range(cut.first)) is None or (

@@ -20,7 +20,7 @@ from fl_split.data.batches import prepare_tokenizer, training_batches
 from fl_split.data.load import load_examples
 from fl_split.model import adapters
 from fl_split.model.checkpoint import resolve_model
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.loss import Batch, accumulate
 from fl_split.model.slots import Trunk
 from fl_split.model.thin import read_card
@@ -109,8 +109,8 @@ def _own_path(config: Data) -> str:
 def build(
     folder: Path, bottom_layers: int, top_layers: int, trunk: Trunk, candidate: Candidate, lora: Lora
 ) -> PeftModel:
-    """A client with adapters (seed 0) around `trunk`, with the candidate as its surrogate."""
-    client = load_client(
+    """Load the ends with adapters (seed 0) around `trunk`, with the candidate as its surrogate."""
+    ends = load_ends(
         folder,
         bottom_layers,
         top_layers,
@@ -119,7 +119,7 @@ def build(
         surrogate_layers=candidate.layers,
         matched=candidate.matched,
     )
-    return adapters.attach(client, lora, train_bottom=candidate.kind != "none", seed=0)
+    return adapters.attach(ends, lora, train_bottom=candidate.kind != "none", seed=0)
 
 
 def bottom_gradient(model: PeftModel, batches: Sequence[Batch]) -> Tensor:
@@ -136,7 +136,7 @@ def bottom_gradient(model: PeftModel, batches: Sequence[Batch]) -> Tensor:
 
 
 def surrogate_params(model: PeftModel) -> int:
-    """Weights that a client holds beyond its ends: those of its surrogate."""
+    """Count the weights that a node holds beyond its ends: those of its surrogate."""
     return sum(p.numel() for name, p in model.named_parameters() if adapters.part_of(model, name) == "trunk")
 
 

@@ -1,1 +1,1 @@
-"""The trunk service and the node's client for it."""
+"""The trunk service, and nothing of a node."""

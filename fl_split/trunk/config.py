@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fl_split.errors import ConfigError
+from fl_split.errors import ConfigError, explain_invalid
 from fl_split.wire import is_loopback
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -25,7 +25,7 @@ class _Section(BaseModel):
     )
 
 
-class Model(_Section):
+class TrunkModel(_Section):
     """What is served, and on which hardware."""
 
     name: str = Field("demo", description="`demo`, a path of a model folder, or a Hugging Face id")
@@ -125,7 +125,7 @@ class Log(_Section):
 class TrunkConfig(_Section):
     """Everything that a trunk server can be told."""
 
-    model: Model = Model()
+    model: TrunkModel = TrunkModel()
     server: Server = Server()
     batching: Batching = Batching()
     limits: Limits = Limits()
@@ -171,7 +171,7 @@ class TrunkConfig(_Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError("wrong trunk configuration:\n" + "\n".join(_explain(e) for e in error.errors())) from None
+            raise ConfigError("wrong trunk configuration:\n" + explain_invalid(error, "docs/trunk.md")) from None
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -187,13 +187,3 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not isinstance(keys, dict):
         raise ConfigError(f"{section}={keys!r} in the file: expected a section [{section}], for --set {override!r}")
     keys[name] = value
-
-
-def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"  {key}: no such key; see docs/trunk.md"
-    text = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":  # a combination: its input is a whole section
-        return f"  {key}: {text}" if key else f"  {text}"
-    return f"  {key}={error['input']!r}: {text[0].lower()}{text[1:]}"

@@ -20,7 +20,7 @@ from fl_split.model.checkpoint import config_digest, resolve_model, trunk_needs,
 from fl_split.model.loading import boundaries_of
 from fl_split.model.trunk import load_trunk, run_trunk
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.trunk.config import Batching, Limits, Model
+from fl_split.trunk.config import Batching, Limits, TrunkModel
 from fl_split.trunk.padding import is_causal
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class HeldLayers:
         return self.identity.hidden_size
 
     def run(self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        """Run the layers over ``[batch, seq, hidden]``; see `split.run_trunk`."""
+        """Run the layers over ``[batch, seq, hidden]``; see `model.trunk.run_trunk`."""
         return run_trunk(self.model, hidden_states, attention_mask, position_ids)
 
     def describe(self, limits: Limits) -> pb.DescribeReply:
@@ -89,7 +89,7 @@ def hold_layers(
 
     Raises:
         ConfigError: The package for the quantization is missing, or it leaves this model as it is.
-        SplitError: See `split.load_trunk`.
+        SplitError: See `model.trunk.load_trunk`.
     """
     if quantization:
         options["quantization_config"] = _quantization(quantization, dtype)
@@ -123,12 +123,12 @@ def trunk_id(reply: pb.DescribeReply) -> bytes:
     return hashlib.sha256("|".join(map(str, fields)).encode()).digest()[:16]
 
 
-def hold_configured(config: Model) -> HeldLayers:
+def hold_configured(config: TrunkModel) -> HeldLayers:
     """Load what a configuration names, on the devices that it names.
 
     Raises:
         ConfigError: There is no such model, or a package for `model.quantization` is missing.
-        SplitError: See `split.load_trunk`.
+        SplitError: See `model.trunk.load_trunk`.
     """
     torch.set_num_threads(config.threads or num_cpus())
     options: dict[str, Any] = {}

@@ -18,13 +18,13 @@ from fl_split.model.trunk import pull_back
 from fl_split.proto import trunk_pb2 as pb
 
 Fields = Mapping[int, Any]  # of a message: its tensors, None for bytes, or the fields of a message in it
-Decode = Callable[[bytes, wire.Limits], tuple[pb.DType, wire.Packed]]
+Decode = Callable[[bytes, wire.CallLimits], tuple[pb.DType, wire.Packed]]
 
 _FORWARD: Fields = {2: None}  # hidden_states
 _PULL: Fields = {1: _FORWARD, 2: None}  # forward, gradient
 
 
-def decode_forward(data: bytes, limits: wire.Limits) -> tuple[pb.DType, wire.Packed]:
+def decode_forward(data: bytes, limits: wire.CallLimits) -> tuple[pb.DType, wire.Packed]:
     """A ForwardRequest: the dtype to answer in, and what to run.
 
     Raises:
@@ -36,7 +36,7 @@ def decode_forward(data: bytes, limits: wire.Limits) -> tuple[pb.DType, wire.Pac
     return request.dtype, wire.decode_request(request, limits)
 
 
-def decode_pull(data: bytes, limits: wire.Limits) -> tuple[pb.DType, wire.Packed]:
+def decode_pull(data: bytes, limits: wire.CallLimits) -> tuple[pb.DType, wire.Packed]:
     """A PullRequest: as `decode_forward`, but the rows are ``[sum(lengths), 2 hidden]``, the gradient's on the right.
 
     Raises:
@@ -49,7 +49,7 @@ def decode_pull(data: bytes, limits: wire.Limits) -> tuple[pb.DType, wire.Packed
     return request.forward.dtype, wire.Packed(torch.cat([packed.rows, gradient], 1), packed.lengths, packed.positions)
 
 
-def check_sizes(data: bytes, limits: wire.Limits, tensors: Fields) -> None:
+def check_sizes(data: bytes, limits: wire.CallLimits, tensors: Fields) -> None:
     """Refuse before parsing what holds more numbers than any request: a byte of them makes four or more in memory.
 
     Args:

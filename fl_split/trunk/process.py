@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from fl_split.errors import ConfigError
 from fl_split.malloc import keep_heap, share_heap
-from fl_split.trunk import tensor_parallel as ranks
+from fl_split.trunk import tensor_parallel
 from fl_split.trunk.config import Log, TrunkConfig
 from fl_split.trunk.layers import HeldLayers, hold_configured
 from fl_split.trunk.metrics import serve_metrics
@@ -82,7 +82,7 @@ def serve(config: TrunkConfig) -> None:
         time.monotonic() - started,
     )
     if config.model.tensor_parallel and dist.get_rank() > 0:
-        ranks.follow(held)
+        tensor_parallel.follow(held)
         return
     try:
         asyncio.run(_serve(held, config))
@@ -96,7 +96,7 @@ async def _serve(held: HeldLayers, config: TrunkConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, stop, number)
     if config.model.tensor_parallel:
-        held = ranks.SharedLayers(held.model, held.identity, held.causal)
+        held = tensor_parallel.SharedLayers(held.model, held.identity, held.causal)
     server = TrunkServer(held, config)
     server.metrics.info.info(
         {
@@ -122,7 +122,7 @@ async def _serve(held: HeldLayers, config: TrunkConfig) -> None:
     finally:
         stop_metrics()
         if config.model.tensor_parallel:
-            ranks.end()
+            tensor_parallel.end()
 
 
 def _on_signal(stop: asyncio.Event, number: signal.Signals) -> None:

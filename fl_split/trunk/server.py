@@ -66,7 +66,7 @@ class TrunkServer:
         if config.server.exact_gradient:  # a message holds two tensors
             self._description.max_message_bytes += config.limits.max_tokens * 4 * held.hidden_size
         self._published = Published(config.model.surrogate, self._description)
-        self._limits = wire.Limits(
+        self._limits = wire.CallLimits(
             held.hidden_size, self._description.max_tokens, self._description.max_sequence_length
         )
         self._book = TokenBook(Path(config.security.tokens)) if config.security.tokens else None

@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM
 from fl_split.config import Aggregation, Lora
 from fl_split.errors import ConfigError, NodeStateError
 from fl_split.model import adapters
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.trunk import LocalTrunk, load_trunk
-from fl_split.node.round import _base_quality
+from fl_split.node.evaluate import base_scores
 
 
 def client_with_adapter(folder: Path, lora: Lora | None = None, *, train_bottom: bool = True) -> PeftModel:
     """Bottom 1, top 2 of 6 layers; B is not zero."""
-    client = load_client(folder, 1, 2, LocalTrunk(load_trunk(folder, 1, 2)))
+    client = load_ends(folder, 1, 2, LocalTrunk(load_trunk(folder, 1, 2)))
     model = adapters.attach(client, lora or Lora(), train_bottom=train_bottom, seed=0)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -82,7 +82,7 @@ def test_adapters_are_float32_on_a_base_in_bfloat16_and_both_ends_learn(
 ) -> None:
     folder = checkpoint("llama")
     trunk = LocalTrunk(load_trunk(folder, 1, 2, dtype=torch.bfloat16))
-    client = load_client(folder, 1, 2, trunk, dtype=torch.bfloat16)
+    client = load_ends(folder, 1, 2, trunk, dtype=torch.bfloat16)
     lora = Lora(variant=variant)  # type: ignore[arg-type]
     model = adapters.attach(client, lora, train_bottom=True, seed=0)
     ids = torch.randint(3, 99, (2, 9))
@@ -142,7 +142,7 @@ def test_what_is_frozen_stays_so_when_the_base_is_measured(checkpoint: Callable[
     adapters.freeze_a(model, "top")
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and not any(".residual." in name for name in trained)
-    _base_quality(model, lambda: {"loss": 0.0})
+    base_scores(model, lambda: {"loss": 0.0})
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
 
 
@@ -159,7 +159,7 @@ def test_adapters_start_equal_on_every_node_and_leave_the_random_state_alone(
     before = torch.get_rng_state()
     states = []
     for _ in range(2):
-        client = load_client(checkpoint("llama"), 1, 2, LocalTrunk(load_trunk(checkpoint("llama"), 1, 2)))
+        client = load_ends(checkpoint("llama"), 1, 2, LocalTrunk(load_trunk(checkpoint("llama"), 1, 2)))
         torch.manual_seed(5)
         states.append(adapters.adapter_state(adapters.attach(client, Lora(), train_bottom=True, seed=3)))
         assert torch.equal(torch.get_rng_state(), before)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.checkpoint import INDEX, node_needs, resolve_model, trunk_needs, weights_digest
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.tools.doctor import diagnose
 
@@ -79,7 +79,7 @@ def test_parties_fetch_and_read_their_own_files_and_equal_the_full_model(
     assert {file.name for file in folder.glob("*.safetensors")} == own
     assert weights_digest(folder, layers, range(1, 4)) is None  # it cannot check what it does not have
     labels = LABELS if classifier else ()
-    client = load_client(folder, 1, 2, LocalTrunk(trunk), surrogate="blocks", surrogate_layers=1, labels=labels)
+    client = load_ends(folder, 1, 2, LocalTrunk(trunk), surrogate="blocks", surrogate_layers=1, labels=labels)
     assert client.name_or_path == str(folder)
 
     ids = torch.randint(3, 99, (2, 9))
@@ -87,7 +87,7 @@ def test_parties_fetch_and_read_their_own_files_and_equal_the_full_model(
         full = family.auto.from_pretrained(repo).eval()
         assert torch.equal(client(input_ids=ids).logits, full(input_ids=ids).logits)
     with pytest.raises(SplitError, match="lacks weights"):
-        load_client(folder, 2, 1, LocalTrunk(trunk), surrogate="none", labels=labels)  # more than was fetched for
+        load_ends(folder, 2, 1, LocalTrunk(trunk), surrogate="none", labels=labels)  # more than was fetched for
 
 
 def test_whole_checkpoint_is_fetched_for_those_who_need_it_and_where_it_is_one_file(tmp_path: Path, hub: Hub) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fl_split.config import Lora
 from fl_split.model import adapters
-from fl_split.model.client import head_of, load_client
+from fl_split.model.ends import head_of, load_ends
 from fl_split.model.loading import boundaries_of
 from fl_split.model.trunk import LocalTrunk, load_trunk
 
@@ -38,7 +38,7 @@ class Whole:
 
     def client(self, family: Family, **options: Any) -> PreTrainedModel:
         labels = LABELS if family.classifier else ()
-        return load_client(self.folder, BOTTOM, TOP, LocalTrunk(self.trunk), labels=labels, **options)
+        return load_ends(self.folder, BOTTOM, TOP, LocalTrunk(self.trunk), labels=labels, **options)
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_b
 from fl_split.data.examples import Example
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model import adapters
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.loss import Batch, accumulate, count_targets, count_tokens
 from fl_split.model.packing import check_packing
 from fl_split.model.trunk import LocalTrunk, load_trunk
-from fl_split.node.train import evaluate
+from fl_split.node.evaluate import evaluate
 
 GROUPED = Data.model_validate({"group-by-length": True})
 PACKED = Data(packing=True)
@@ -65,7 +65,7 @@ def test_packed_examples_have_the_loss_and_gradients_of_padded_ones(
     checkpoint: object, tokenizer: PreTrainedTokenizerBase, family: str
 ) -> None:
     folder = checkpoint(family)  # type: ignore[operator]
-    client = load_client(folder, 2, 2, LocalTrunk(load_trunk(folder, 2, 2)), surrogate="blocks", surrogate_layers=1)
+    client = load_ends(folder, 2, 2, LocalTrunk(load_trunk(folder, 2, 2)), surrogate="blocks", surrogate_layers=1)
     check_packing(client)
     model = adapters.attach(client, Lora(), train_bottom=True, seed=0)
     examples = some(6, 20)
@@ -92,11 +92,11 @@ def test_packing_is_refused_where_examples_would_see_each_other(tmp_path: Path) 
     config = BloomConfig(vocab_size=99, hidden_size=32, n_layer=4, n_head=4)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    client = load_client(tmp_path, 1, 1, LocalTrunk(load_trunk(tmp_path, 1, 1)), surrogate="identity")
-    trunk = client.remote_trunk.trunk
+    client = load_ends(tmp_path, 1, 1, LocalTrunk(load_trunk(tmp_path, 1, 1)), surrogate="identity")
+    trunk = client.trunk_calls.trunk
     with pytest.raises(SplitError, match=r"data\.packing=true is not exact for bloom.*data\.packing=false"):
         check_packing(client)
-    assert client.remote_trunk.trunk is trunk
+    assert client.trunk_calls.trunk is trunk
     with pytest.raises(ConfigError, match=r"data\.packing=true is for language models"):
         RunConfig.from_flat(
             {"task": "sequence-classification", "data.text": "t", "data.labels": "a,b", "data.packing": True}

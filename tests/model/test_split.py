@@ -18,12 +18,12 @@ from transformers import (
     T5Config,
 )
 
-from fl_split import malloc as heap
+from fl_split import malloc
 from fl_split.config import Lora
 from fl_split.errors import ConfigError, SplitError
-from fl_split.model import client as ends
+from fl_split.model import ends
 from fl_split.model.adapters import attach
-from fl_split.model.client import checkpoint_activations, load_client
+from fl_split.model.ends import checkpoint_activations, load_ends
 from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries, boundaries_of
 from fl_split.model.loss import accumulate
@@ -45,7 +45,7 @@ def batch(mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def split(folder: Path, bottom: int = 1, top: int = 2, **kwargs: object) -> PreTrainedModel:
-    return load_client(folder, bottom, top, LocalTrunk(load_trunk(folder, bottom, top)), **kwargs)  # type: ignore[arg-type]
+    return load_ends(folder, bottom, top, LocalTrunk(load_trunk(folder, bottom, top)), **kwargs)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("padding", MASKS)
@@ -168,7 +168,7 @@ def test_checkpoint_without_the_needed_weights_is_refused(checkpoint: Callable[[
     save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(SplitError, match=lost.removeprefix("model.")):
         load_trunk(tmp_path, 1, 2)
-    split_elsewhere = load_client(tmp_path, 1, 2, LocalTrunk(load_trunk(checkpoint("llama"), 1, 2)), surrogate="none")
+    split_elsewhere = load_ends(tmp_path, 1, 2, LocalTrunk(load_trunk(checkpoint("llama"), 1, 2)), surrogate="none")
     assert split_elsewhere.num_parameters() > 0  # a client does not miss what the trunk holds
 
 
@@ -220,7 +220,7 @@ def test_activation_checkpointing_gives_equal_gradients_and_calls_the_trunk_once
     found = []
     for again in (False, True):
         trunk = CountingTrunk(load_trunk(checkpoint(family), 1, 2))
-        client = load_client(checkpoint(family), 1, 2, trunk, surrogate=kind)  # type: ignore[arg-type]
+        client = load_ends(checkpoint(family), 1, 2, trunk, surrogate=kind)  # type: ignore[arg-type]
         if again:
             checkpoint_activations(client)
         model = attach(client, Lora(), train_bottom=kind != "none", seed=0)
@@ -253,7 +253,7 @@ def test_what_the_layers_freed_is_given_back_before_the_logits_of_a_large_batch(
     given_back: list[bool] = []
     monkeypatch.setattr(ends, "give_back_freed", lambda: given_back.append(True))
     folder = checkpoint("llama")
-    client = load_client(folder, 2, 2, LocalTrunk(load_trunk(folder, 2, 2)))
+    client = load_ends(folder, 2, 2, LocalTrunk(load_trunk(folder, 2, 2)))
     model = attach(client, Lora(), train_bottom=True, seed=0).train()
     ids = torch.randint(99, (2, 8))
     model(input_ids=ids)
@@ -263,4 +263,4 @@ def test_what_the_layers_freed_is_given_back_before_the_logits_of_a_large_batch(
     with torch.no_grad():
         model(input_ids=ids)
     assert len(given_back) == 1
-    heap.give_back_freed()
+    malloc.give_back_freed()

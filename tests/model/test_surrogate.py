@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fl_split.config import Lora
 from fl_split.model.adapters import adapter_shapes, attach, fresh_state, load_adapter_state, part_of
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.surrogate import join, kept_layers
 from fl_split.model.trunk import LocalTrunk, load_trunk
 
@@ -37,7 +37,7 @@ def test_kept_layers_are_evenly_spaced(count: int, first: int, end: int, kept: t
 def bottom_gradients(model_folder: Path, kind: str, layers: int) -> list[Tensor | None]:
     """Of a loss through the real trunk, for adapters whose B is not zero."""
     trunk = LocalTrunk(load_trunk(model_folder, 2, 2))
-    client = load_client(model_folder, 2, 2, trunk, surrogate=kind, surrogate_layers=layers)  # type: ignore[arg-type]
+    client = load_ends(model_folder, 2, 2, trunk, surrogate=kind, surrogate_layers=layers)  # type: ignore[arg-type]
     model = attach(client, Lora(), train_bottom=True, seed=0)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():

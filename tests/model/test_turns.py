@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fl_split.config import Lora
 from fl_split.model import adapters
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.loss import Batch, accumulate
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.model.turns import in_turn, run_in_turns
-from fl_split.node import train
+from fl_split.node.evaluate import evaluate
 
 
 class SlowTrunk(LocalTrunk):
@@ -65,7 +65,7 @@ def test_gradients_equal_the_sequential_ones(
     outcomes = []
     for flying in (1, in_flight):
         trunk = SlowTrunk(load_trunk(folder, 1, 2))
-        client = load_client(folder, 1, 2, trunk, surrogate=kind, surrogate_layers=2)  # type: ignore[arg-type]
+        client = load_ends(folder, 1, 2, trunk, surrogate=kind, surrogate_layers=2)  # type: ignore[arg-type]
         model = adapters.attach(client, Lora(dropout=0.2), train_bottom=kind != "none", seed=0)
         model.train()
         torch.manual_seed(3)
@@ -85,9 +85,9 @@ def test_gradients_equal_the_sequential_ones(
 def test_evaluation_equals_the_sequential_one(checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint("llama")
     trunk = SlowTrunk(load_trunk(folder, 1, 2))
-    model = adapters.attach(load_client(folder, 1, 2, trunk), Lora(), train_bottom=True, seed=0)
+    model = adapters.attach(load_ends(folder, 1, 2, trunk), Lora(), train_bottom=True, seed=0)
     assert isinstance(model, PeftModel)
-    assert train.evaluate(model, batches(6), 4) == train.evaluate(model, batches(6), 1)
+    assert evaluate(model, batches(6), 4) == evaluate(model, batches(6), 1)
 
 
 def test_waiting_overlaps() -> None:

@@ -20,14 +20,14 @@ import server_app
 from fl_split.config import Aggregation, Lora, RunConfig, Train
 from fl_split.errors import SplitError
 from fl_split.model import adapters
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.loss import Batch, accumulate
 from fl_split.model.slots import Trunk
 from fl_split.model.trunk import LocalTrunk, load_trunk
-from fl_split.node import evaluate as classification
 from fl_split.node import train
+from fl_split.node.evaluate import evaluate, macro_f1
 from fl_split.node.expected import Expected
-from fl_split.node.trunk_client import TrunkClient
+from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.trunk import server
 from fl_split.trunk.layers import hold_layers
 
@@ -60,7 +60,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def client(folder: Path, trunk: Trunk | None = None, **options: Any) -> PreTrainedModel:
     options = {"labels": LABELS, **options}
-    return load_client(folder, 1, 2, trunk or LocalTrunk(load_trunk(folder, 1, 2)), **options)
+    return load_ends(folder, 1, 2, trunk or LocalTrunk(load_trunk(folder, 1, 2)), **options)
 
 
 def gradients(model: PeftModel) -> dict[str, dict[str, Tensor | None]]:
@@ -105,7 +105,7 @@ def test_padding_and_both_directions_hold_over_the_wire(saved: Callable[[str], P
         assert not held.causal
         with (
             server.embedded(held) as address,
-            TrunkClient(address, Expected.from_checkpoint(folder, 1, 2), wire_dtype="float32") as trunk,
+            TrunkConnection(address, Expected.from_checkpoint(folder, 1, 2), wire_dtype="float32") as trunk,
             torch.no_grad(),
         ):
             model = client(folder, trunk)
@@ -147,9 +147,9 @@ def test_head_is_float32_on_a_base_in_bfloat16_and_learns(saved: Callable[[str],
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     config = Train.model_validate({"steps": 12, "bottom-lr": 1e-2, "top-lr": 1e-2, "scheduler": "constant"})
-    before = classification.evaluate(model, [BATCH])
+    before = evaluate(model, [BATCH])
     train.train_round(model, train.make_optimizer(model, config), iter([BATCH] * 12), config)
-    assert classification.evaluate(model, [BATCH]).loss < before.loss / 2
+    assert evaluate(model, [BATCH])["loss"] < before["loss"] / 2
 
 
 def test_accumulated_texts_weigh_the_same_however_they_are_batched(saved: Callable[[str], Path]) -> None:
@@ -167,7 +167,7 @@ def test_accumulated_texts_weigh_the_same_however_they_are_batched(saved: Callab
 def test_scores_are_those_of_the_definition() -> None:
     # classes 0: tp 1, fp 1, fn 0 -> 2/3; 1: tp 1, fp 0, fn 1 -> 2/3; 2 only in truth -> 0; 3 nowhere: not counted
     predicted, truth = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 1, 2])
-    assert classification.macro_f1(predicted, truth) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    assert macro_f1(predicted, truth) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
 
 
 @pytest.mark.parametrize(("share", "head", "expected"), [

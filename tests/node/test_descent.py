@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from fl_split import demo
 from fl_split.config import Data, Lora, NodeConfig, Train
-from fl_split.data import load as data
 from fl_split.data.batches import prepare_tokenizer, training_batches
+from fl_split.data.load import load_examples
 from fl_split.model import adapters
 from fl_split.model.loss import Batch
 from fl_split.model.trunk import LocalTrunk, load_trunk
@@ -27,7 +27,7 @@ from fl_split.tools.gradcheck import Candidate, build
 def batches(demo_model: Path) -> list[Batch]:
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(demo_model))
     node = NodeConfig(data_path=str(demo.data_folder() / "hospital-south.jsonl"))
-    examples = data.load_examples(Data.model_validate({"max-length": 64}), node, tokenizer, 0)
+    examples = load_examples(Data.model_validate({"max-length": 64}), node, tokenizer, 0)
     return list(islice(training_batches(examples.train, tokenizer, 8, 0, 0), 8))
 
 

@@ -10,17 +10,18 @@ from torch import Tensor
 
 from fl_split.config import Lora, Train
 from fl_split.model import adapters
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.loss import IGNORED, Batch, accumulate, count_targets
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node import train
+from fl_split.node.evaluate import evaluate
 
 
 @pytest.fixture
 def make_model(checkpoint: Callable[[str], Path]) -> Callable[[], PeftModel]:
     def make() -> PeftModel:
         folder = checkpoint("llama")
-        client = load_client(folder, 1, 2, LocalTrunk(load_trunk(folder, 1, 2)))
+        client = load_ends(folder, 1, 2, LocalTrunk(load_trunk(folder, 1, 2)))
         return adapters.attach(client, Lora(), train_bottom=True, seed=0)
 
     return make
@@ -63,13 +64,13 @@ def test_loss_counts_response_tokens_only(make_model: Callable[[], PeftModel]) -
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none")
     real = batch["labels"][:, 1:] != IGNORED
     assert int(real.sum()) == count_targets(batch) == 5 + 1
-    assert train.evaluate(model, [batch]) == pytest.approx((losses[real].sum() / real.sum()).item(), rel=1e-5)
+    assert evaluate(model, [batch])["loss"] == pytest.approx((losses[real].sum() / real.sum()).item(), rel=1e-5)
 
 
 def test_evaluation_is_the_same_however_it_is_batched(make_model: Callable[[], PeftModel]) -> None:
     model, batch = make_model(), make_batch(0, (9, 6, 4))
     rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(3)]
-    assert train.evaluate(model, rows) == pytest.approx(train.evaluate(model, [batch]), rel=1e-5)
+    assert evaluate(model, rows)["loss"] == pytest.approx(evaluate(model, [batch])["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("scheduler", ["constant", "cosine"])
@@ -79,18 +80,18 @@ def test_two_rounds_with_state_kept_between_equal_one_long_round(
     config = Train.model_validate({"steps": 3, "scheduler": scheduler})
     once = make_model()
     long = config.model_copy(update={"steps": 6})
-    train.train_round(once, train.make_optimizer(once, long), endless(), long, total_steps=6)
+    train.train_round(once, train.make_optimizer(once, long), endless(), long, train.RoundSettings(total_steps=6))
 
     first = make_model()
     optimizer = train.make_optimizer(first, config)
-    train.train_round(first, optimizer, endless(), config, total_steps=6)
+    train.train_round(first, optimizer, endless(), config, train.RoundSettings(total_steps=6))
     kept_adapter, kept_optimizer = adapters.adapter_state(first), train.optimizer_state(first, optimizer)
 
     second = make_model()
     optimizer = train.make_optimizer(second, config)
     adapters.load_adapter_state(second, kept_adapter)
     train.load_optimizer_state(second, optimizer, kept_optimizer)
-    train.train_round(second, optimizer, endless(3), config, first_step=3, total_steps=6)
+    train.train_round(second, optimizer, endless(3), config, train.RoundSettings(3, 6))
 
     expected, got = adapters.adapter_state(once), adapters.adapter_state(second)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
@@ -109,9 +110,9 @@ def test_each_end_has_its_own_rate(make_model: Callable[[], PeftModel]) -> None:
 def test_training_lowers_the_loss(make_model: Callable[[], PeftModel]) -> None:
     model, batch = make_model(), make_batch(0, (9, 7))
     config = Train.model_validate({"steps": 30, "bottom-lr": 1e-2, "top-lr": 1e-2})
-    before = train.evaluate(model, [batch])
+    before = evaluate(model, [batch])["loss"]
     train.train_round(model, train.make_optimizer(model, config), iter([batch] * 30), config)
-    assert train.evaluate(model, [batch]) < before - 0.5
+    assert evaluate(model, [batch])["loss"] < before - 0.5
 
 
 def test_proximal_term_is_that_of_the_formula_and_for_shared_weights_only(make_model: Callable[[], PeftModel]) -> None:
@@ -131,9 +132,8 @@ def test_proximal_term_is_that_of_the_formula_and_for_shared_weights_only(make_m
             optimizer,
             endless(),
             config,
-            proximal_mu=proximal_mu,
-            anchored=lambda name: adapters.part_of(model, name) == "top",
-            on_step=lambda step: moved.append(adapters.adapter_state(model)),
+            train.RoundSettings(proximal_mu=proximal_mu, anchored=lambda name: adapters.part_of(model, name) == "top"),
+            lambda step: moved.append(adapters.adapter_state(model)),
         )
         # the first step starts at the anchor, so the term only shows in the second: -lr * mu * (w1 - w0)
         return moved[1], {n: -0.1 * mu * (moved[0][n] - start[n]) * (".layers.0." not in n) for n in start}

@@ -15,12 +15,12 @@ from fl_split.config import RunConfig
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model import adapters, loss
 from fl_split.model.checkpoint import read_config
-from fl_split.model.client import checkpoint_activations, load_client
+from fl_split.model.ends import checkpoint_activations, load_ends
 from fl_split.model.loss import Batch
 from fl_split.model.trunk import load_trunk
 from fl_split.node import train
 from fl_split.node.expected import Expected
-from fl_split.node.trunk_client import TrunkClient
+from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.plan.plan import (
     PROCESS_BYTES,
     Link,
@@ -67,7 +67,7 @@ def test_bytes_weights_and_activations_are_those_of_a_real_step(checkpoint: Call
     folder, run = checkpoint(family), run_config()
     plan = make_plan(AutoConfig.from_pretrained(folder), run)
     trunk = Echo(run.trunk.wire_dtype)
-    client = load_client(folder, 2, 2, trunk, surrogate="blocks", surrogate_layers=1)
+    client = load_ends(folder, 2, 2, trunk, surrogate="blocks", surrogate_layers=1)
     assert plan.node.weights == sum(p.numel() * p.element_size() for p in client.parameters())
     assert plan.trunk_weights == sum(p.numel() * p.element_size() for p in load_trunk(folder, 2, 2).parameters())
     model = adapters.attach(client, run.lora, train_bottom=True, seed=0).train()
@@ -80,7 +80,7 @@ def test_bytes_weights_and_activations_are_those_of_a_real_step(checkpoint: Call
 
 def peak_of_a_step(folder: Path, run: RunConfig) -> int:
     """Most bytes that a real step has from torch's allocator at once, the adapters' gradients left out."""
-    client = load_client(folder, 2, 2, Echo("bfloat16"), surrogate="blocks", surrogate_layers=1)
+    client = load_ends(folder, 2, 2, Echo("bfloat16"), surrogate="blocks", surrogate_layers=1)
     if run.train.activation_checkpointing:
         checkpoint_activations(client)
     model = adapters.attach(client, run.lora, train_bottom=True, seed=0).train()
@@ -134,8 +134,8 @@ def test_bytes_of_probes_and_exact_gradients_are_those_on_the_wire(
     config = TrunkConfig.model_validate({"metrics": {"enabled": False}, "server": {"exact-gradient": True}})
     with server.embedded(hold_layers(folder, 2, 2), config=config) as address:
         expected = Expected.from_checkpoint(folder, 2, 2)
-        with TrunkClient(address, expected, wire_dtype=run.trunk.wire_dtype) as trunk:
-            client = load_client(folder, 2, 2, trunk, surrogate=run.surrogate.kind, surrogate_layers=1)
+        with TrunkConnection(address, expected, wire_dtype=run.trunk.wire_dtype) as trunk:
+            client = load_ends(folder, 2, 2, trunk, surrogate=run.surrogate.kind, surrogate_layers=1)
             model = adapters.attach(client, run.lora, train_bottom=True, seed=0).train()
             if kind == "distilled":
                 train.make_distiller(model, 1e-3, run.surrogate.probe_every)

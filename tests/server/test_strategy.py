@@ -27,8 +27,9 @@ import server_app
 from fl_split.config import Aggregation, Dp, NodeConfig, RunConfig
 from fl_split.errors import AggregationError, ConfigError, RoundFailed
 from fl_split.model import adapters
-from fl_split.node import train
+from fl_split.node.evaluate import evaluate
 from fl_split.node.round import RoundResult
+from fl_split.node.train import train_round
 from fl_split.server import flower
 from fl_split.server.flower import flower_strategy
 from fl_split.server.strategy import _check_numbers
@@ -258,9 +259,9 @@ def test_proximal_mu_reaches_the_node(
 
     def run_round(*args: Any) -> RoundResult:
         seen.append(args[-1].proximal_mu)
-        return node_round(*args)
+        return honest(*args)
 
-    node_round = client_app.run_round
+    honest = client_app.run_round
     monkeypatch.setattr(client_app, "run_round", run_round)
     run(**{"aggregation.strategy": strategy, "aggregation.proximal-mu": 0.5, "num-server-rounds": 1, "train.steps": 1})
     assert seen == [expected, expected]
@@ -278,9 +279,8 @@ def test_evaluation_tells_the_base_the_shared_part_and_the_whole_apart(run: Run,
 def test_a_alone_is_the_base_and_takes_no_pass_of_its_own(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passes: list[float] = []
-    evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *args: passes.append(evaluate(*args)) or passes[-1])
+    passes: list[dict[str, float]] = []
+    monkeypatch.setattr("fl_split.node.round.evaluate", lambda *args: passes.append(evaluate(*args)) or passes[-1])
     run(**{"aggregation.tensors": "a-only"})
     assert len(passes) == 2 * (3 + 2)  # base, before and after on two nodes; base once a run
     for entry in (entry for entry in metrics(tmp_path / "x") if "partition-id" in entry):
@@ -302,10 +302,10 @@ def test_wrong_scaling_is_refused_by_the_name_of_its_node(
     run: Run, combine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run_round(config: RunConfig, node: NodeConfig, *args: Any) -> RoundResult:
-        result = node_round(config, node, *args)
+        result = honest(config, node, *args)
         return replace(result, scaling=1.0) if node.partition_id == 1 else result
 
-    node_round = client_app.run_round
+    honest = client_app.run_round
     monkeypatch.setattr(client_app, "run_round", run_round)
     with pytest.raises(AggregationError, match=r"node 1001 says that alpha/rank is 1, but lora\.alpha=16 .*rank 8"):
         run(**{"aggregation.combine": combine})
@@ -361,15 +361,14 @@ def test_node_that_missed_a_round_catches_up(
 ) -> None:
     starts: list[dict[str, Tensor]] = []  # scaling * B A of the top's modules, when a node begins to train
 
-    def train_round(model: PeftModel, *args: Any, **options: Any) -> Any:
+    def spy(model: PeftModel, *args: Any) -> Any:
         layers = {
             n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapters.part_of(model, n) == "top"
         }
         starts.append({n: sum(m.get_delta_weight(a).detach() for a in m.active_adapters) for n, m in layers.items()})
-        return node_train_round(model, *args, **options)
+        return train_round(model, *args)
 
-    node_train_round = train.train_round
-    monkeypatch.setattr(train, "train_round", train_round)
+    monkeypatch.setattr("fl_split.node.round.train_round", spy)
     changes = {"aggregation.combine": combine, "num-server-rounds": 3, "data.holdout": 0.1}
     run(nodes=3, grid_class=poor_grid(round_2={1002: "fails"}), **THREE, **changes)
     nodes = [entry for entry in metrics(tmp_path / "x") if "partition-id" in entry]

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from fl_split.cli import app
 from fl_split.errors import ConfigError
-from fl_split.tools import certificates as keys
+from fl_split.tools import certificates
 
 
 def handshake(authority: Path, certificate: Path, key: Path, host: str) -> None:
@@ -36,15 +36,15 @@ def handshake(authority: Path, certificate: Path, key: Path, host: str) -> None:
 
 @pytest.mark.parametrize("host", ["trunk.example", "10.1.2.3", "localhost", "127.0.0.1"])
 def test_server_certificate_is_taken_for_its_hosts(tmp_path: Path, host: str) -> None:
-    authority, _ = keys.make_authority(tmp_path)
-    certificate, key = keys.make_server_certificate(tmp_path, "trunk", ["trunk.example", "10.1.2.3"])
+    authority, _ = certificates.make_authority(tmp_path)
+    certificate, key = certificates.make_server_certificate(tmp_path, "trunk", ["trunk.example", "10.1.2.3"])
     handshake(authority, certificate, key, host)
 
 
 def test_server_certificate_is_refused_for_other_hosts_and_by_those_who_trust_another_authority(tmp_path: Path) -> None:
-    authority, _ = keys.make_authority(tmp_path)
-    stranger, _ = keys.make_authority(tmp_path / "other")
-    certificate, key = keys.make_server_certificate(tmp_path, "trunk", ["trunk.example"])
+    authority, _ = certificates.make_authority(tmp_path)
+    stranger, _ = certificates.make_authority(tmp_path / "other")
+    certificate, key = certificates.make_server_certificate(tmp_path, "trunk", ["trunk.example"])
     with pytest.raises(ssl.SSLCertVerificationError, match="not valid for 'else.example'"):
         handshake(authority, certificate, key, "else.example")
     with pytest.raises(ssl.SSLCertVerificationError, match="self-signed|unable to get local issuer"):
@@ -52,9 +52,9 @@ def test_server_certificate_is_refused_for_other_hosts_and_by_those_who_trust_an
 
 
 def test_private_files_are_their_owners_and_a_node_key_is_one_that_flower_reads(tmp_path: Path) -> None:
-    _, authority_key = keys.make_authority(tmp_path)
-    _, server_key = keys.make_server_certificate(tmp_path, "superlink", [])
-    private, public = keys.make_node_key(tmp_path / "node")
+    _, authority_key = certificates.make_authority(tmp_path)
+    _, server_key = certificates.make_server_certificate(tmp_path, "superlink", [])
+    private, public = certificates.make_node_key(tmp_path / "node")
     assert {file.stat().st_mode & 0o777 for file in (authority_key, server_key, private)} == {0o600}
     key = load_ssh_private_key(private.read_bytes(), None)
     assert key.public_key() == load_ssh_public_key(public.read_bytes())
@@ -62,22 +62,22 @@ def test_private_files_are_their_owners_and_a_node_key_is_one_that_flower_reads(
 
 def test_nothing_is_replaced_and_no_certificate_without_an_authority(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no authority"):
-        keys.make_server_certificate(tmp_path, "trunk", ["a"])
-    keys.make_node_key(tmp_path / "node")
+        certificates.make_server_certificate(tmp_path, "trunk", ["a"])
+    certificates.make_node_key(tmp_path / "node")
     with pytest.raises(ConfigError, match="node is there already and is not replaced"):
-        keys.make_node_key(tmp_path / "node")
+        certificates.make_node_key(tmp_path / "node")
 
 
 def test_an_authority_with_another_kind_of_key_is_refused(tmp_path: Path) -> None:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ed25519
 
-    _, key = keys.make_authority(tmp_path)
+    _, key = certificates.make_authority(tmp_path)
     other = ed25519.Ed25519PrivateKey.generate()
     form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     key.write_bytes(other.private_bytes(*form))
     with pytest.raises(ConfigError, match="not an elliptic curve key"):
-        keys.make_server_certificate(tmp_path, "trunk", ["a"])
+        certificates.make_server_certificate(tmp_path, "trunk", ["a"])
 
 
 def test_verbs_write_the_files_and_name_them(tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 from fl_split.cli import app
 from fl_split.config import NodeConfig, RunConfig, read_values
 from fl_split.errors import ConfigError
-from fl_split.node.round import _warn_of_room
-from fl_split.plan import fits_here as room
-from fl_split.plan import versions
+from fl_split.node.build import warn_of_room
+from fl_split.plan import fits_here, versions
 from fl_split.plan.fits_here import check_room
 from fl_split.plan.versions import check_versions
 from fl_split.tools.doctor import diagnose
@@ -105,16 +104,16 @@ def test_too_little_memory_or_disk_fails_with_a_remedy_and_is_said_before_the_fi
 ) -> None:
     config = RunConfig.from_flat({"run.dir": str(tmp_path)})
     assert [check.status for check in check_room(config, NodeConfig())] == ["pass", "pass"]
-    monkeypatch.setattr(room.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    monkeypatch.setattr(fits_here.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(fits_here.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
+    monkeypatch.setattr(fits_here.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     memory, disk = check_room(config, NodeConfig())
     assert (memory.status, disk.status) == ("fail", "fail")
     assert "split.client-memory" in memory.text
     assert "set run.dir or out-dir" in disk.text
-    _warn_of_room(config, NodeConfig())
+    warn_of_room(config, NodeConfig())
     assert "memory: a node needs about" in caplog.text
-    monkeypatch.setattr(room.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(fits_here.os, "access", lambda path, mode: False)
     assert "cannot be written to" in list(check_room(config, NodeConfig()))[1].text
     (unknown,) = check_room(RunConfig.from_flat({"split.top-layers": 7}), NodeConfig())
     assert unknown.status == "warn"

@@ -18,25 +18,26 @@ from typer.testing import CliRunner
 from fl_split import demo
 from fl_split.cli import app
 from fl_split.config import Data, Lora, NodeConfig, Train
-from fl_split.data import load as data
 from fl_split.data.batches import prepare_tokenizer, training_batches
+from fl_split.data.load import load_examples
 from fl_split.errors import ConfigError, DataError, SurrogateError, TrunkRefused
 from fl_split.model import adapters
 from fl_split.model.loading import boundaries_of
 from fl_split.model.loss import Batch, accumulate
-from fl_split.model.slots import remote_trunk_of
+from fl_split.model.slots import trunk_calls_of
 from fl_split.model.thin import read_card
 from fl_split.model.trunk import LocalTrunk, load_trunk, pull_back, run_trunk
 from fl_split.node import train
+from fl_split.node.evaluate import evaluate
 from fl_split.node.expected import Expected
-from fl_split.node.trunk_client import TrunkClient
-from fl_split.tools import fit_surrogate as matching
+from fl_split.node.trunk_connection import TrunkConnection
+from fl_split.tools import fit_surrogate
 from fl_split.tools.gradcheck import Candidate, bottom_gradient, build, gradcheck
 from fl_split.trunk import server
 from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.layers import hold_layers
 
-FIT = matching.Fit(layers=2, steps=40, batch_size=4, length=48)
+FIT = fit_surrogate.Fit(layers=2, steps=40, batch_size=4, length=48)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,8 @@ def fitted(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A surrogate worth 2 of the demo's 4 trunk layers, fitted for a moment."""
     folder = tmp_path_factory.mktemp("fitted")
     (folder / "public.txt").write_text("\n\n".join(demo.public_text(1, 1000)))
-    text = matching.read_text([folder / "public.txt"], demo_model, FIT.length)
-    matching.fit(demo_model, 2, 2, text, FIT, folder / "surrogate.safetensors")
+    text = fit_surrogate.read_text([folder / "public.txt"], demo_model, FIT.length)
+    fit_surrogate.fit(demo_model, 2, 2, text, FIT, folder / "surrogate.safetensors")
     return folder / "surrogate.safetensors"
 
 
@@ -54,15 +55,15 @@ def batches(demo_model: Path) -> list[Batch]:
     """Private batches of one institution, which no fit has seen."""
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(demo_model))
     node = NodeConfig(data_path=str(demo.data_folder() / "hospital-north.jsonl"))
-    examples = data.load_examples(Data.model_validate({"max-length": 64}), node, tokenizer, 0)
+    examples = load_examples(Data.model_validate({"max-length": 64}), node, tokenizer, 0)
     return list(islice(training_batches(examples.train, tokenizer, 8, 0, 0), 4))
 
 
 @contextmanager
-def served(folder: Path, **changes: Any) -> Iterator[TrunkClient]:
+def served(folder: Path, **changes: Any) -> Iterator[TrunkConnection]:
     config = TrunkConfig.model_validate({"metrics": {"enabled": False}, **changes})
     with server.embedded(hold_layers(folder, 2, 2), config=config) as address:
-        with TrunkClient(address, Expected.from_checkpoint(folder, 2, 2), wire_dtype="float32") as client:
+        with TrunkConnection(address, Expected.from_checkpoint(folder, 2, 2), wire_dtype="float32") as client:
             client.connect()
             yield client
 
@@ -98,13 +99,11 @@ def test_gradient_is_autograds_through_the_formula(
     demo_model: Path, fitted: Path, batches: list[Batch], kind: str
 ) -> None:
     """h2 = S(h1) + (T(h1) - S(h1)).detach(), written out in the same model."""
-    import fl_split.remote as remote
-
     trunk = LocalTrunk(load_trunk(demo_model, 2, 2))
     candidate = Candidate(kind, 2, fitted if kind == "matched" else None)  # type: ignore[arg-type]
     got = bottom_gradient(build(demo_model, 2, 2, trunk, candidate, Lora()), batches[:1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote, "join", lambda surrogate, value: surrogate + (value - surrogate).detach())
+        patch.setattr("fl_split.model.slots.join", lambda surrogate, value: surrogate + (value - surrogate).detach())
         expected = bottom_gradient(build(demo_model, 2, 2, trunk, candidate, Lora()), batches[:1])
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
     assert got.norm() > 0
@@ -113,7 +112,7 @@ def test_gradient_is_autograds_through_the_formula(
 def test_matched_client_has_the_full_models_loss(demo_model: Path, fitted: Path, batches: list[Batch]) -> None:
     trunk = LocalTrunk(load_trunk(demo_model, 2, 2))
     losses = [
-        train.evaluate(build(demo_model, 2, 2, trunk, candidate, Lora()), batches)
+        evaluate(build(demo_model, 2, 2, trunk, candidate, Lora()), batches)
         for candidate in (Candidate("none"), Candidate("matched", matched=fitted))
     ]
     assert losses[0] == losses[1]
@@ -181,16 +180,18 @@ def test_impossible_budgets_and_too_little_text_are_refused(demo_model: Path, tm
     text = torch.randint(3, 200, (80, 48))
     for layers, message in ((4, "less than the trunk's 4"), (0.05, "too small")):
         with pytest.raises(ConfigError, match=message):
-            matching.fit(demo_model, 2, 2, text, matching.Fit(layers=layers, steps=1, length=48), tmp_path / "x")
+            fit_surrogate.fit(
+                demo_model, 2, 2, text, fit_surrogate.Fit(layers=layers, steps=1, length=48), tmp_path / "x"
+            )
     (tmp_path / "short.txt").write_text("hello")
     with pytest.raises(DataError, match="too few to fit"):
-        matching.read_text([tmp_path / "short.txt"], demo_model, 48)
+        fit_surrogate.read_text([tmp_path / "short.txt"], demo_model, 48)
 
 
 def test_model_writes_its_own_public_text(demo_model: Path) -> None:
-    text = matching.sample_text(demo_model, 6, 40, seed=1)
+    text = fit_surrogate.sample_text(demo_model, 6, 40, seed=1)
     assert text.shape == (6, 40)
-    assert torch.equal(text, matching.sample_text(demo_model, 6, 40, seed=1))
+    assert torch.equal(text, fit_surrogate.sample_text(demo_model, 6, 40, seed=1))
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     assert "Which" in tokenizer.decode(text.flatten())  # the trained model's own kind of text
 
@@ -205,7 +206,7 @@ def value_error(model: Any, batches: list[Batch]) -> float:
     for batch in batches:
         accumulate(model, [batch])
     model.zero_grad(set_to_none=True)
-    remote_trunk_of(model.get_base_model()).distiller = None
+    trunk_calls_of(model.get_base_model()).distiller = None
     return distiller.value_error
 
 
@@ -219,10 +220,10 @@ def test_distillation_brings_the_surrogate_closer_and_the_task_does_not_move_it(
     optimizer = train.make_optimizer(model, config)
     frozen = train.make_distiller(model, 1e-30)
     weights = frozen.state()
-    train.train_round(model, optimizer, iter(batches * 5), config, distiller=frozen)
+    train.train_round(model, optimizer, iter(batches * 5), config)
     assert all(torch.allclose(value, weights[name], rtol=0, atol=1e-12) for name, value in frozen.state().items())
-    distiller = train.make_distiller(model, 1e-3)
-    train.train_round(model, optimizer, iter(batches * 5), config, distiller=distiller)
+    train.make_distiller(model, 1e-3)
+    train.train_round(model, optimizer, iter(batches * 5), config)
     assert value_error(model, batches[:1]) < 0.9 * before
     names = {group["name"] for group in optimizer.param_groups}
     assert names == {"bottom", "top"}  # the task's optimizer does not hold it
@@ -285,7 +286,7 @@ def test_probes_say_nothing_that_depends_on_labels_and_are_sent_in_training_only
         trunk = SpyingTrunk(demo_model)
         model = build(demo_model, 2, 2, trunk, Candidate("distilled", 2), Lora())
         train.make_distiller(model, 1e-3, probe_every=2)
-        train.evaluate(model, batches[:1])
+        evaluate(model, batches[:1])
         model.train()
         torch.manual_seed(0)
         accumulate(model, [{**batches[0], "labels": labels}] * 4)
@@ -319,9 +320,9 @@ def test_probes_bring_the_bottoms_gradient_closer_to_the_exact_one_than_values_a
     cosines = []
     for probe_every in (0, 1):
         model = build(demo_model, 2, 2, trunk, Candidate("distilled", 2), Lora())
-        distiller = train.make_distiller(model, 1e-3, probe_every)
+        train.make_distiller(model, 1e-3, probe_every)
         still = Train.model_validate({"steps": 40, "bottom-lr": 0.0, "top-lr": 0.0})
-        train.train_round(model, train.make_optimizer(model, still), iter(batches * 40), still, distiller=distiller)
+        train.train_round(model, train.make_optimizer(model, still), iter(batches * 40), still)
         cosines.append(torch.cosine_similarity(bottom_gradient(model, batches), exact, dim=0).item())
     assert 1 - cosines[1] < 0.9 * (1 - cosines[0])
 
@@ -381,18 +382,20 @@ def test_command_line_names_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_simulated_fine_tunings_begin_anew(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    observe, begun = matching.observe, []
+    observe, begun = fit_surrogate.observe, []
 
-    def watched(model: Any, cut: Any, ids: Tensor, labels: Tensor, trained: Sequence[Tensor] = ()) -> matching.Lesson:
+    def watched(
+        model: Any, cut: Any, ids: Tensor, labels: Tensor, trained: Sequence[Tensor] = ()
+    ) -> fit_surrogate.Lesson:
         if trained:
             begun.append(any(not parameter.any() for parameter in trained))  # B is 0 before the first step
         return observe(model, cut, ids, labels, trained)
 
-    monkeypatch.setattr(matching, "observe", watched)
-    monkeypatch.setattr(matching, "_TUNING_STEPS", 2)
+    monkeypatch.setattr(fit_surrogate, "observe", watched)
+    monkeypatch.setattr(fit_surrogate, "_TUNING_STEPS", 2)
     full = AutoModelForCausalLM.from_pretrained(demo_model).requires_grad_(False)
     full.boundaries = boundaries_of(load_trunk(demo_model, 2, 2))
     text = torch.randint(full.config.vocab_size, (16, 8), generator=torch.Generator().manual_seed(0))
-    num_runs = len(matching._TUNING_RATES)
-    list(islice(matching._teach(full, text, matching.Fit(batch_size=2)), 2 * num_runs * 4))
+    num_runs = len(fit_surrogate._TUNING_RATES)
+    list(islice(fit_surrogate._teach(full, text, fit_surrogate.Fit(batch_size=2)), 2 * num_runs * 4))
     assert begun == 2 * (num_runs * [True] + num_runs * [False])

@@ -13,10 +13,9 @@ from fl_split.errors import ConfigError
 from fl_split.model.thin import linears
 from fl_split.model.trunk import pull_back
 from fl_split.node.expected import Expected
-from fl_split.node.trunk_client import TrunkClient
-from fl_split.trunk import layers as holding
-from fl_split.trunk import server
-from fl_split.trunk.config import Model
+from fl_split.node.trunk_connection import TrunkConnection
+from fl_split.trunk import layers, server
+from fl_split.trunk.config import TrunkModel
 
 PACKAGES = {"torchao-int8": "torchao", "bitsandbytes-8bit": "bitsandbytes", "bitsandbytes-4bit": "bitsandbytes"}
 # Of what the trunk adds to hidden states, on the demo's trained model; measured: 0.009, 0.012 and 0.091.
@@ -45,8 +44,8 @@ def hidden_states(folder: Path, layer: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_quantized_trunk_is_close_to_the_plain_one_and_smaller(demo_model: Path, quantization: str, dtype: str) -> None:
     rows = hidden_states(demo_model, 2)
-    plain = holding.hold_layers(demo_model, 2, 2)
-    held = holding.hold_layers(demo_model, 2, 2, getattr(torch, dtype), quantization)
+    plain = layers.hold_layers(demo_model, 2, 2)
+    held = layers.hold_layers(demo_model, 2, 2, getattr(torch, dtype), quantization)
     exact, out = (layers.run(rows, None, None) for layers in (plain, held))
     assert float((out - exact).norm() / (exact - rows).norm()) < ERRORS[quantization]
     assert (held.identity.quantization, held.identity.compute_dtype) == (quantization, dtype)
@@ -61,12 +60,12 @@ def test_quantized_trunk_serves_calls_with_and_without_company(
     checkpoint: Callable[[str], Path], quantization: str
 ) -> None:
     folder = checkpoint("llama")
-    held = holding.hold_configured(Model(name=str(folder), quantization=quantization, device_map="cpu"))
+    held = layers.hold_configured(TrunkModel(name=str(folder), quantization=quantization, device_map="cpu"))
     rows = torch.randn(3, 7, held.hidden_size)
     mask = torch.ones(3, 7, dtype=torch.long)
     mask[1, 4:] = 0
     with server.embedded(held) as address:
-        with TrunkClient(address, Expected.from_checkpoint(folder, 2, 2), wire_dtype="float32") as trunk:
+        with TrunkConnection(address, Expected.from_checkpoint(folder, 2, 2), wire_dtype="float32") as trunk:
             out = trunk.start(rows, mask, None).result()
             alone = trunk.start(rows[:1], None, None).result()
     scale = float(held.run(rows[:1], None, None).abs().max())
@@ -80,10 +79,10 @@ def test_layers_with_norms_experts_and_convolutions(family: str, quantization: s
     next(f for f in DECODERS if f.name == family).save(tmp_path)
     if family == "gpt2" and quantization == "torchao-int8":  # knows torch's own linear layers only
         with pytest.raises(ConfigError, match="model.quantization='torchao-int8' leaves the weights of gpt2 as they"):
-            holding.hold_layers(tmp_path, 1, 2, torch.bfloat16, quantization)
+            layers.hold_layers(tmp_path, 1, 2, torch.bfloat16, quantization)
         return
-    held = holding.hold_layers(tmp_path, 1, 2, torch.bfloat16, quantization)
+    held = layers.hold_layers(tmp_path, 1, 2, torch.bfloat16, quantization)
     rows = torch.randn(2, 9, held.hidden_size)
-    exact = holding.hold_layers(tmp_path, 1, 2).run(rows, None, None)
+    exact = layers.hold_layers(tmp_path, 1, 2).run(rows, None, None)
     assert float((held.run(rows, None, None) - exact).norm() / (exact - rows).norm()) < 0.5
     assert all(type(layer.weight) is not torch.nn.Parameter for layer in linears(held.model).values())

@@ -23,7 +23,7 @@ from cryptography.x509.oid import NameOID
 from fl_split.errors import ConfigError, TrunkRefused, TrunkUnavailable
 from fl_split.node.expected import Expected
 from fl_split.node.replicas import Credentials
-from fl_split.node.trunk_client import TrunkClient
+from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.trunk import server
 from fl_split.trunk.access import TokenBook, Unauthenticated, add_token, read_tokens, revoke_tokens
 from fl_split.trunk.admission import Gate, TooManyCalls
@@ -90,7 +90,9 @@ def served(checkpoint: Callable[[str], Path]) -> Callable[..., Any]:
 
             def connect(timeout_s: float = 3.0, **credentials: Any) -> None:
                 values = {key: str(value) for key, value in credentials.items()}
-                with TrunkClient(address, expected, timeout_s=timeout_s, credentials=Credentials(**values)) as client:
+                with TrunkConnection(
+                    address, expected, timeout_s=timeout_s, credentials=Credentials(**values)
+                ) as client:
                     client.connect()
 
             yield connect

@@ -25,7 +25,7 @@ from fl_split.cli import app
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node.expected import Expected
 from fl_split.node.replicas import Credentials
-from fl_split.node.trunk_client import TrunkClient
+from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.server import TrunkServer
@@ -128,7 +128,7 @@ def test_a_served_trunk_is_seen_used_and_drained(
     )
 
     expected = Expected.from_checkpoint(checkpoint("llama"), 2, 2)
-    with TrunkClient(address, expected, timeout_s=10, credentials=Credentials(token_file=str(mine))) as client:
+    with TrunkConnection(address, expected, timeout_s=10, credentials=Credentials(token_file=str(mine))) as client:
         client.start(torch.ones(1, 4, 32), None, None).result()
         url = f"http://127.0.0.1:{trunk.metrics_port}/metrics"
         code, text, _ = run("trunk", "top", url, "--once", "--interval-s", "0.1")
@@ -167,7 +167,7 @@ def test_one_trunk_over_two_processes_equals_one_over_one(
     expected = Expected.from_checkpoint(checkpoint("llama"), 2, 2)
     hidden_states = torch.randn(3, 9, 32)
     mask = (torch.arange(9)[None] < torch.tensor([9, 2, 5])[:, None]).long()
-    with TrunkClient(f"127.0.0.1:{trunk.port}", expected, wire_dtype="float32", timeout_s=20) as client:
+    with TrunkConnection(f"127.0.0.1:{trunk.port}", expected, wire_dtype="float32", timeout_s=20) as client:
         for attention_mask in (None, mask, mask.flip(1)):
             out = client.start(hidden_states, attention_mask, None).result()
             alone = held_locally.start(hidden_states, attention_mask, None).result()
@@ -222,7 +222,7 @@ def test_serve_fails_when_it_can_serve_no_more(
     port, expected = free_port(), Expected.from_checkpoint(checkpoint("llama"), 2, 2)
 
     def ask() -> None:
-        with TrunkClient(f"127.0.0.1:{port}", expected, timeout_s=30) as client:
+        with TrunkConnection(f"127.0.0.1:{port}", expected, timeout_s=30) as client:
             client.start(torch.ones(1, 2, 32), None, None).result()
 
     asking = threading.Thread(target=ask)

@@ -29,18 +29,16 @@ from fl_split import wire
 from fl_split.config import Lora
 from fl_split.errors import ConfigError, SurrogateError, TrunkError, TrunkUnavailable, WireError
 from fl_split.model import adapters
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.loss import accumulate
 from fl_split.model.trunk import LocalTrunk
 from fl_split.node.expected import Expected
-from fl_split.node.trunk_client import TrunkClient, fetch
+from fl_split.node.trunk_connection import TrunkConnection, fetch
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.trunk import admission as gates
-from fl_split.trunk import layers as holding
-from fl_split.trunk import messages, server
+from fl_split.trunk import admission, layers, messages, server
 from fl_split.trunk.access import add_token
 from fl_split.trunk.batching import Batcher
-from fl_split.trunk.config import Model, TrunkConfig
+from fl_split.trunk.config import TrunkConfig, TrunkModel
 from fl_split.trunk.layers import HeldLayers, hold_layers
 from fl_split.trunk.metrics import serve_metrics
 
@@ -183,7 +181,7 @@ def test_remote_equals_local(checkpoint: Callable[[str], Path], family: str, wir
     left = mask.flip(1)
     expected = Expected.from_checkpoint(checkpoint(family), 2, 2)
     tolerance = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.05}[wire_dtype]
-    with server.embedded(held) as address, TrunkClient(address, expected, wire_dtype=wire_dtype) as client:
+    with server.embedded(held) as address, TrunkConnection(address, expected, wire_dtype=wire_dtype) as client:
         for attention_mask in (None, mask, left):
             remote = client.start(hidden_states, attention_mask, None).result()
             local = LocalTrunk(held.model).start(hidden_states, attention_mask, None).result()
@@ -224,7 +222,7 @@ def test_calls_in_flight_change_nothing(checkpoint: Callable[[str], Path], held:
             return super().run(hidden_states, *args)
 
     def step(in_flight: int) -> tuple[float, list[Tensor]]:
-        client = load_client(folder, 2, 2, trunk, surrogate="blocks", surrogate_layers=1)
+        client = load_ends(folder, 2, 2, trunk, surrogate="blocks", surrogate_layers=1)
         model = adapters.attach(client, Lora(), train_bottom=True, seed=0)
         model.train()
         torch.manual_seed(1)
@@ -234,7 +232,7 @@ def test_calls_in_flight_change_nothing(checkpoint: Callable[[str], Path], held:
     slow, config = Slow(held.model, held.identity, held.causal), {"batching": {"enabled": batching}}
     expected = Expected.from_checkpoint(folder, 2, 2)
     with server.embedded(slow, config=TrunkConfig.model_validate(config)) as address:
-        with TrunkClient(address, expected, wire_dtype="float32", in_flight=8) as trunk:
+        with TrunkConnection(address, expected, wire_dtype="float32", in_flight=8) as trunk:
             loss, gradients = step(1)
             sizes.clear()
             loss_in_flight, gradients_in_flight = step(8)
@@ -265,7 +263,7 @@ def test_exact_gradients_are_cut_as_calls_are(checkpoint: Callable[[str], Path],
     expected = Expected.from_checkpoint(checkpoint("llama"), 2, 2)
     sections = {"server": {"exact-gradient": True}, "limits": {"max-tokens": 16}}
     with server.embedded(held, config=TrunkConfig.model_validate(sections)) as address:
-        with TrunkClient(address, expected, wire_dtype="float32") as client:
+        with TrunkConnection(address, expected, wire_dtype="float32") as client:
             pulled = client.vjp(hidden_states, mask, None, gradient)
     right = LocalTrunk(held.model).vjp(hidden_states, mask, None, gradient)
     torch.testing.assert_close(pulled[mask.bool()], right[mask.bool()], rtol=1e-4, atol=1e-5)
@@ -316,7 +314,7 @@ def test_a_message_beyond_the_limit_is_counted_as_its_caller_sees_it(held: HeldL
 
 @pytest.mark.parametrize("message", [pb.ForwardRequest(lengths=[1] * 9000), pb.ForwardRequest(outliers=[1] * 9000)])
 def test_many_small_numbers_are_refused_before_they_are_parsed(message: pb.ForwardRequest) -> None:
-    limits = wire.Limits(HIDDEN, 512, 64)
+    limits = wire.CallLimits(HIDDEN, 512, 64)
     with pytest.raises(WireError, match=r"has at least 900\d bytes beside its tensors: expected at most 6240"):
         messages.decode_forward(message.SerializeToString(), limits)
     pull = pb.PullRequest(forward=message, gradient=bytes(100_000))
@@ -328,7 +326,7 @@ def test_many_small_numbers_are_refused_before_they_are_parsed(message: pb.Forwa
 
 
 def test_the_largest_request_is_not_refused_for_its_size() -> None:
-    limits = wire.Limits(HIDDEN, 512, 2**31)
+    limits = wire.CallLimits(HIDDEN, 512, 2**31)
     packed = wire.Packed(torch.ones(512, HIDDEN), [1] * 512, torch.full((512,), 2**31 - 1))
     for dtype in wire.NAMES.values():
         data = wire.encode_request(packed, dtype).SerializeToString()
@@ -373,7 +371,7 @@ def test_errors_reveal_no_internals(held: HeldLayers, caplog: pytest.LogCaptureF
     assert error.code() is _Code.INTERNAL
     assert "secret" not in error.details() and "request-12345678" in error.details()
     assert "secret" not in caplog.text
-    assert "call request-12345678 failed: RuntimeError > " in caplog.text and "layout.py:" in caplog.text
+    assert "call request-12345678 failed: RuntimeError > " in caplog.text and "padding.py:" in caplog.text
 
 
 def test_a_call_without_a_message_and_one_that_is_too_slow_are_refused(held: HeldLayers) -> None:
@@ -524,7 +522,7 @@ def test_slow_senders_of_one_caller_do_not_keep_others_out(held: HeldLayers, bea
 def test_silent_senders_of_two_callers_do_not_keep_a_third_out(
     held: HeldLayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gates, "_IDLE_S", 0.2)
+    monkeypatch.setattr(admission, "_IDLE_S", 0.2)
     file = tmp_path / "tokens.json"
     first, second, third = ((("authorization", f"Bearer {add_token(file, name, None)}"),) for name in "abc")
     limits = {"reading": 4, "reading-per-caller": 2}
@@ -869,10 +867,10 @@ def test_missing_quantization_package_is_named(
     def missing(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr(holding, "import_module", missing)
+    monkeypatch.setattr(layers, "import_module", missing)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     with pytest.raises(ConfigError, match="model.quantization='torchao-int8' needs the package torchao"):
-        holding.hold_configured(Model(name=str(checkpoint("llama")), quantization="torchao-int8"))
+        layers.hold_configured(TrunkModel(name=str(checkpoint("llama")), quantization="torchao-int8"))
 
 
 def test_missing_device_map_package_is_named(
@@ -882,10 +880,10 @@ def test_missing_device_map_package_is_named(
         assert options == {"device_map": "auto"}
         raise ImportError("Using a `device_map` requires `accelerate`.\nMore")
 
-    monkeypatch.setattr(holding, "hold_layers", missing)
+    monkeypatch.setattr(layers, "hold_layers", missing)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     with pytest.raises(ConfigError, match=r"model\.device-map='auto' .* not installed: Using a .* `accelerate`\.$"):
-        holding.hold_configured(Model(name=str(checkpoint("llama")), device_map="auto"))
+        layers.hold_configured(TrunkModel(name=str(checkpoint("llama")), device_map="auto"))
 
 
 @pytest.mark.parametrize(("compile", "calls"), [(False, []), (True, [{"dynamic": True}])])
@@ -895,7 +893,7 @@ def test_layers_are_compiled_only_if_asked(
     seen: list[dict[str, bool]] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: seen.append(options))
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    holding.hold_configured(Model(name=str(checkpoint("llama")), compile=compile))
+    layers.hold_configured(TrunkModel(name=str(checkpoint("llama")), compile=compile))
     assert seen == calls
 
 
@@ -904,9 +902,9 @@ def test_a_trunk_takes_the_threads_it_is_given(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, threads: int, taken: int
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(holding, "num_cpus", lambda: 8)
+    monkeypatch.setattr(layers, "num_cpus", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
-    holding.hold_configured(Model(name=str(checkpoint("llama")), threads=threads))
+    layers.hold_configured(TrunkModel(name=str(checkpoint("llama")), threads=threads))
     assert seen == [taken]
 
 
@@ -925,8 +923,8 @@ def test_an_embedded_trunk_leaves_half_of_the_cpus_to_the_nodes(
 def test_device_map_goes_to_transformers(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     folder = str(checkpoint("llama"))
-    plain = holding.hold_configured(Model(name=folder))
-    mapped = holding.hold_configured(Model(name=folder, device_map="cpu"))
+    plain = layers.hold_configured(TrunkModel(name=folder))
+    mapped = layers.hold_configured(TrunkModel(name=folder, device_map="cpu"))
     probe = torch.randn(1, 4, HIDDEN)
     assert torch.equal(plain.run(probe, None, None), mapped.run(probe, None, None))
     assert plain.identity == mapped.identity

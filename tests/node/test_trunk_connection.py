@@ -18,13 +18,13 @@ from fl_split import wire
 from fl_split.config import Lora
 from fl_split.errors import ConfigError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
 from fl_split.model import adapters
-from fl_split.model.client import load_client
+from fl_split.model.ends import load_ends
 from fl_split.model.loss import accumulate
 from fl_split.model.slots import Trunk
 from fl_split.model.trunk import LocalTrunk
 from fl_split.node.expected import Expected
 from fl_split.node.replicas import split_address
-from fl_split.node.trunk_client import TrunkClient
+from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk import server
 from fl_split.trunk.config import TrunkConfig
@@ -104,7 +104,7 @@ def test_large_requests_are_cut_by_sequences(held: HeldLayers, expected: Expecte
 
     with (
         fake_trunk(held, answer, max_tokens=45) as (address, _),
-        TrunkClient(address, expected, wire_dtype="float32") as client,
+        TrunkConnection(address, expected, wire_dtype="float32") as client,
     ):
         out = client.start(hidden_states, mask, None).result()
     assert max(sizes) <= 45 and len(sizes) >= 3
@@ -122,7 +122,7 @@ def test_messages_stay_below_what_grpc_takes_by_default(held: HeldLayers, expect
 
     hidden_states = torch.randn(900, 60, HIDDEN)  # 6.9 MB in float32
     with fake_trunk(held, answer, max_tokens=10**6) as (address, _):
-        with TrunkClient(address, expected, wire_dtype="float32") as client:
+        with TrunkConnection(address, expected, wire_dtype="float32") as client:
             assert torch.equal(client.start(hidden_states, None, None).result(), hidden_states)
     assert len(sizes) == 3 and max(sizes) < 4 * 2**20
 
@@ -140,7 +140,7 @@ def test_a_refusal_with_a_time_is_obeyed(held: HeldLayers, expected: Expected) -
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
         return echo(held)(request, context)
 
-    with fake_trunk(held, answer) as (address, calls), TrunkClient(address, expected) as client:
+    with fake_trunk(held, answer) as (address, calls), TrunkConnection(address, expected) as client:
         client.start(torch.ones(1, 2, HIDDEN), None, None).result()
         assert client.num_retries == 2
     assert all(0.2 <= later - before < 0.6 for before, later in zip(times, times[1:], strict=False))
@@ -153,7 +153,7 @@ def test_an_overloaded_trunk_is_an_error_within_the_time_limit(held: HeldLayers,
         context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
         raise RuntimeError
 
-    with fake_trunk(held, answer) as (address, _), TrunkClient(address, expected, timeout_s=0.5) as client:
+    with fake_trunk(held, answer) as (address, _), TrunkConnection(address, expected, timeout_s=0.5) as client:
         started = time.monotonic()
         with pytest.raises(TrunkUnavailable, match=r"had no room for trunk\.timeout-s=0\.5: it is overloaded"):
             client.start(torch.ones(1, 2, HIDDEN), None, None).result()
@@ -166,7 +166,7 @@ def test_other_refusals_are_final(held: HeldLayers, expected: Expected, code: gr
         context.abort(code, "no")
         raise RuntimeError
 
-    with fake_trunk(held, answer) as (address, calls), TrunkClient(address, expected) as client:
+    with fake_trunk(held, answer) as (address, calls), TrunkConnection(address, expected) as client:
         with pytest.raises(TrunkRefused, match=rf"refused call [0-9a-f]{{32}} \({code.name}\): no"):
             client.start(torch.ones(1, 2, HIDDEN), None, None).result()
     assert calls == ["Describe", "Forward"]
@@ -177,7 +177,7 @@ def test_an_answer_that_does_not_come_is_an_error(held: HeldLayers, expected: Ex
         time.sleep(0.6)
         return echo(held)(request, context)
 
-    with fake_trunk(held, answer) as (address, _), TrunkClient(address, expected, timeout_s=0.3) as client:
+    with fake_trunk(held, answer) as (address, _), TrunkConnection(address, expected, timeout_s=0.3) as client:
         with pytest.raises(TrunkUnavailable, match=r"did not answer within trunk\.timeout-s=0\.3"):
             client.start(torch.ones(1, 2, HIDDEN), None, None).result()
 
@@ -186,7 +186,7 @@ def test_a_reply_that_does_not_fit_is_an_error(held: HeldLayers, expected: Expec
     def answer(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
         return pb.ForwardReply(dtype=request.dtype, hidden_states=b"12", trunk_id=held.identity.trunk_id)
 
-    with fake_trunk(held, answer) as (address, _), TrunkClient(address, expected) as client:
+    with fake_trunk(held, answer) as (address, _), TrunkConnection(address, expected) as client:
         with pytest.raises(WireError, match="sent a bad reply: hidden_states has 2 bytes"):
             client.start(torch.ones(1, 2, HIDDEN), None, None).result()
 
@@ -203,7 +203,7 @@ def test_a_reply_that_does_not_fit_is_an_error(held: HeldLayers, expected: Expec
     ],
 )
 def test_another_trunk_is_refused(held: HeldLayers, expected: Expected, about: dict[str, Any], message: str) -> None:
-    with fake_trunk(held, echo(held), **about) as (address, _), TrunkClient(address, expected) as client:
+    with fake_trunk(held, echo(held), **about) as (address, _), TrunkConnection(address, expected) as client:
         with pytest.raises(TrunkMismatch, match=message):
             client.connect()
 
@@ -225,7 +225,7 @@ def test_a_reply_from_a_trunk_that_was_not_checked_is_not_used(held: HeldLayers,
         reply.trunk_id = next(others, reply.trunk_id)
         return reply
 
-    with fake_trunk(held, answer) as (address, calls), TrunkClient(address, expected) as client:
+    with fake_trunk(held, answer) as (address, calls), TrunkConnection(address, expected) as client:
         client.start(torch.ones(1, 2, HIDDEN), None, None).result()
     assert calls == ["Describe", "Forward"] * 3
 
@@ -234,7 +234,7 @@ def test_a_trunk_whose_replies_are_always_another_s_is_an_error(held: HeldLayers
     def answer(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
         return pb.ForwardReply(dtype=request.dtype, hidden_states=request.hidden_states, trunk_id=b"x" * 16)
 
-    with fake_trunk(held, answer) as (address, calls), TrunkClient(address, expected, timeout_s=20) as client:
+    with fake_trunk(held, answer) as (address, calls), TrunkConnection(address, expected, timeout_s=20) as client:
         with pytest.raises(TrunkMismatch, match="come from another trunk than the one that answered Describe"):
             client.start(torch.ones(1, 2, HIDDEN), None, None).result()
         assert client.num_retries == calls.count("Forward") - 1 == 3
@@ -243,7 +243,7 @@ def test_a_trunk_whose_replies_are_always_another_s_is_an_error(held: HeldLayers
 def test_replicas_of_different_trunks_do_not_mix(held: HeldLayers, expected: Expected) -> None:
     blind = replace(expected, weights_digest=None)  # as of a node that has only its own part of the checkpoint
     with fake_trunk(held, echo(held)) as (first, _), fake_trunk(held, echo(held), trunk_id=b"y" * 16) as (second, _):
-        with TrunkClient(f"{first},{second}", blind, timeout_s=5) as client:
+        with TrunkConnection(f"{first},{second}", blind, timeout_s=5) as client:
             client.connect()
             with pytest.raises(TrunkMismatch, match=f"{second} is another one .*: start all replicas with the same"):
                 client.start(torch.ones(1, 2, HIDDEN), None, None).result()
@@ -270,7 +270,7 @@ def test_a_replica_lost_while_a_request_is_packed_costs_nothing(
 ) -> None:
     """Another call may be lost at any moment between the check and the cut."""
     pack = wire.pack_batch
-    with fake_trunk(held, echo(held), max_tokens=4) as (address, calls), TrunkClient(address, expected) as client:
+    with fake_trunk(held, echo(held), max_tokens=4) as (address, calls), TrunkConnection(address, expected) as client:
         client.connect()
 
         def lose(*args: Any) -> Any:
@@ -295,7 +295,7 @@ def test_a_replica_that_hangs_does_not_lose_the_call(held: HeldLayers, expected:
         return echo(held)(request, context)
 
     with fake_trunk(held, never) as (first, calls), fake_trunk(held, echo(held)) as (second, _):
-        with TrunkClient(f"{first},{second}", expected, timeout_s=2) as client:
+        with TrunkConnection(f"{first},{second}", expected, timeout_s=2) as client:
             started = time.monotonic()
             for _ in range(6):
                 client.start(torch.ones(1, 2, HIDDEN), None, None).result()
@@ -307,7 +307,7 @@ def test_a_replica_that_hangs_does_not_lose_the_call(held: HeldLayers, expected:
 def test_replicas_are_taken_in_turns(held: HeldLayers, expected: Expected) -> None:
     with ExitStack() as stack:
         replicas = [stack.enter_context(fake_trunk(held, echo(held))) for _ in range(3)]
-        client = stack.enter_context(TrunkClient(", ".join(address for address, _ in replicas), expected))
+        client = stack.enter_context(TrunkConnection(", ".join(address for address, _ in replicas), expected))
         for _ in range(9):
             client.start(torch.ones(1, 2, HIDDEN), None, None).result()
         assert all(2 <= calls.count("Forward") <= 4 for _, calls in replicas)
@@ -321,7 +321,7 @@ def test_a_full_replica_is_left_alone_while_another_has_room(held: HeldLayers, e
         raise RuntimeError
 
     with fake_trunk(held, full) as (first, calls), fake_trunk(held, echo(held)) as (second, others):
-        with TrunkClient(f"{first},{second}", expected) as client:
+        with TrunkConnection(f"{first},{second}", expected) as client:
             started = time.monotonic()
             for _ in range(6):
                 client.start(torch.ones(1, 2, HIDDEN), None, None).result()
@@ -331,7 +331,7 @@ def test_a_full_replica_is_left_alone_while_another_has_room(held: HeldLayers, e
 
 
 def test_one_dead_replica_of_two_costs_nothing(held: HeldLayers, expected: Expected) -> None:
-    with server.embedded(held) as address, TrunkClient(f"127.0.0.1:9,{address}", expected, timeout_s=5) as client:
+    with server.embedded(held) as address, TrunkConnection(f"127.0.0.1:9,{address}", expected, timeout_s=5) as client:
         started = time.monotonic()
         for _ in range(4):
             client.start(torch.ones(1, 2, HIDDEN), None, None).result()
@@ -347,7 +347,7 @@ def test_calls_in_flight_survive_replicas_that_come_and_go(held: HeldLayers, exp
         for inner in stacks:
             ports.append(int(inner.enter_context(server.embedded(held)).rpartition(":")[2]))
         address = ",".join(f"127.0.0.1:{port}" for port in ports)
-        client = stack.enter_context(TrunkClient(address, expected, wire_dtype="float32", timeout_s=20))
+        client = stack.enter_context(TrunkConnection(address, expected, wire_dtype="float32", timeout_s=20))
         stop = threading.Event()
 
         def churn() -> None:
@@ -380,7 +380,7 @@ def test_a_replica_that_dies_in_mid_step_changes_nothing(folder: Path, held: Hel
     dying, asked = threading.Event(), itertools.count(1)
 
     def compute(request: pb.ForwardRequest, context: grpc.ServicerContext) -> pb.ForwardReply:
-        packed = wire.decode_request(request, wire.Limits(HIDDEN, 8192, 64))
+        packed = wire.decode_request(request, wire.CallLimits(HIDDEN, 8192, 64))
         [rows], _ = run_packed(held.run, [packed], causal=True)
         return wire.encode_reply(rows, request.dtype, held.identity.trunk_id)
 
@@ -391,7 +391,7 @@ def test_a_replica_that_dies_in_mid_step_changes_nothing(folder: Path, held: Hel
         return compute(request, context)
 
     def step(trunk: Trunk) -> tuple[float, list[torch.Tensor]]:
-        model = adapters.attach(load_client(folder, 2, 2, trunk), Lora(), train_bottom=True, seed=0)
+        model = adapters.attach(load_ends(folder, 2, 2, trunk), Lora(), train_bottom=True, seed=0)
         loss = accumulate(model, batches, 3)
         return loss, [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -400,7 +400,7 @@ def test_a_replica_that_dies_in_mid_step_changes_nothing(folder: Path, held: Hel
         first, calls = mortal.enter_context(fake_trunk(held, compute_until_death))
         second, others = stack.enter_context(fake_trunk(held, compute))
         killed = killer.submit(lambda: dying.wait(10) and mortal.close())
-        with TrunkClient(f"{first},{second}", expected, wire_dtype="float32", timeout_s=20) as client:
+        with TrunkConnection(f"{first},{second}", expected, wire_dtype="float32", timeout_s=20) as client:
             loss, gradients = step(client)
             assert client.num_retries >= 1
         killed.result()
@@ -413,7 +413,7 @@ def test_a_replica_that_dies_in_mid_step_changes_nothing(folder: Path, held: Hel
 def test_a_replica_that_serves_something_else_is_an_error(folder: Path, held: HeldLayers, expected: Expected) -> None:
     other = hold_layers(folder, 1, 2)
     with server.embedded(held) as first, server.embedded(other) as second:
-        with TrunkClient(f"{first},{second}", expected, timeout_s=5) as client:
+        with TrunkConnection(f"{first},{second}", expected, timeout_s=5) as client:
             futures = [client.start(torch.ones(1, 2, HIDDEN), None, None) for _ in range(2)]
             with pytest.raises(TrunkMismatch, match=f"{second} holds layers 1 to 3"):
                 [future.result() for future in futures]
@@ -423,7 +423,7 @@ def test_one_dns_name_reaches_a_trunk(held: HeldLayers, expected: Expected) -> N
     with server.embedded(held) as address:
         port = address.rpartition(":")[2]
         for name in (f"localhost:{port}", f"dns:///localhost:{port}"):
-            with TrunkClient(name, expected, timeout_s=10) as client:
+            with TrunkConnection(name, expected, timeout_s=10) as client:
                 assert client.start(torch.ones(1, 2, HIDDEN), None, None).result().shape == (1, 2, HIDDEN)
 
 

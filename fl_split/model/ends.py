@@ -25,16 +25,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fl_split.config import Kind
 from fl_split.errors import SplitError
 from fl_split.malloc import give_back_freed
-from fl_split.model.family import Anatomy, Hole, examine, owners
+from fl_split.model.family import Anatomy, Hole, ancestors, examine
 from fl_split.model.loading import Boundaries, boundaries_of, ignore_in_checkpoint, list_of_layers, load_around_holes
-from fl_split.model.slots import RemoteTrunk, Trunk, TrunkSlot
+from fl_split.model.slots import Trunk, TrunkCalls, TrunkSlot
 from fl_split.model.surrogate import kept_layers
 from fl_split.model.thin import read_thin_layers, thin_layer
 
 _LARGE_BYTES = 2**20  # of a batch's hidden states: with less, there is nothing to give back
 
 
-def load_client(
+def load_ends(
     folder: Path,
     bottom_layers: int,
     top_layers: int,
@@ -65,7 +65,7 @@ def load_client(
         seed: Of a classifier's head: the same on every node, so that all start from the same.
 
     Returns:
-        A model in eval mode, of the full model's class, with `boundaries`, `head_modules` and its `remote_trunk` as
+        A model in eval mode, of the full model's class, with `boundaries`, `head_modules` and its `trunk_calls` as
         attributes. Dropout of the base model is off for good, as it is on the trunk.
 
     Raises:
@@ -77,36 +77,21 @@ def load_client(
     if labels:
         config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
     stop_dropout(config)
-    anatomy = examine(config, AutoModelForSequenceClassification if labels else AutoModelForCausalLM)
+    anatomy = examine(config, _auto_class(labels))
     head = anatomy.head if labels else ()
     cut = Boundaries.of(anatomy, bottom_layers, top_layers)
     kept = kept_layers(surrogate, surrogate_layers, cut.first, cut.end)
-    holes = [i for i in cut.trunk if i not in kept]
-    thin = read_thin_layers(matched) if matched is not None else {}
-    shells: dict[int, nn.Module] = {}  # of the layers to be thin: built on meta, never loaded
-
-    def dig(model: PreTrainedModel) -> None:
-        layers = list_of_layers(model.base_model, anatomy)
-        for i in holes:
-            shells[i] = layers[i]
-            layers[i] = Hole(layers[i], anatomy.as_tuple)
-        # Of a classifier's checkpoint another head may be left over; what is missing is looked at below.
-        ignore_in_checkpoint(model, "" if head else rf"(^|\.){cut.layers_name}\.({'|'.join(map(str, holes))})\.")
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, missing = load_around_holes(anatomy.model_class, folder, config, dig, dtype)
-    missing = {name for name in missing if not name.startswith(tuple(f"{module}." for module in head))}
-    if missing:
-        raise SplitError(f"the checkpoint in {folder} lacks weights that a node needs, such as {sorted(missing)[0]}")
-    remote = RemoteTrunk(trunk, surrogate)
-    layers = list_of_layers(model.base_model, anatomy)
+        model, left_out = _load_without([i for i in cut.trunk if i not in kept], folder, config, anatomy, head, dtype)
+    layers, calls = list_of_layers(model.base_model, anatomy), TrunkCalls(trunk, surrogate)
+    thin = read_thin_layers(matched) if matched is not None else {}
     for i in cut.trunk:
-        layer = thin_layer(shells[i].to(dtype), thin[i]).to(dtype) if i in thin else layers[i]
-        layers[i] = TrunkSlot(layer, anatomy.as_tuple, remote, i == cut.first, i == cut.end - 1)
-    _listen(model.base_model, anatomy, remote)
+        layer = thin_layer(left_out[i].to(dtype), thin[i]).to(dtype) if i in thin else layers[i]
+        layers[i] = TrunkSlot(layer, anatomy.as_tuple, calls, i == cut.first, i == cut.end - 1)
+    _listen(model.base_model, anatomy, calls)
     model.config.use_cache = False
-    model.boundaries, model.remote_trunk, model.head_modules = cut, remote, head
+    model.boundaries, model.trunk_calls, model.head_modules = cut, calls, head
     model.eval().requires_grad_(False)
     return cast(PreTrainedModel, model)
 
@@ -118,17 +103,17 @@ def stop_dropout(config: PretrainedConfig) -> None:
             setattr(config, name, 0.0)
 
 
-def sketch_client(
+def sketch_ends(
     config: PretrainedConfig, bottom_layers: int, top_layers: int, labels: Sequence[str] = ()
 ) -> PreTrainedModel:
-    """A client without weights, on the meta device: for names and shapes; other arguments as in `load_client`.
+    """Build the two ends without weights, on the meta device: for names and shapes; arguments as in `load_ends`.
 
     Raises:
         SplitError: The model cannot be split, or not here.
     """
     if labels:
         config.num_labels = len(labels)
-    anatomy = examine(config, AutoModelForSequenceClassification if labels else AutoModelForCausalLM)
+    anatomy = examine(config, _auto_class(labels))
     cut = Boundaries.of(anatomy, bottom_layers, top_layers)
     with torch.device("meta"):
         model: Any = anatomy.model_class(config)
@@ -139,23 +124,23 @@ def sketch_client(
     return cast(PreTrainedModel, model)
 
 
-def checkpoint_activations(client: nn.Module) -> None:
-    """Let the layers that a client holds keep no activations in training, and compute them again in backward.
+def checkpoint_activations(ends: nn.Module) -> None:
+    """Let the layers that a node holds keep no activations in training, and compute them again in backward.
 
     Set on each layer by itself, never on the list of layers as a whole: a hole in it would call the trunk again.
 
     Raises:
         SplitError: The family's layers do not support it.
     """
-    base = cast(PreTrainedModel, client).base_model
-    layers = base.get_submodule(boundaries_of(client).layers_path)
+    base = cast(PreTrainedModel, ends).base_model
+    layers = base.get_submodule(boundaries_of(ends).layers_path)
     for layer in layers.children():
         held = layer.kept if isinstance(layer, TrunkSlot) else layer
         if held is None or isinstance(held, Hole):
             continue
         if not isinstance(held, GradientCheckpointingLayer):
             raise SplitError(
-                f"transformers cannot compute the activations of {cast(PreTrainedModel, client).config.model_type}'s "
+                f"transformers cannot compute the activations of {cast(PreTrainedModel, ends).config.model_type}'s "
                 "layers again: set train.activation-checkpointing=false"
             )
         held.gradient_checkpointing = True
@@ -167,12 +152,50 @@ def head_of(model: nn.Module) -> tuple[str, ...]:
     return cast(tuple[str, ...], getattr(model, "head_modules", ()))
 
 
-def _listen(base: nn.Module, anatomy: Anatomy, remote: RemoteTrunk) -> None:
-    """Let `remote` know the mask and positions of each forward pass of the module that runs the layers.
+def _auto_class(labels: Sequence[str]) -> Any:
+    return AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+
+
+def _load_without(
+    holes: Sequence[int],
+    folder: Path,
+    config: PretrainedConfig,
+    anatomy: Anatomy,
+    head: Sequence[str],
+    dtype: torch.dtype,
+) -> tuple[Any, dict[int, nn.Module]]:
+    """Load a model without some layers.
+
+    Returns:
+        The model, and the layers that were left out, without weights.
+
+    Raises:
+        SplitError: The checkpoint lacks weights of another layer, or of what is outside of them and not the head.
+    """
+    left_out: dict[int, nn.Module] = {}
+    name = anatomy.layers_path.rpartition(".")[2]
+
+    def dig(model: PreTrainedModel) -> None:
+        layers = list_of_layers(model.base_model, anatomy)
+        for i in holes:
+            left_out[i] = layers[i]
+            layers[i] = Hole(layers[i], anatomy.as_tuple)
+        # Of a classifier's checkpoint another head may be left over; what is missing is looked at below.
+        ignore_in_checkpoint(model, "" if head else rf"(^|\.){name}\.({'|'.join(map(str, holes))})\.")
+
+    model, missing = load_around_holes(anatomy.model_class, folder, config, dig, dtype)
+    missing = {name for name in missing if not name.startswith(tuple(f"{module}." for module in head))}
+    if missing:
+        raise SplitError(f"the checkpoint in {folder} lacks weights that a node needs, such as {sorted(missing)[0]}")
+    return model, left_out
+
+
+def _listen(base: nn.Module, anatomy: Anatomy, calls: TrunkCalls) -> None:
+    """Let `calls` know the mask and positions of each forward pass of the module that runs the layers.
 
     And once the layers have run, give back what they freed: logits, the largest tensors of a step, are next.
     """
-    stack = [module for _, module, _ in owners(base, anatomy.layers_path) if isinstance(module, PreTrainedModel)][-1]
+    stack = [module for _, module, _ in ancestors(base, anatomy.layers_path) if isinstance(module, PreTrainedModel)][-1]
     signature = inspect.signature(type(stack).forward)
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -184,7 +207,7 @@ def _listen(base: nn.Module, anatomy: Anatomy, remote: RemoteTrunk) -> None:
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise SplitError("attention_mask must be [batch, seq] with 1 for real tokens: other masks cannot be sent")
-        remote.remember(mask, given.get("position_ids"))
+        calls.remember(mask, given.get("position_ids"))
 
     def after(module: nn.Module, args: Any, out: Any) -> None:
         hidden_states: Tensor = out[0]

@@ -1,4 +1,4 @@
-"""The node's side of the trunk service.
+"""A node's connection to its trunk.
 
 Data path: bottom -> **pack, cut, encode, call, decode** -> surrogate joins. Calls run on threads of their own, so
 that the node computes while the trunk does. The trunk is stateless, so a call that was lost is made again, by
@@ -32,7 +32,7 @@ from fl_split.node.expected import Expected
 from fl_split.node.replicas import Credentials, Replica, Replicas
 from fl_split.proto import trunk_pb2 as pb
 
-__all__ = ["Credentials", "Expected", "TrunkClient"]
+__all__ = ["Credentials", "Expected", "TrunkConnection"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +45,14 @@ _CALL_BYTES = 3 * 2**20  # aim of a call, if there are sequences to cut between:
 
 
 class _AnotherTrunk(grpc.RpcError):  # type: ignore[misc]
-    """A reply came from a trunk that was not checked: behind one name there may be several. As good as lost."""
+    """A reply of a trunk that was not checked (one name may stand for several): as good as lost."""
 
     def code(self) -> grpc.StatusCode:
         return _Code.ABORTED
 
 
-class TrunkClient:
-    """A `remote.Trunk` that is a remote service. Use it as a context manager."""
+class TrunkConnection:
+    """A `slots.Trunk` that is a service elsewhere. Use it as a context manager."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class TrunkClient:
         in_flight: int = 4,
         credentials: Credentials = Credentials(),  # noqa: B008  # frozen
     ) -> None:
-        """Prepare a client; nothing is sent before `connect` or the first call.
+        """Prepare channels and threads; nothing is sent before `connect` or the first call.
 
         Args:
             address: ``host:port``, several with commas between.
@@ -106,7 +106,7 @@ class TrunkClient:
     def start(
         self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> "Future[Tensor]":
-        """Send one batch; see `remote.Trunk.start`. Leaves the node: `wire.pack_batch`, nothing else.
+        """Send one batch; see `slots.Trunk.start`. Leaves the node: `wire.pack_batch`, nothing else.
 
         The future raises `TrunkUnavailable`, `TrunkMismatch`, `TrunkRefused` or `WireError`.
         """
@@ -117,11 +117,11 @@ class TrunkClient:
 
         device, dtype, batch = hidden_states.device, hidden_states.dtype, hidden_states.shape[0]
 
-        def join(parts: list[Tensor]) -> Tensor:
+        def unpack(parts: list[Tensor]) -> Tensor:
             rows = parts[0] if len(parts) == 1 else torch.cat(parts)
             return wire.unpack(rows.to(device=device, dtype=dtype), attention_mask, batch)
 
-        return _gather(calls, join)
+        return _gather(calls, unpack)
 
     def _tokens_per_call(self) -> int:
         aim = _CALL_BYTES // wire.bytes_per_token(self._dtype, self._expected.hidden_size)
@@ -194,7 +194,7 @@ class TrunkClient:
         replica.description, replica.checked = reply, True
 
     def _put_off(self, replica: Replica, error: grpc.RpcError, seconds: float) -> bool:
-        """Whether asking again may help; if so, not this replica for a while."""
+        """Tell whether asking again may help, and if so leave this replica alone for a while."""
         if error.code() in _LOST:
             replica.checked = False  # whoever answers next may be another
             replica.failures += 1
@@ -212,7 +212,7 @@ class TrunkClient:
         return False
 
     def _translate(self, error: grpc.RpcError, replica: Replica, request_id: str) -> TrunkError:
-        """The one place where gRPC's errors become ours."""
+        """Make an error of ours from gRPC's; this is the one place that does."""
         code, address = error.code(), replica.address
         if isinstance(error, _AnotherTrunk):
             return TrunkMismatch(
@@ -245,7 +245,7 @@ class TrunkClient:
         return TrunkRefused(f"the trunk at {address} refused call {request_id} ({code.name}): {error.details()}")
 
     def fetch_surrogate(self, cache: Path) -> Path:
-        """The fitted surrogate that the trunk publishes, for this node's model; fetched once into `cache`.
+        """Fetch the fitted surrogate that the trunk publishes, once, into `cache`.
 
         Raises:
             SurrogateError: It publishes none, or one of another trunk.
@@ -267,7 +267,7 @@ class TrunkClient:
     def vjp(
         self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, gradient: Tensor
     ) -> Tensor:
-        """The trunk's exact vector-Jacobian product, see `remote.ExactTrunk.vjp`: **dL/dh2 leaves the node**.
+        """The trunk's exact vector-Jacobian product, see `slots.ExactTrunk.vjp`: **dL/dh2 leaves the node**.
 
         Raises:
             TrunkRefused: The trunk does not offer exact gradients.
@@ -318,15 +318,15 @@ def _precision(about: pb.DescribeReply) -> str:
     return " ".join(filter(None, (about.compute_dtype, about.quantization))) or "of unknown precision"
 
 
-def _gather(calls: "list[Future[Tensor]]", join: Callable[[list[Tensor]], Tensor]) -> "Future[Tensor]":
-    """A future of what `join` makes of the results of all calls; fails as the first of them that failed."""
+def _gather(calls: "list[Future[Tensor]]", unpack: Callable[[list[Tensor]], Tensor]) -> "Future[Tensor]":
+    """Make a future of what `unpack` makes of all calls' results; it fails as the first of them that failed."""
     whole: Future[Tensor] = Future()
     left = itertools.count(len(calls) - 1, -1)
 
     def done(_: "Future[Tensor]") -> None:
         if next(left) == 0:
             try:
-                whole.set_result(join([call.result() for call in calls]))
+                whole.set_result(unpack([call.result() for call in calls]))
             except BaseException as error:
                 whole.set_exception(error)
 
@@ -336,7 +336,7 @@ def _gather(calls: "list[Future[Tensor]]", join: Callable[[list[Tensor]], Tensor
 
 
 def fetch(description: pb.DescribeReply, piece: Callable[[int], bytes], cache: Path) -> Path:
-    """The node's side: the published file, from `cache` or fetched into it.
+    """Find the published file in `cache`, or fetch it into that.
 
     Args:
         description: What the trunk says of itself.

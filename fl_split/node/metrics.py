@@ -1,0 +1,45 @@
+"""The numbers that a node gives away about a round: all of them, and under which keys."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fl_split.node.evaluate import Scores
+
+
+@dataclass(frozen=True)
+class RoundMetrics:
+    """A round in numbers; each is sent under its field's name, with hyphens."""
+
+    partition_id: int
+    num_examples: int  # to train on
+    weight: int  # in the mean over the nodes
+    bad_rows: int  # left out
+    truncated_examples: int
+    truncated_tokens: int  # cut off from those
+    train_loss: float  # mean per response token, or per text of a classifier, over the round's steps
+    heldout: Mapping[str, Scores]  # `base`, `before`, `shared`, `after`: sent as `heldout-loss-base` and so on
+    descent_ratio: float  # see `node.descent`
+    bottom_loss_fall: float  # by the bottom's update alone
+    train_tokens: int  # real ones
+    tokens_per_s: float
+    train_s: float
+    trunk_forward_s: float  # summed over calls
+    activation_bytes: int  # sent to the trunk
+    cached_sequences: int  # for which the trunk was not asked
+    rounds_missed: int  # since this node's last
+
+    def record(self) -> dict[str, int | float]:
+        """The numbers by their keys."""
+        record: dict[str, int | float] = {}
+        for name, value in vars(self).items():
+            record.update(heldout_metrics(value) if name == "heldout" else {name.replace("_", "-"): value})
+        return record
+
+
+def heldout_metrics(heldout: Mapping[str, Scores]) -> dict[str, float]:
+    """Scores by their keys, such as ``heldout-macro-f1-after``."""
+    return {
+        f"heldout-{name.replace('_', '-')}-{when}": value
+        for when, scores in heldout.items()
+        for name, value in scores.items()
+    }
