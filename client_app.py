@@ -22,6 +22,7 @@ from flwr.clientapp.typing import ClientAppCallable  # noqa: E402
 
 from fl_split.config import NodeConfig, RunConfig  # noqa: E402
 from fl_split.errors import FLSplitError  # noqa: E402
+from fl_split.node.progress import show_log  # noqa: E402
 from fl_split.node.received import moved  # noqa: E402
 from fl_split.node.round import Instructions, run_round  # noqa: E402
 
@@ -46,6 +47,7 @@ def train(msg: Message, context: Context) -> Message:
     """Train this node's adapters for one round; the reply holds what `aggregation.share` names, and metrics."""
     instructions = msg.content.config_records["config"]
     received = msg.content.array_records["arrays"].to_torch_state_dict()
+    show_log()
     config, name = _config(msg), f"node {context.node_config.get('partition-id', '?')}"
     try:
         result = run_round(

@@ -24,6 +24,7 @@ from fl_split.server.report import final_table, record_round
 from fl_split.server.run_folder import RunFolder, claimed, named
 from fl_split.server.start import starting_adapter
 from fl_split.server.strategy import SplitStrategy
+from fl_split.server.trackers import open_trackers
 from fl_split.trunk import server as trunk_server
 from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.layers import HeldLayers, hold_layers
@@ -57,7 +58,8 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _run_rounds(grid: Grid, run: RunFolder, stack: ExitStack) -> None:
-    config = choose_split(run.config)
+    config = choose_split(run.config).with_rates()
+    logger.info("rates: train.bottom-lr=%g, train.top-lr=%g", *config.train.rates)
     address = config.trunk.address
     if address == "embedded":
         address = stack.enter_context(trunk_server.embedded(_hold(config), config=_embedded_config(config)))
@@ -73,7 +75,7 @@ def _run_rounds(grid: Grid, run: RunFolder, stack: ExitStack) -> None:
         round_offset=run.num_finished,
         num_rounds=config.num_server_rounds,
         institutions=Institutions(run.numbers()),
-        on_round=partial(record_round, run),
+        on_round=partial(record_round, run, open_trackers(run, stack)),
     )
     shared = run.shared()
     if run.num_finished == 0 and needs_start(config.aggregation, config.dp):

@@ -235,13 +235,13 @@ def test_trunk_killed_and_restarted_in_mid_round_loses_no_step(
     batches = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids]
     config = Train.model_validate({"steps": 6})
 
-    def trained(disturb: Callable[[int], None]) -> dict[str, torch.Tensor]:
+    def trained(disturb: Callable[[train.Step], None]) -> dict[str, torch.Tensor]:
         with TrunkConnection(address, expected, timeout_s=120) as trunk:
             model = adapters.attach(load_ends(demo_model, 2, 2, trunk), Lora(), train_bottom=True, seed=0)
             train.train_round(model, train.make_optimizer(model, config), iter(batches), config, on_step=disturb)
             return adapters.adapter_state(model)
 
-    disturbed = trained(lambda step: restart() if step == 3 else None)
+    disturbed = trained(lambda step: restart() if step.number == 3 else None)
     assert same(disturbed, trained(lambda step: None))
 
 

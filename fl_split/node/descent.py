@@ -85,8 +85,8 @@ def warn_if_stuck(falls: Sequence[float], surrogate: str) -> bool:
     stuck = len(window) == WINDOW and sum(window) <= 0
     if stuck:
         logger.warning(
-            "the bottom's updates have not lowered the loss over %d rounds (%.4f in all): with surrogate.kind=%r, try "
-            "more surrogate.layers, a 'matched' surrogate, or a smaller train.bottom-lr",
+            "over %d rounds the bottom's updates have not lowered the loss, but raised it by %.4f in all: with "
+            "surrogate.kind=%r, try more surrogate.layers, a 'matched' surrogate, or a smaller train.bottom-lr",
             WINDOW,
             -sum(window),
             surrogate,

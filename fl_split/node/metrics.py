@@ -27,6 +27,8 @@ class RoundMetrics:
     activation_bytes: int  # sent to the trunk
     cached_sequences: int  # for which the trunk was not asked
     rounds_missed: int  # since this node's last
+    exported_round: int  # whose adapter is the export: see `train.keep`
+    bottom_stuck: int  # 1 if the bottom has not lowered the loss for rounds
 
     def record(self) -> dict[str, int | float]:
         """The numbers by their keys."""

@@ -3,10 +3,12 @@
 Data path: config -> private examples -> the ends with adapters -> local round -> own disk -> shared part, metrics.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
 from fl_split.data.load import Examples, load_examples
+from fl_split.errors import TrainingError
 from fl_split.model import adapters
 from fl_split.model.distill import Distiller
 from fl_split.model.loss import Batch
@@ -29,6 +32,7 @@ from fl_split.node.card import base_name, card_text
 from fl_split.node.descent import Descent, DescentProbe, warn_if_stuck
 from fl_split.node.evaluate import Scores, evaluate, scores_before
 from fl_split.node.metrics import RoundMetrics, heldout_metrics
+from fl_split.node.progress import Progress
 from fl_split.node.received import receive
 from fl_split.node.state import NodeFolder, SavedRound
 from fl_split.node.train import RoundSettings, Trained, train_round
@@ -75,11 +79,10 @@ def run_round(
     transformers_logging.disable_progress_bar()
     check_consent(config, node)
     with ExitStack() as stack:
-        this = Round.build(choose_split(config), node, instructions, stack)
+        this = Round.build(choose_split(config).with_rates(), node, instructions, stack)
         this.restore(received)
         outcome = this.train()
-    this.save(outcome)
-    return this.reply(outcome)
+    return this.reply(outcome, this.save(outcome))
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,14 @@ class Outcome:
     trained: Trained
     descent: Descent
     heldout: dict[str, Scores]  # `base`, `before`, `shared`, `after`
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What became of a round on the node's own disk."""
+
+    exported_round: int  # whose adapter is the export
+    bottom_stuck: bool  # the bottom has not lowered the loss for rounds
 
 
 @dataclass(frozen=True)
@@ -108,10 +119,13 @@ class Round:
     distiller: Distiller | None  # if the surrogate is trained on the way
     folder: NodeFolder
     saved: SavedRound  # the newest one before this
+    progress: Progress
+    started: float  # by `time.monotonic`
 
     @classmethod
     def build(cls, config: RunConfig, node: NodeConfig, instructions: Instructions, stack: ExitStack) -> Self:
         """Load examples and model, and reach the trunk; `stack` closes what is to be closed."""
+        started = time.monotonic()
         base = find_model(config)
         tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(base))
         home = node.folder(config, instructions.run_name)
@@ -139,6 +153,26 @@ class Round:
             distiller=distiller,
             folder=folder,
             saved=folder.load_before(instructions.server_round) or SavedRound(0),
+            progress=Progress(
+                home,
+                f"node {node.partition_id}, run {instructions.run_name}, "
+                f"round {instructions.server_round}/{config.num_server_rounds}",
+                instructions.server_round,
+                config.train.steps,
+                node.report_to,
+            ),
+            started=started,
+        )
+
+    def describe(self) -> str:
+        """Say what this round trains, and on what; for the node's own eyes."""
+        config, trained = self.config, [p for p in self.model.parameters() if p.requires_grad]
+        return (
+            f"{len(self.examples.train)} examples to train on and {len(self.examples.heldout)} held out, of "
+            f"{self.node.data_path or config.data.path}; model {config.model.name}; trains "
+            f"{'bottom and top' if config.surrogate.trains_bottom else 'the top'}, "
+            f"{sum(p.numel() for p in trained):,} weights of rank {self.node.lora(config.lora).rank}, "
+            "rates {:g} and {:g}".format(*config.train.rates)
         )
 
     def restore(self, received: dict[str, Tensor]) -> None:
@@ -153,10 +187,20 @@ class Round:
         receive(self.model, self.optimizer, received, self.config.aggregation.combine, seed)
 
     def train(self) -> Outcome:
-        """Score, train, score again."""
+        """Score, train, score again.
+
+        Raises:
+            TrainingError: A number is not finite; nothing of the round is kept.
+        """
+        self.progress.start(self.describe())
         config, server_round, partition = self.config, self.instructions.server_round, self.node.partition_id
         seed = config.train.seed
         heldout = scores_before(self.model, config.aggregation, seed, self.saved.scores, self.measure)
+        if not isfinite(heldout["base"]["loss"]):
+            raise TrainingError(
+                f"the base model's held-out loss is not finite: check model.name={config.model.name!r}, and try "
+                "model.dtype='float32'"
+            )
         probe = None
         if config.surrogate.trains_bottom:
             (fixed,) = islice(self.batches(seed, 0), 1)
@@ -176,9 +220,15 @@ class Round:
                 proximal_mu=self.instructions.proximal_mu,
                 anchored=lambda name: adapters.is_shared(self.model, name, config.aggregation),
             ),
+            self.progress.step,
         )
         descent = probe.ask() if probe else Descent(0.0, 0.0)
         heldout["after"] = self.measure()
+        if not isfinite(heldout["after"]["loss"]):
+            raise TrainingError(
+                "the held-out loss after training is not finite: this round is dropped, and the adapter of the last "
+                "good round stays; lower train.bottom-lr={:g} and train.top-lr={:g}".format(*config.train.rates)
+            )
         return Outcome(trained, descent, heldout)
 
     def measure(self) -> Scores:
@@ -192,12 +242,19 @@ class Round:
         size, data = self.config.train.batch_size, self.config.data
         return training_batches(self.examples.train, self.tokenizer, size, seed, first_example, data)
 
-    def save(self, outcome: Outcome) -> None:
-        """Keep on the node's own disk what was trained, and export the adapter."""
+    def save(self, outcome: Outcome) -> "Kept":
+        """Keep on the node's own disk what was trained, and export the adapter if it is the one to keep."""
         config, server_round, distiller = self.config, self.instructions.server_round, self.distiller
         falls = [*self.saved.falls, outcome.descent.measured]
-        if config.surrogate.trains_bottom:
-            warn_if_stuck(falls, config.surrogate.kind)
+        stuck = config.surrogate.trains_bottom and warn_if_stuck(falls, config.surrogate.kind)
+        now = {**outcome.heldout["after"], "round": float(server_round)}
+        best = min(self.saved.scores.get("exported", now), now, key=lambda scores: scores["loss"])
+        exported = now if config.train.keep == "last" else best
+        if exported is now:  # before the round counts: what a kill leaves is then done again
+            heldout = heldout_metrics(outcome.heldout)
+            card = card_text(config, self.node, server_round, heldout, len(self.examples.train))
+            base = base_name(config.model, self.base)
+            adapters.export(self.model, self.folder.adapter, base, config.model.revision, card)
         self.folder.save(
             SavedRound(
                 server_round,
@@ -206,14 +263,12 @@ class Round:
                 distiller.state() if distiller else {},
                 train.optimizer_state(self.model, distiller.optimizer) if distiller else {},
                 falls,
-                {when: outcome.heldout[when] for when in ("base", "after")},
+                {"base": outcome.heldout["base"], "after": outcome.heldout["after"], "exported": exported},
             )
         )
-        card = card_text(config, self.node, server_round, heldout_metrics(outcome.heldout), len(self.examples.train))
-        base = base_name(config.model, self.base)
-        adapters.export(self.model, self.folder.adapter, base, config.model.revision, card)
+        return Kept(int(exported["round"]), stuck)
 
-    def reply(self, outcome: Outcome) -> RoundResult:
+    def reply(self, outcome: Outcome, kept: "Kept") -> RoundResult:
         """What leaves the node: the shared part of the adapter, and numbers."""
         how, trained, examples = self.config.aggregation, outcome.trained, self.examples
         metrics = RoundMetrics(
@@ -234,6 +289,9 @@ class Round:
             activation_bytes=self.connection.bytes_sent,
             cached_sequences=self.trunk.hits if isinstance(self.trunk, CachedTrunk) else 0,
             rounds_missed=self.instructions.server_round - 1 - self.saved.number,
+            exported_round=kept.exported_round,
+            bottom_stuck=int(kept.bottom_stuck),
         )
+        self.progress.finish(metrics.record(), time.monotonic() - self.started, self.folder.adapter)
         shared = adapters.shared_state(self.model, how)
         return RoundResult(shared, adapters.scaling_of(self.model), metrics.record(), self.folder.adapter)

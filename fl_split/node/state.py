@@ -33,7 +33,7 @@ class SavedRound:
     surrogate: dict[str, Tensor] = field(default_factory=dict)  # empty unless it is distilled
     surrogate_optimizer: dict[str, Tensor] = field(default_factory=dict)
     falls: list[float] = field(default_factory=list)  # of the loss by the bottom's update, one a round
-    scores: dict[str, Scores] = field(default_factory=dict)  # on held-out examples: `base`, and `after` that round
+    scores: dict[str, Scores] = field(default_factory=dict)  # on held-out examples: `base`, `after`, `exported`
 
 
 class NodeFolder:

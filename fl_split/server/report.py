@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -36,8 +37,14 @@ _AVERAGED = ("train-loss", "heldout-loss-base", "heldout-loss-before", "heldout-
 _ADDED = (*SUMMED, "tokens-per-s")
 
 
-def record_round(run: RunFolder, finished: FinishedRound) -> None:
-    """Finish a round: one metrics entry per node, one for the round, what is shared, and a table in the log."""
+def record_round(run: RunFolder, send: Callable[[list[dict[str, Any]]], None], finished: FinishedRound) -> None:
+    """Finish a round: one metrics entry per node, one for the round, what is shared, and a table in the log.
+
+    Args:
+        run: Where it is kept.
+        send: Gets the entries as well: `server.trackers`.
+        finished: The round.
+    """
     nodes = finished.nodes
     losses = [float(node["heldout-loss-after"]) for node in nodes]
     mean = sum(losses) / len(losses)
@@ -58,6 +65,7 @@ def record_round(run: RunFolder, finished: FinishedRound) -> None:
     logger.info("round %d/%d%s\n%s", finished.number, finished.num_rounds, privacy, _table(nodes))
     for node in nodes:
         _warn(node)
+    send([*nodes, summary])
 
 
 def _together(nodes: list[dict[str, Any]]) -> dict[str, Any]:

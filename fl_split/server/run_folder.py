@@ -27,7 +27,7 @@ from fl_split.config import RunConfig, Scalar
 from fl_split.errors import ConfigError, NodeStateError
 from fl_split.files import KEPT_ROUNDS, Rounds, write_atomic
 
-_MAY_CHANGE = ("num-server-rounds", "run.", "trunk.", "aggregation.min-nodes")
+_MAY_CHANGE = ("num-server-rounds", "run.", "report.", "trunk.", "aggregation.min-nodes")
 _MAY_NOT = ("trunk.wire-dtype",)  # what the trunk is given, so the numbers that come out
 _MAY_NOT_WITH_DP = ("aggregation.min-nodes",)  # the noise of a node's part, which epsilon counts on
 
