@@ -330,6 +330,20 @@ def doctor_command(
         raise typer.Exit(1)
 
 
+@app.command("report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs, <run.dir>/<run.name>; several are compared")],
+    out: Annotated[Path, typer.Option(help="file to write")] = Path("report.html"),
+) -> None:
+    """Write what runs came to as one HTML page."""
+    from fl_split.files import write_atomic
+    from fl_split.tools.report import report
+
+    with _errors():
+        write_atomic(out, report(run.expanduser() for run in runs))
+    print(out.resolve())
+
+
 @app.command("plan")
 def plan_command(
     model: Annotated[str, typer.Option(help="model.name; without it, the configuration's")] = "",

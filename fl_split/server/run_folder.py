@@ -119,17 +119,7 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Metrics of the finished rounds, oldest first."""
-        if not self.metrics.exists():
-            return []
-        found = []
-        for line in self.metrics.read_text().splitlines():
-            try:
-                entry = {key: math.nan if x is None else x for key, x in json.loads(line).items()}
-            except json.JSONDecodeError:  # a kill cut this line off: its round did not finish
-                continue
-            if entry["round"] <= self.num_finished:
-                found.append(entry)
-        return found
+        return [entry for entry in read_entries(self.metrics) if entry["round"] <= self.num_finished]
 
     def numbers(self) -> dict[int, int]:
         """The nodes' partition-ids by Flower's ids, of the finished rounds."""
@@ -158,6 +148,33 @@ class RunFolder:
     def server_state(self) -> dict[str, Tensor]:
         """What the server's own optimizer remembered then."""
         return self._rounds.load(self.num_finished, "server") if self.num_finished else {}
+
+
+def read_run(root: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What ``run.json`` says of a run, and the metrics of its finished rounds.
+
+    Raises:
+        NodeStateError: There is no run with a finished round.
+    """
+    finished = max(Rounds(root / "checkpoints").finished(), default=0)
+    if not finished or not (root / "run.json").is_file():
+        raise NodeStateError(
+            f"no run with a finished round in {root}: give a run's folder, <run.dir>/<run.name> of the server"
+        )
+    about: dict[str, Any] = json.loads((root / "run.json").read_text(encoding="utf-8"))
+    return about, [entry for entry in read_entries(root / "metrics.jsonl") if entry["round"] <= finished]
+
+
+def read_entries(file: Path) -> list[dict[str, Any]]:
+    """The entries of a ``metrics.jsonl``, a node's or a server's; a line that a kill has cut off is left out."""
+    entries = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        entries.append({key: math.nan if value is None else value for key, value in entry.items()})
+    return entries
 
 
 def _resumed(saved: Mapping[str, Scalar], now: RunConfig, given: Mapping[str, Scalar] | None) -> RunConfig:
