@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from fl_split import __version__
 from fl_split.errors import FLSplitError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="fl-split: see also `flwr run`.")
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 trunk = typer.Typer(no_args_is_help=True, help="The trunk service.")
 surrogate = typer.Typer(no_args_is_help=True, help="What gives the bottom its gradient.")
 keys = typer.Typer(no_args_is_help=True, help="Certificates of servers, key pairs of nodes.")
@@ -35,6 +36,21 @@ TokenFile = Annotated[str, typer.Option(help="file that holds one's bearer token
 Plaintext = Annotated[bool, typer.Option(help="no TLS even beyond loopback")]
 Timeout = Annotated[float, typer.Option(help="seconds to wait for an answer")]
 Tokens = Annotated[Path, typer.Option(help="the tokens file: `security.tokens` of the trunk")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fl-split {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    """fl-split: see also `flwr run`."""
 
 
 @contextmanager
@@ -122,8 +138,13 @@ def trunk_top(
         before = scrape(url)
         time.sleep(interval_s)
         now = scrape(url)
-        if once:
-            Console().print(table(before, now))
+        if once or not sys.stdout.isatty():
+            screen = Console(width=None if sys.stdout.isatty() else 120)
+            screen.print(table(before, now))
+            while not once:
+                time.sleep(interval_s)
+                before, now = now, scrape(url)
+                screen.print(table(before, now))
             return
         with Live(table(before, now), auto_refresh=False) as live:
             while True:
@@ -268,13 +289,14 @@ def gradcheck_command(
     layers: Annotated[list[int] | None, typer.Option(help="numbers of kept layers to look at")] = None,
     matched: Annotated[list[Path] | None, typer.Option(help="fitted surrogates to look at")] = None,
     adapter: Annotated[Path | None, typer.Option(help="adapter folder of a run: check there")] = None,
-    batches: Annotated[int, typer.Option(min=1, help="batches of 8 examples")] = 4,
+    batches: Annotated[int, typer.Option(min=1, help="batches of 8 examples")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
     """Compare each surrogate's bottom gradient with the exact one, on one's own model and data."""
     from fl_split.config import Data
-    from fl_split.tools.gradcheck import check_model
+    from fl_split.tools.gradcheck import check_model, verdict
 
+    _log_to_stderr()
     with _errors():
         rows = check_model(
             (model, revision),
@@ -289,10 +311,8 @@ def gradcheck_command(
         for row in rows:
             print(json.dumps(row))
         return
-    view = Table(*rows[0])
-    for row in rows:
-        view.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(view)
+    shown = [{key: f"{x:.3f}" if isinstance(x, float) else str(x) for key, x in row.items()} for row in rows]
+    print(_columns(shown), verdict(rows), sep="\n\n")
 
 
 RunFile = Annotated[Path | None, typer.Option("--config", help="TOML file of a run, such as configs/jsonl.toml")]
@@ -371,10 +391,20 @@ def plan_command(
         for row in rows:
             print(json.dumps(row))
         return
-    view = Table(*rows[0])
-    for row in rows:
-        view.add_row(*map(str, row.values()))
-    Console().print(view)
+    print(_columns(rows))
+
+
+def _columns(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows in columns as narrow as they can be, with headings over several lines: for 80 columns, and for pipes."""
+    headings = [key.split(" ") for key in rows[0]]
+    height = max(map(len, headings))
+    lines = [[(words + [""] * height)[i] for words in headings] for i in range(height)]
+    lines += [[str(value) for value in row.values()] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
+    gap = "  " if sum(widths) + 2 * len(widths) <= 80 else " "
+    return "\n".join(
+        gap.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def _log_to_stderr() -> None:

@@ -8,7 +8,6 @@ import logging
 import math
 import sys
 import time
-import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -100,7 +99,6 @@ def show_log() -> None:
     root.setLevel(logging.INFO)
     if not root.handlers:
         root.addHandler(logging.StreamHandler(sys.stdout))
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT asks transformers for it
 
 
 def read_entries(file: Path) -> list[dict[str, Any]]:
