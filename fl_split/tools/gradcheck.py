@@ -126,7 +126,7 @@ def verdict(rows: Sequence[Mapping[str, str | float]]) -> str:
     if best[0] < _POOR:
         return (
             f"{text}. No surrogate here gives the bottom a useful gradient: use surrogate.kind='none' and give the "
-            "node's memory to split.top-layers instead, or try a surrogate that is fitted to this trunk (docs/surrogates.md)."
+            "node's memory to split.top-layers, or try a surrogate that is fitted to this trunk (docs/surrogates.md)."
         )
     return f"{text}. The best is {best[1].split()[0]}; check it during the run by the descent ratio."
 
