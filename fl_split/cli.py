@@ -364,6 +364,18 @@ def report_command(
     print(out.resolve())
 
 
+@app.command("stop")
+def stop_command(
+    port: Annotated[int, typer.Option(help="its port; 0: the one that flwr run uses")] = 0,
+) -> None:
+    """Stop the SuperLink that flwr run has left running, with the runs on it."""
+    from fl_split.tools.superlink import local_port, stop
+
+    with _errors():
+        number = port or local_port()
+        print(f"stopped the SuperLink on port {number} (process {stop(number)})")
+
+
 @app.command("plan")
 def plan_command(
     model: Annotated[str, typer.Option(help="model.name; without it, the configuration's")] = "",
