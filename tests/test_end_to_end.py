@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import client_app
 import server_app
 from fl_split.config import Lora, RunConfig, Train
-from fl_split.errors import NodeStateError, RoundFailed, SplitError, TrunkUnavailable
+from fl_split.errors import ConfigError, NodeStateError, RoundFailed, SplitError, TrunkUnavailable
 from fl_split.model import adapters
 from fl_split.model.ends import load_ends
 from fl_split.model.trunk import LocalTrunk, load_trunk
@@ -126,6 +126,32 @@ def test_run_resumed_after_a_kill_equals_an_undisturbed_one(run: Run, tmp_path: 
     for node in range(2):
         assert same(weights(tmp_path / "whole", node), weights(tmp_path / "cut", node))
     assert [e["round"] for e in metrics(tmp_path / "cut")] == [e["round"] for e in metrics(tmp_path / "whole")]
+
+
+def test_a_resumed_run_has_its_own_configuration_on_server_and_nodes_and_one_numbering(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run("x", **{"lora.rank": 4, "num-server-rounds": 1})
+    given = {"run.dir": str(tmp_path), "run.name": "x", "run.resume": True, "num-server-rounds": 2}
+    config = {**RunConfig().to_flat(), **given}
+    grid = InProcessGrid(client_app.app, 2, config)
+    grid.given = given
+    caplog.set_level("INFO")
+    caplog.clear()
+    server_app.app(grid=grid, context=Context(1, 1, {}, RecordDict(), config))
+    assert weights(tmp_path / "x", 0).popitem()[1].shape.count(4) == 1
+    steps = [line for line in caplog.messages if "step 3/3" in line]  # 3, not the default of 30
+    assert len(steps) == 2 and all("round 2/2" in line for line in steps)
+    told = [line for line in caplog.messages if line.startswith("round ")]
+    assert told[0] == "round 2/2: 2 nodes are asked" and all("2/2" in line for line in told)
+
+
+def test_a_run_that_lost_its_models_name_to_flower_is_refused(run: Run, tmp_path: Path) -> None:
+    config = {**RunConfig().to_flat(), "run.dir": str(tmp_path), "model.dtype": "bfloat16"}
+    grid = InProcessGrid(client_app.app, 2, config)
+    grid.given = {"run.dir": str(tmp_path), "model.dtype": "bfloat16"}
+    with pytest.raises(ConfigError, match=r"model\.dtype is given and model\.name is not"):
+        server_app.app(grid=grid, context=Context(1, 1, {}, RecordDict(), config))
 
 
 def test_finished_run_resumed_does_nothing_and_says_where_everything_is(
