@@ -22,7 +22,7 @@ from flwr.clientapp.typing import ClientAppCallable  # noqa: E402
 
 from fl_split.config import NodeConfig, RunConfig  # noqa: E402
 from fl_split.errors import FLSplitError  # noqa: E402
-from fl_split.node.progress import show_log  # noqa: E402
+from fl_split.log import show_log  # noqa: E402
 from fl_split.node.received import moved  # noqa: E402
 from fl_split.node.round import Instructions, run_round  # noqa: E402
 

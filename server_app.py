@@ -14,11 +14,11 @@ from flwr.serverapp.exception import PrivacyBudgetExhausted
 
 from fl_split import __version__
 from fl_split.config import RunConfig, check_given
+from fl_split.log import show_log
 from fl_split.model.checkpoint import resolve_model, trunk_needs
 from fl_split.plan.plan import choose_split
 from fl_split.plan.versions import check_versions
 from fl_split.server.flower import flower_strategy, needs_start, restore_server_state
-from fl_split.server.log import show_log
 from fl_split.server.progress import Institutions
 from fl_split.server.report import final_table, record_round
 from fl_split.server.run_folder import RunFolder, claimed, named

@@ -93,14 +93,6 @@ class Progress:
             file.write(_line({"time": now, "round": self._round, **entry}))
 
 
-def show_log() -> None:
-    """Send fl-split's log to standard output, which a SuperNode and a simulation show."""
-    root = logging.getLogger("fl_split")
-    root.setLevel(logging.INFO)
-    if not root.handlers:
-        root.addHandler(logging.StreamHandler(sys.stdout))
-
-
 def read_entries(file: Path) -> list[dict[str, Any]]:
     """The entries of a node's ``metrics.jsonl``; a line that a kill has cut off is left out."""
     entries = []

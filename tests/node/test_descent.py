@@ -75,6 +75,7 @@ def test_bottom_that_does_not_learn_is_called_out(caplog: pytest.LogCaptureFixtu
     assert not warn_if_stuck([-1.0, 0.1, 0.1, 0.1], "identity")
     assert not caplog.text
     assert warn_if_stuck([1.0, -0.1, 0.05, 0.0], "identity")
+    assert "over 3 rounds the bottom's updates have not lowered the loss, but raised it by 0.0500 in all" in caplog.text
     assert "surrogate.layers" in caplog.text and "train.bottom-lr" in caplog.text
 
 

@@ -10,8 +10,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_split.errors import RoundFailed
+from fl_split.log import FlowerLog
 from fl_split.server import progress
-from fl_split.server.log import FlowerLog
 from fl_split.server.progress import Institutions, WatchedGrid, clock
 
 

@@ -355,6 +355,23 @@ def test_node_that_leaves_just_before_it_is_asked_is_not_waited_for_without_end(
     assert [entry["round"] for entry in metrics(tmp_path / "x")] == [1, 1, 1]
 
 
+def test_a_node_that_shares_what_is_not_finite_is_left_out(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run_round(config: RunConfig, node: NodeConfig, *args: Any) -> RoundResult:
+        result = node_round(config, node, *args)
+        bad = {name: torch.full_like(value, torch.nan) for name, value in result.shared.items()}
+        return replace(result, shared=bad) if node.partition_id == 1 else result
+
+    node_round = client_app.run_round
+    monkeypatch.setattr(client_app, "run_round", run_round)
+    run(**{"num-server-rounds": 1, "aggregation.min-nodes": 1})
+    assert all(bool(torch.isfinite(value).all()) for value in shared(tmp_path / "x", 1).values())
+    assert "round 1 goes on without node 1: sent weights that are not finite" in caplog.text
+    with pytest.raises(RoundFailed, match="1 nodes finished.*\n.*node 1: sent weights that are not finite"):
+        run("y", **{"num-server-rounds": 1})
+
+
 @pytest.mark.parametrize("combine", ["mean", "svd", "stack"])
 def test_node_that_missed_a_round_catches_up(
     run: Run, tmp_path: Path, combine: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

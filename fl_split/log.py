@@ -1,4 +1,4 @@
-"""What of the log reaches the screen of `flwr run --stream`: fl-split's own sentences; tracebacks go to a file."""
+"""What of the log reaches a screen, of `flwr run --stream` or a SuperNode: sentences; tracebacks go to a file."""
 
 import logging
 import sys
@@ -34,6 +34,7 @@ class FlowerLog(logging.Filter):
                 self._keep(text)
                 return False
         if self._said and text.startswith("Exit Code:"):
+            self._said = False
             return False
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, FLSplitError):
@@ -51,7 +52,7 @@ class FlowerLog(logging.Filter):
 
 
 def show_log() -> FlowerLog:
-    """Send fl-split's log to standard output, which ``flwr run --stream`` shows, and quieten Flower's.
+    """Send fl-split's log to standard output, which `flwr run --stream` and a SuperNode show, and quieten Flower's.
 
     Returns the filter on Flower's log, which wants a file.
     """
@@ -64,7 +65,7 @@ def show_log() -> FlowerLog:
     flower = logging.getLogger(FLOWER)
     for found in flower.filters:
         if isinstance(found, FlowerLog):
-            flower.removeFilter(found)
+            return found
     quiet = FlowerLog()
     flower.addFilter(quiet)
     return quiet
