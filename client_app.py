@@ -55,11 +55,11 @@ def train(msg: Message, context: Context) -> Message:
             NodeConfig.from_flat(context.node_config),
             received,
             Instructions(
-                server_round=int(instructions["server-round"]),
+                server_round=int(instructions["server-round"]),  # type: ignore[arg-type]  # the ServerApp's own
                 run_name=str(instructions["run-name"]),
                 run_id=str(instructions["run-id"]),
                 trunk_address=str(instructions["trunk-address"]),
-                proximal_mu=float(instructions.get("proximal-mu", 0.0)),
+                proximal_mu=float(instructions.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
             ),
         )
     except FLSplitError as error:
@@ -73,7 +73,7 @@ def train(msg: Message, context: Context) -> Message:
     reply = RecordDict(
         {
             "arrays": ArrayRecord(moved(result.shared, received) if clipped else result.shared),
-            "metrics": MetricRecord(result.metrics),
+            "metrics": MetricRecord({**result.metrics}),
             "node": ConfigRecord({"adapter": str(result.adapter), "scaling": result.scaling}),
         }
     )

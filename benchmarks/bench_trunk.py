@@ -303,7 +303,7 @@ def bench_bytes(setting: Setting) -> Figures:
         batches = training_batches(examples.train, tokenizer, config.batch_size, seed, 0)
         done = train.train_round(model, train.make_optimizer(model, config), batches, config)
         heldout = heldout_batches(examples.heldout, tokenizer, 16)
-        return done.num_tokens, lambda: evaluate(model, heldout)
+        return done.num_tokens, lambda: evaluate(model, heldout)["loss"]
 
     codes: dict[str, Code] = {"float32": Tensor.float, "int8": _int8, "int8-per-token": _int8_per_token}
     for seed in range(setting.seeds):

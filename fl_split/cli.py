@@ -232,7 +232,8 @@ def executor_command(
     """Run a SuperNode's messages with libraries already loaded; it was started with --isolation process."""
     from fl_split.node.executor import serve
 
-    serve(address, root_certificates)
+    with _errors():
+        serve(address, root_certificates)
 
 
 Model = Annotated[str, typer.Option(help="demo, a path of a model folder, or a Hugging Face id")]

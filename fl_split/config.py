@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from flwr.common.config import flatten_dict
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from fl_split.errors import ConfigError, explain_invalid
@@ -71,7 +70,7 @@ class Split(_Section):
 
     bottom_layers: Positive = Field(2, description="layers on the node before the trunk")
     top_layers: Positive = Field(2, description="layers on the node after the trunk")
-    client_memory: Annotated[str, Field(pattern=r"^$|^ *[0-9.]+ *[A-Za-z]+ *$")] = Field(
+    client_memory: Annotated[str, Field(pattern=r"^$|^ *[0-9]+(\.[0-9]+)? *[A-Za-z]+ *$")] = Field(
         "", description="such as `4GB`: take the deepest split that a node of this memory can train, instead of the two"
     )
 
@@ -498,7 +497,7 @@ def read_values(file: Path | None, overrides: list[str]) -> dict[str, Scalar]:
 
 def _read_file(file: Path) -> dict[str, Scalar]:
     try:
-        return flatten_dict(tomllib.loads(file.expanduser().read_text(encoding="utf-8")))
+        return _flatten(tomllib.loads(file.expanduser().read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read as TOML ({type(error).__name__}): {_QUOTES}") from None
 
@@ -509,9 +508,21 @@ def _read_pairs(given: str) -> dict[str, Scalar]:
     if left:
         raise ConfigError(f"wrong key=value: {left[0]!r} has no key or no value; {_QUOTES}")
     try:
-        return flatten_dict(tomllib.loads("\n".join(f"{key} = {value}" for key, value in pairs)))
+        return _flatten(tomllib.loads("\n".join(f"{key} = {value}" for key, value in pairs)))
     except ValueError as error:
         raise ConfigError(f"wrong key=value ({type(error).__name__}): {_QUOTES}") from None
+
+
+def _flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    flat: dict[str, Scalar] = {}
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, str | int | float):
+            flat[f"{prefix}{key}"] = value
+        else:
+            raise ValueError(key)
+    return flat
 
 
 def check_given(given: Mapping[str, Scalar]) -> None:

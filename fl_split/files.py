@@ -6,9 +6,10 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+if TYPE_CHECKING:  # torch takes seconds to load, and most of what writes a file does without
+    from torch import Tensor
 
 KEPT_ROUNDS = 2  # of a run or a node: the server may have lost the last one, and then asks for it again
 
@@ -51,8 +52,10 @@ class Rounds:
         names = (re.fullmatch(r"round-(\d+)", p.name) for p in self._folder.glob("round-*"))
         return sorted(int(match[1]) for match in names if match)
 
-    def save(self, number: int, files: Mapping[str, dict[str, Tensor]], keep: int) -> None:
+    def save(self, number: int, files: Mapping[str, dict[str, "Tensor"]], keep: int) -> None:
         """Add a round, or replace it, and forget all but the newest `keep` up to it."""
+        from safetensors.torch import save_file
+
         self._folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=self._folder, prefix=".round-"))
         for name, tensors in files.items():
@@ -73,8 +76,10 @@ class Rounds:
         for leftover in self._folder.glob(".round-*"):
             shutil.rmtree(leftover)
 
-    def load(self, number: int, name: str) -> dict[str, Tensor]:
+    def load(self, number: int, name: str) -> dict[str, "Tensor"]:
         """One file of a finished round."""
+        from safetensors.torch import load_file
+
         return load_file(self._path(number) / f"{name}.safetensors")
 
     def _path(self, number: int) -> Path:

@@ -6,7 +6,6 @@ A message holds the hidden states of real tokens only, as raw little-endian byte
 that a decoder could execute. What leaves the node is exactly what `encode_request` writes.
 """
 
-import ipaddress
 import itertools
 import math
 from collections.abc import Sequence
@@ -19,8 +18,8 @@ from fl_split.errors import WireError
 from fl_split.proto import trunk_pb2 as pb
 
 FLOATS: dict[pb.DType, torch.dtype] = {pb.BFLOAT16: torch.bfloat16, pb.FLOAT32: torch.float32}
-SERVICE = "fl_split.Trunk"
-EXACT_SERVICE = "fl_split.ExactGradient"
+SERVICE: str = pb.DESCRIPTOR.services_by_name["Trunk"].full_name
+EXACT_SERVICE: str = pb.DESCRIPTOR.services_by_name["ExactGradient"].full_name
 REQUEST_ID = "x-request-id"  # metadata: the same in the logs of both sides
 PUSHBACK = "grpc-retry-pushback-ms"  # trailer: gRPC's own name, so that any client with a retry policy obeys it
 NAMES: dict[str, pb.DType] = {"bfloat16": pb.BFLOAT16, "float32": pb.FLOAT32, "int8": pb.INT8}
@@ -185,7 +184,7 @@ def pack_batch(hidden_states: Tensor, attention_mask: Tensor | None, position_id
 
 
 def _documents(positions: Tensor) -> list[int]:
-    """Lengths of the unbroken runs in one row's position ids ``[seq]``."""
+    """Find the lengths of the unbroken runs in one row's position ids ``[seq]``."""
     starts = (positions.diff() != 1).nonzero()[:, 0] + 1
     return [b - a for a, b in itertools.pairwise([0, *starts.tolist(), len(positions)])]
 
@@ -297,11 +296,3 @@ def decode_pull_reply(reply: pb.PullReply, request: pb.PullRequest, hidden_size:
     if reply.dtype != request.forward.dtype:
         raise WireError(f"dtype={reply.dtype} in a reply to a request with dtype={request.forward.dtype}")
     return decode_rows(reply.gradient, reply.dtype, (), sum(request.forward.lengths), hidden_size)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address stays on this machine."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -4,8 +4,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
-from fl_split.config import NodeConfig, RunConfig, check_given, read_values
+from fl_split.config import Model, NodeConfig, RunConfig, Surrogate, check_given, read_values
 from fl_split.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -159,3 +160,30 @@ def test_a_models_keys_without_its_name_are_refused_since_flower_may_have_droppe
     check_given({"train.steps": 3})
     with pytest.raises(ConfigError, match=r"model\.dtype is given and model\.name is not: of several -c .* keeps one"):
         check_given({"model.dtype": "bfloat16"})
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "trains_bottom", "is_trained", "num_kept"),
+    [
+        (Surrogate(kind="none"), False, False, 0),
+        (Surrogate(kind="identity"), True, False, 0),
+        (Surrogate(kind="blocks", layers=3), True, False, 3),
+        (Surrogate(kind="distilled", layers=3), True, True, 3),
+        (Surrogate(kind="matched"), True, False, 0),
+        (Surrogate(kind="matched", distill=True), True, True, 0),
+        (Surrogate(kind="blocks", distill=True), True, False, 2),
+        (Surrogate(kind="exact"), True, False, 0),
+    ],
+)
+def test_what_follows_from_a_surrogate(
+    surrogate: Surrogate, trains_bottom: bool, is_trained: bool, num_kept: int
+) -> None:
+    found = (surrogate.trains_bottom, surrogate.is_trained, surrogate.num_kept)
+    assert found == (trains_bottom, is_trained, num_kept)
+
+
+def test_what_follows_from_a_model() -> None:
+    names = {"demo": True, "/models/x": True, "~/x": True, "owner/model": False, "models/x/y": False}
+    assert {name: Model(name=name).is_local for name in names} == names
+    assert Model(dtype="float32").torch_dtype == torch.float32
+    assert Model(dtype="bfloat16").torch_dtype == torch.bfloat16

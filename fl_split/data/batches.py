@@ -7,7 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+)
 
 from fl_split.config import Data
 from fl_split.data.examples import Example
@@ -89,23 +94,10 @@ def _lengths(examples: Sequence[Example]) -> Any:
 
 def _collator(tokenizer: PreTrainedTokenizerBase, packing: bool) -> Callable[[list[Example]], Batch]:
     if packing:
-        return _pack
+        return DataCollatorWithFlattening()  # positions count from 0 in each, and no first token is a target
     per_token = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=IGNORED)
     per_sequence = DataCollatorWithPadding(tokenizer)
     return lambda examples: (per_sequence if isinstance(examples[0]["labels"], int) else per_token)(examples)
-
-
-def _pack(examples: list[Example]) -> Batch:
-    """Lay examples end to end in one row, without padding; each position counts from 0, which keeps them apart."""
-    ids = [token for example in examples for token in example["input_ids"]]
-    positions = [i for example in examples for i in range(len(example["input_ids"]))]
-    # The first token of an example would be predicted from the last of another.
-    labels = [label for example in examples for label in (IGNORED, *example["labels"][1:])]
-    return {
-        "input_ids": torch.tensor([ids]),
-        "position_ids": torch.tensor([positions]),
-        "labels": torch.tensor([labels]),
-    }
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -77,7 +77,7 @@ def _text(value: object) -> str:
 def _prompt_and_response(
     values: dict[str, Any], config: Data, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """Labels count the response only, or all of a plain text."""
+    """Tokenize prompt and response; labels count the response only, or all of a plain text."""
     prompt = "" if config.text else values.get(config.prompt)
     if not isinstance(prompt, str):
         raise Unusable(NO_TEXT)
@@ -90,7 +90,7 @@ def _prompt_and_response(
 
 
 def _labelled(values: dict[str, Any], config: Data, tokenizer: PreTrainedTokenizerBase) -> Made:
-    """Token ids as the model's own tokenizer frames a text, and its class."""
+    """Tokenize a text as the model's own tokenizer frames it, with its class."""
     label = str(values.get(config.label))
     if label not in config.label_names:
         raise Unusable(UNKNOWN_LABEL)
@@ -116,7 +116,7 @@ def _check_template(config: Data, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """A conversation as the template writes it; labels count what the assistant says, and how it ends its turns."""
+    """Tokenize a conversation by the template; labels count what the assistant says, and how it ends its turns."""
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         raise Unusable(NOT_A_CHAT)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
@@ -148,7 +148,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]
 
 
 def _span(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], turn: int, text: str) -> tuple[int, int]:
-    """Where in `text`, the whole conversation, the assistant's `turn` begins and ends.
+    """Find where in `text`, the whole conversation, the assistant's `turn` begins and ends.
 
     It begins where the template invites the assistant to speak, and ends where the conversation would if it ended
     there. Some templates write the last turn otherwise than earlier ones (with room for thoughts, say): then an

@@ -105,7 +105,7 @@ def load_examples(
 
 
 def _fields(config: Data) -> dict[str, Any]:
-    """What of the configuration decides on the examples themselves."""
+    """Pick what of the configuration decides on the examples themselves."""
     return config.model_dump(exclude={"holdout", "packing", "group_by_length"})
 
 
@@ -115,7 +115,7 @@ def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _make_all(rows: Iterable[Any], make: Callable[[dict[str, Any]], Any], report: Report) -> Iterator[Example]:
-    """Examples of the rows that can be used; fills `report` on the way."""
+    """Make examples of the rows that can be used; fills `report` on the way."""
     bad: Counter[str] = Counter()
     for row in rows:
         report.num_rows += 1

@@ -43,7 +43,7 @@ def owners(rows: Iterable[Values], config: Data, num_partitions: int, seed: int)
 
 
 def _values(rows: Iterable[Values], config: Data) -> list[str]:
-    """What to go by, as text; empty for those that go by number of rows alone."""
+    """Pick what to go by, as text; empty for those that go by number of rows alone."""
     if config.partitioner not in ("column", "dirichlet", "pathological"):
         return ["" for _ in rows]
     values = [row.get(config.partition_by) for row in rows]
@@ -57,7 +57,7 @@ def _values(rows: Iterable[Values], config: Data) -> list[str]:
 
 
 def _partition(values: Sequence[str], config: Data, num_partitions: int, seed: int) -> list[Any]:
-    """Row numbers of each node."""
+    """Deal row numbers out to the nodes."""
     partitioner = _make(config, num_partitions, seed)
     import datasets  # flwr-datasets has imported it already
 

@@ -269,7 +269,7 @@ def read_export(folder: Path) -> tuple[Lora, dict[str, Tensor]]:
     return lora, state
 
 
-def export(model: PeftModel, folder: Path, base_model: str, revision: str, card: str) -> None:
+def export(model: PeftModel, folder: Path, base_model: str, revision: str = "", card: str = "") -> None:
     """Write a standard PEFT adapter of the full model: ``PeftModel.from_pretrained(full_model, folder)`` loads it.
 
     Each file is replaced atomically, so that a reader never sees half of one.

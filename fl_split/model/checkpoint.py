@@ -27,7 +27,6 @@ _ABOUT = ("*.json", "*.model", "*.txt", "*.jinja")  # config, tokenizer, index
 _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
 _SAMPLED_ROWS = 16
 
-
 Needs = Callable[[str], bool]  # whether a party needs a weight, by its name in the checkpoint
 
 
@@ -58,11 +57,6 @@ def trunk_needs(bottom_layers: int, top_layers: int) -> Callable[[PretrainedConf
         return needed
 
     return needs
-
-
-def _layer_of(key: str, layers_name: str) -> int | None:
-    match = re.search(rf"(?:^|\.){re.escape(layers_name)}\.(\d+)\.", key)
-    return int(match[1]) if match else None
 
 
 def resolve_model(name: str, revision: str, needs: Callable[[PretrainedConfig], Needs] | None = None) -> Path:
@@ -100,15 +94,6 @@ def resolve_model(name: str, revision: str, needs: Callable[[PretrainedConfig], 
             f"model.name={name!r} (revision {revision or 'default'}) could not be fetched from the Hugging Face hub: "
             f"{type(error).__name__}; check the id and the network, or give the path of a local folder"
         ) from error
-
-
-def _files_needed(folder: Path, needs: Callable[[PretrainedConfig], Needs] | None) -> list[str]:
-    """Name the files with needed weights, or give a pattern; all else of the checkpoint is in `folder` already."""
-    index = folder / INDEX
-    if needs is None or not index.is_file():
-        return ["*.safetensors"]
-    needed = needs(AutoConfig.from_pretrained(folder))
-    return sorted({file for key, file in json.loads(index.read_text())["weight_map"].items() if needed(key)})
 
 
 def read_config(name: str, revision: str = "") -> PretrainedConfig:
@@ -180,3 +165,17 @@ def weights_digest(folder: Path, layers_name: str, layers: range) -> str | None:
                 sample: torch.Tensor = rows[i]
                 digest.update(sample.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest() if seen == set(layers) else None
+
+
+def _files_needed(folder: Path, needs: Callable[[PretrainedConfig], Needs] | None) -> list[str]:
+    """Name the files with needed weights, or give a pattern; all else of the checkpoint is in `folder` already."""
+    index = folder / INDEX
+    if needs is None or not index.is_file():
+        return ["*.safetensors"]
+    needed = needs(AutoConfig.from_pretrained(folder))
+    return sorted({file for key, file in json.loads(index.read_text())["weight_map"].items() if needed(key)})
+
+
+def _layer_of(key: str, layers_name: str) -> int | None:
+    match = re.search(rf"(?:^|\.){re.escape(layers_name)}\.(\d+)\.", key)
+    return int(match[1]) if match else None

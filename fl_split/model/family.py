@@ -21,6 +21,7 @@ from fl_split.errors import SplitError
 
 _CANNOT_RUN = (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError, NotImplementedError)
 _BATCH, _SEQ = 3, 7  # of the pass without numbers
+_examined: "dict[tuple[str, ...], Anatomy]" = {}
 
 
 class Hole(nn.Module):
@@ -65,9 +66,6 @@ def examine(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> Anato
     if key not in _examined:
         _examined[key] = _examine(config, auto)
     return _examined[key]
-
-
-_examined: dict[tuple[str, ...], Anatomy] = {}
 
 
 def _examine(config: PretrainedConfig, auto: Any) -> Anatomy:

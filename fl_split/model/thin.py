@@ -12,31 +12,6 @@ from transformers.pytorch_utils import Conv1D
 from fl_split.errors import SurrogateError
 
 
-class LowRank(nn.Module):
-    """``x -> B A x + bias``, in place of a linear: ``[..., in]`` -> ``[..., out]``."""
-
-    def __init__(self, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.A = nn.Parameter(a)
-        self.B = nn.Parameter(b)
-        self.bias = nn.Parameter(bias) if bias is not None else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., in]`` -> ``[..., out]``."""
-        return nn.functional.linear(nn.functional.linear(x, self.A), self.B, self.bias)
-
-
-def linears(layer: nn.Module) -> dict[str, nn.Module]:
-    """The linear modules of a layer by their names in it."""
-    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-
-
-def replace(layer: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of a layer's submodule."""
-    owner, _, last = name.rpartition(".")
-    setattr(layer.get_submodule(owner), last, module)
-
-
 def thin_layer(layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Make a layer of the trunk's class thin: every linear a product of two matrices, all weights from `tensors`.
 
@@ -111,3 +86,28 @@ def check_card(
             f"{card['weights-digest'][:12]}) than this run's (config {config_digest[:12]}, weights "
             f"{(weights_digest or 'unknown')[:12]}): fit one for this model"
         )
+
+
+def linears(layer: nn.Module) -> dict[str, nn.Module]:
+    """The linear modules of a layer by their names in it."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def replace(layer: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of a layer's submodule."""
+    owner, _, last = name.rpartition(".")
+    setattr(layer.get_submodule(owner), last, module)
+
+
+class LowRank(nn.Module):
+    """``x -> B A x + bias``, in place of a linear: ``[..., in]`` -> ``[..., out]``."""
+
+    def __init__(self, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.A = nn.Parameter(a)
+        self.B = nn.Parameter(b)
+        self.bias = nn.Parameter(bias) if bias is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` -> ``[..., out]``."""
+        return nn.functional.linear(nn.functional.linear(x, self.A), self.B, self.bias)

@@ -16,17 +16,6 @@ from fl_split.model.family import Anatomy, Hole, all_left_out, examine
 from fl_split.model.loading import Boundaries, ignore_in_checkpoint, list_of_layers, load_around_holes
 
 
-class Absent(nn.Module):
-    """On the trunk, an embedding or a norm that nodes hold: passes hidden states on; to anything else adds 0."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the hidden states among the arguments, or a 0-d zero, which keeps dtype and device when added."""
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3:
-                return value
-        return torch.zeros(())
-
-
 def load_trunk(
     folder: Path, bottom_layers: int, top_layers: int, *, dtype: torch.dtype = torch.float32, **options: Any
 ) -> PreTrainedModel:
@@ -65,18 +54,6 @@ def load_trunk(
     base.eval().requires_grad_(False)
     _check_edges_neutral(base, anatomy)
     return cast(PreTrainedModel, base)
-
-
-def _check_edges_neutral(base: PreTrainedModel, anatomy: Anatomy) -> None:
-    """Refuse a trunk that, with every layer a hole, does not give back its inputs_embeds bit for bit."""
-    layers = list_of_layers(base, anatomy)
-    probe = torch.randn(2, 3, base.config.hidden_size, dtype=base.dtype, device=base.device)
-    with all_left_out(layers, anatomy.as_tuple), torch.no_grad():
-        out = base(inputs_embeds=probe)[0]
-    if not torch.equal(probe, out):
-        raise SplitError(
-            f"{base.config.model_type} cannot be split: something outside its layers changes the hidden states"
-        )
 
 
 class LocalTrunk:
@@ -125,3 +102,26 @@ def pull_back(
         out: Tensor = model(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)[0]
         (pulled,) = torch.autograd.grad(out, embeds, gradient.to(device=out.device, dtype=out.dtype))
     return pulled.to(device=hidden_states.device, dtype=hidden_states.dtype)
+
+
+class Absent(nn.Module):
+    """On the trunk, an embedding or a norm that nodes hold: passes hidden states on; to anything else adds 0."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the hidden states among the arguments, or a 0-d zero, which keeps dtype and device when added."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3:
+                return value
+        return torch.zeros(())
+
+
+def _check_edges_neutral(base: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Refuse a trunk that, with every layer a hole, does not give back its inputs_embeds bit for bit."""
+    layers = list_of_layers(base, anatomy)
+    probe = torch.randn(2, 3, base.config.hidden_size, dtype=base.dtype, device=base.device)
+    with all_left_out(layers, anatomy.as_tuple), torch.no_grad():
+        out = base(inputs_embeds=probe)[0]
+    if not torch.equal(probe, out):
+        raise SplitError(
+            f"{base.config.model_type} cannot be split: something outside its layers changes the hidden states"
+        )

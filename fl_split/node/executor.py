@@ -10,12 +10,15 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec import run_superexec as superexec
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult, SubprocessExecutor
+
+from fl_split.errors import ConfigError
 
 POLL_S = "0.1"  # Flower's own default is one second, half of which each message waits on average
 _LIBRARIES = [  # what a message needs, none of which starts a thread or touches a GPU when imported
@@ -86,7 +89,15 @@ def serve(address: str, root_certificates: Path | None) -> None:
     Args:
         address: host:port of its runtime API.
         root_certificates: PEM file, where that API speaks TLS.
+
+    Raises:
+        ConfigError: This version of Flower chooses its executor in another way.
     """
+    if "get_executor" not in superexec.run_superexec.__code__.co_names:  # else nobody would ask for what is set below
+        raise ConfigError(
+            f"Flower {version('flwr')} cannot be given an executor: expected the versions that fl-split asks for, see "
+            "'fl-split doctor'; or start the SuperNode without --isolation process, which needs no executor"
+        )
     os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", POLL_S)
     os.environ.setdefault(
         "PYTORCH_NVML_BASED_CUDA_CHECK", "1"

@@ -14,9 +14,10 @@ from typing import Any
 
 import grpc
 
+from fl_split.address import is_loopback, split_address
 from fl_split.errors import ConfigError
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.wire import EXACT_SERVICE, SERVICE, is_loopback
+from fl_split.proto.trunk_pb2_grpc import ExactGradientStub, TrunkStub
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),  # replies are checked against their requests
@@ -79,13 +80,6 @@ class Credentials:
         return grpc.secure_channel(address, credentials, options=_OPTIONS)
 
 
-def _read(key: str, path: str) -> bytes:
-    try:
-        return Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{key}={path!r} cannot be read ({type(error).__name__}): expected a file") from None
-
-
 @dataclass
 class Replica:
     """One address of the trunk."""
@@ -103,13 +97,9 @@ class Replica:
 
     def __post_init__(self) -> None:
         """Look up the methods."""
-        unary = self.channel.unary_unary
-        self.describe = unary(f"/{SERVICE}/Describe", pb.DescribeRequest.SerializeToString, pb.DescribeReply.FromString)
-        self.forward = unary(f"/{SERVICE}/Forward", pb.ForwardRequest.SerializeToString, pb.ForwardReply.FromString)
-        self.surrogate = unary(
-            f"/{SERVICE}/Surrogate", pb.SurrogateRequest.SerializeToString, pb.SurrogateReply.FromString
-        )
-        self.pull = unary(f"/{EXACT_SERVICE}/Pull", pb.PullRequest.SerializeToString, pb.PullReply.FromString)
+        stub = TrunkStub(self.channel)
+        self.describe, self.forward, self.surrogate = stub.Describe, stub.Forward, stub.Surrogate
+        self.pull = ExactGradientStub(self.channel).Pull
 
 
 class Replicas:
@@ -157,19 +147,8 @@ class Replicas:
             replica.channel.close()
 
 
-def split_address(address: str) -> list[str]:
-    """``a:1, b:2`` -> its parts.
-
-    Raises:
-        ConfigError: A part without a port, or none at all.
-    """
-    parts = [part.strip() for part in address.split(",") if part.strip()]
-    for part in parts:
-        port = part.rpartition(":")[2]
-        if not part.startswith("unix:") and not (
-            port.isdecimal() and 0 < int(port) < 65536 and len(part) > len(port) + 1
-        ):
-            raise ConfigError(f"trunk.address={address!r}: {part!r} is not host:port; separate several with commas")
-    if not parts:
-        raise ConfigError("trunk.address is empty: expected 'embedded', or host:port, several with commas between")
-    return parts
+def _read(key: str, path: str) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{key}={path!r} cannot be read ({type(error).__name__}): expected a file") from None

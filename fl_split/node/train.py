@@ -115,6 +115,33 @@ def train_round(
     return Trained(loss_sum / config.steps, num_tokens, time.monotonic() - started)
 
 
+def optimizer_state(model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state as named tensors, so that it can be kept without pickle."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}|{field}": torch.as_tensor(value).detach().cpu()
+        for parameter, fields in optimizer.state.items()
+        for field, value in fields.items()
+    }
+
+
+def forget_moments(model: PeftModel, optimizer: torch.optim.Optimizer, names: Iterable[str]) -> None:
+    """Drop AdamW's state of some adapter weights, by their names in the adapter's state; mutates the optimizer."""
+    forgotten = set(names)
+    for name, parameter in model.named_parameters():
+        if name.replace(".default.", ".") in forgotten:
+            optimizer.state.pop(parameter, None)
+
+
+def load_optimizer_state(model: PeftModel, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    """Inverse of `optimizer_state`; mutates the optimizer."""
+    parameters = dict(model.named_parameters())
+    for key, value in state.items():
+        name, _, field = key.rpartition("|")
+        parameter = parameters[name]
+        optimizer.state[parameter][field] = value if field == "step" else value.to(parameter.device)
+
+
 def _check_finite(config: Train, step: int, **values: float) -> None:
     for what, value in values.items():
         if not math.isfinite(value):
@@ -153,36 +180,10 @@ def _scheduler(
     for group in optimizer.param_groups:  # a scheduler multiplies the rates that a run starts with
         group["lr"] = group["initial_lr"] = rates[group["name"]]
     scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
-        config.scheduler, optimizer, num_warmup_steps=0, num_training_steps=total_steps
+        config.scheduler,
+        optimizer,
+        num_warmup_steps=0,
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs={"last_epoch": first_step - 1},  # the steps before were done in earlier rounds
     )
-    for _ in range(first_step):
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # these steps were done in earlier rounds
-        scheduler.step()
     return scheduler
-
-
-def optimizer_state(model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as named tensors, so that it can be kept without pickle."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}|{field}": torch.as_tensor(value).detach().cpu()
-        for parameter, fields in optimizer.state.items()
-        for field, value in fields.items()
-    }
-
-
-def forget_moments(model: PeftModel, optimizer: torch.optim.Optimizer, names: Iterable[str]) -> None:
-    """Drop AdamW's state of some adapter weights, by their names in the adapter's state; mutates the optimizer."""
-    forgotten = set(names)
-    for name, parameter in model.named_parameters():
-        if name.replace(".default.", ".") in forgotten:
-            optimizer.state.pop(parameter, None)
-
-
-def load_optimizer_state(model: PeftModel, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_state`; mutates the optimizer."""
-    parameters = dict(model.named_parameters())
-    for key, value in state.items():
-        name, _, field = key.rpartition("|")
-        parameter = parameters[name]
-        optimizer.state[parameter][field] = value if field == "step" else value.to(parameter.device)

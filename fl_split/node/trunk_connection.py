@@ -45,13 +45,6 @@ _OTHERS = 4  # replies of a trunk that was not checked, in one call, before it i
 _CALL_BYTES = 3 * 2**20  # aim of a call, if there are sequences to cut between: below what proxies take unasked
 
 
-class _AnotherTrunk(grpc.RpcError):  # type: ignore[misc]
-    """A reply of a trunk that was not checked (one name may stand for several): as good as lost."""
-
-    def code(self) -> grpc.StatusCode:
-        return _Code.ABORTED
-
-
 class TrunkConnection:
     """A `slots.Trunk` that is a service elsewhere. Use it as a context manager."""
 
@@ -314,27 +307,6 @@ class TrunkConnection:
         self.close()
 
 
-def _precision(about: pb.DescribeReply) -> str:
-    return " ".join(filter(None, (about.compute_dtype, about.quantization))) or "of unknown precision"
-
-
-def _gather(calls: "list[Future[Tensor]]", unpack: Callable[[list[Tensor]], Tensor]) -> "Future[Tensor]":
-    """Make a future of what `unpack` makes of all calls' results; it fails as the first of them that failed."""
-    whole: Future[Tensor] = Future()
-    left = itertools.count(len(calls) - 1, -1)
-
-    def done(_: "Future[Tensor]") -> None:
-        if next(left) == 0:
-            try:
-                whole.set_result(unpack([call.result() for call in calls]))
-            except BaseException as error:
-                whole.set_exception(error)
-
-    for call in calls:
-        call.add_done_callback(done)
-    return whole
-
-
 def fetch(description: pb.DescribeReply, piece: Callable[[int], bytes], cache: Path) -> Path:
     """Find the published file in `cache`, or fetch it into that.
 
@@ -369,3 +341,31 @@ def fetch(description: pb.DescribeReply, piece: Callable[[int], bytes], cache: P
         os.unlink(file.name)
         raise
     return target
+
+
+class _AnotherTrunk(grpc.RpcError):  # type: ignore[misc]
+    """A reply of a trunk that was not checked (one name may stand for several): as good as lost."""
+
+    def code(self) -> grpc.StatusCode:
+        return _Code.ABORTED
+
+
+def _precision(about: pb.DescribeReply) -> str:
+    return " ".join(filter(None, (about.compute_dtype, about.quantization))) or "of unknown precision"
+
+
+def _gather(calls: "list[Future[Tensor]]", unpack: Callable[[list[Tensor]], Tensor]) -> "Future[Tensor]":
+    """Make a future of what `unpack` makes of all calls' results; it fails as the first of them that failed."""
+    whole: Future[Tensor] = Future()
+    left = itertools.count(len(calls) - 1, -1)
+
+    def done(_: "Future[Tensor]") -> None:
+        if next(left) == 0:
+            try:
+                whole.set_result(unpack([call.result() for call in calls]))
+            except BaseException as error:
+                whole.set_exception(error)
+
+    for call in calls:
+        call.add_done_callback(done)
+    return whole

@@ -1,7 +1,7 @@
 """What a split costs before anything is downloaded: memory of each party, bytes on the wire, time per step.
 
 All of it from a model's configuration: the node's model is built on the meta device, which holds shapes and no numbers,
-and takes one training step there (`live`).
+and takes one training step there (`step_memory`).
 """
 
 import copy
@@ -150,7 +150,7 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
 def _step(
     model: Any, config: PretrainedConfig, anatomy: Anatomy, cut: Boundaries, kept: tuple[int, ...], run: RunConfig
 ) -> tuple[int, int]:
-    """`step_on_meta` in float32 too where experts have a kernel for bfloat16 only: twice as much."""
+    """Run `step_on_meta`; where experts have a kernel for bfloat16 only, float32 is twice as much."""
     try:
         try:
             return step_on_meta(model, anatomy, cut, kept, run)
@@ -265,7 +265,7 @@ def with_split(run: RunConfig, count: int) -> RunConfig:
 
 
 def _most_layers(config: PretrainedConfig, run: RunConfig) -> int:
-    """Layers on a node beside its surrogate's, so that there is at least one that it does not hold."""
+    """Count what a node can hold beside its surrogate's layers, so that there is one that it does not hold."""
     return int(config.num_hidden_layers) - 1 - run.surrogate.num_kept
 
 

@@ -91,12 +91,6 @@ def mean_product(updates: Sequence[Update], module: str) -> Factors:
     return add([(u.arrays[module + LORA_A], u.weight / total * u.scaling * u.arrays[module + LORA_B]) for u in updates])
 
 
-def _mean(updates: Sequence[Update], name: str) -> Tensor:
-    total = sum(u.weight for u in updates)
-    mean = sum(u.weight / total * u.arrays[name].double() for u in updates)
-    return torch.as_tensor(mean).to(updates[0].arrays[name].dtype)
-
-
 def check(updates: Sequence[Update], how: Combine) -> None:
     """Refuse updates that do not belong together, naming the node.
 
@@ -160,3 +154,9 @@ def check_scaling(updates: Sequence[Update], alpha: float, by_root: bool) -> Non
                     f"{update.node} says that alpha/rank is {update.scaling:g}, but lora.alpha={alpha:g} and its "
                     f"adapter of rank {rank} make it {expected:g}: run the same version of fl-split on all nodes"
                 )
+
+
+def _mean(updates: Sequence[Update], name: str) -> Tensor:
+    total = sum(u.weight for u in updates)
+    mean = sum(u.weight / total * u.arrays[name].double() for u in updates)
+    return torch.as_tensor(mean).to(updates[0].arrays[name].dtype)

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -175,17 +176,22 @@ def server_state(strategy: Strategy, names: list[str]) -> dict[str, Tensor]:
 
 
 def restore_server_state(strategy: Strategy, state: dict[str, Tensor]) -> None:
-    """Inverse of `server_state`; mutates the strategy."""
+    """Inverse of `server_state`; mutates the strategy.
+
+    Raises:
+        ConfigError: This version of Flower keeps it under another name.
+    """
 
     def named(field: str) -> dict[str, Any]:
         return {name.partition("|")[2]: state[name].numpy() for name in sorted(state) if name.startswith(f"{field}|")}
 
     if isinstance(strategy, FedAdam):
-        strategy.m_t, strategy.v_t = named("m") or None, named("v") or None
+        _put(strategy, "m_t", named("m") or None)
+        _put(strategy, "v_t", named("v") or None)
     elif isinstance(strategy, FedAvgM):
-        strategy.momentum_vector = list(named("momentum").values()) or None
+        _put(strategy, "momentum_vector", list(named("momentum").values()) or None)
     if "clipping-norm" in state and "adaptive" in type(strategy).__name__.lower():
-        strategy.clipping_norm = float(state["clipping-norm"])  # type: ignore[attr-defined]
+        _put(strategy, "clipping_norm", float(state["clipping-norm"]))
     if "accountant" in state:
         strategy.accountant.load_state_dict(json.loads(state["accountant"].numpy().tobytes()))  # type: ignore[attr-defined]
 
@@ -215,3 +221,13 @@ def updates_of(replies: Iterable[Message]) -> list[Update]:
         )
         for reply in replies
     ]
+
+
+def _put(strategy: Strategy, name: str, value: object) -> None:
+    """Set what a strategy remembers; never a new attribute that nobody reads."""
+    if not hasattr(strategy, name):
+        raise ConfigError(
+            f"Flower {version('flwr')} keeps no {name} in {type(strategy).__name__}: go on with the run under the "
+            "version in its run.json"
+        )
+    setattr(strategy, name, value)

@@ -221,7 +221,7 @@ def observe(
 def _batches(
     text: Tensor, size: int, generator: torch.Generator, vocab_size: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids and labels without end, ``[size, length]`` each.
+    """Draw token ids and labels without end, ``[size, length]`` each.
 
     In half of the sequences a random prefix counts for nothing, like a prompt. With `vocab_size`, a part of the tokens
     of every other sequence is random: private text surprises the model more than public text does, and a match on
@@ -241,7 +241,7 @@ def _batches(
 
 
 def _teach(full: PreTrainedModel, text: Tensor, config: Fit) -> Iterator[Lesson]:
-    """Lessons without end: one from the base model, one from a simulated fine-tuning of its ends, in turn."""
+    """Give lessons without end: one from the base model, one from a simulated fine-tuning of its ends, in turn."""
     generator = torch.Generator().manual_seed(config.seed)
     model = adapters.attach(full, Lora(), train_bottom=True, seed=config.seed)
     parts = text.tensor_split(len(_TUNING_RATES))  # each fine-tuning has text of its own, as an institution has
@@ -359,7 +359,7 @@ def make_thin(student: PreTrainedModel, recorded: Moments, config: Fit) -> list[
 
 
 def _budget(layers: list[nn.Module], hidden_size: int, config: Fit) -> float:
-    """Parameters that the products may have in all, so that the thin copy costs `config.layers` layers.
+    """Count the parameters that the products may have in all, so that the thin copy costs `config.layers` layers.
 
     Memory: norms and biases of every layer are paid for. Compute: so are the attention scores of the layers above the
     budget, causal, at the sequences' length: (length + 1) * hidden multiplications per token and layer.
@@ -373,13 +373,13 @@ def _budget(layers: list[nn.Module], hidden_size: int, config: Fit) -> float:
 
 
 def _weight(module: nn.Module) -> Tensor:
-    """``[out, in]`` in float32, whatever the class."""
+    """Take a linear's matrix, ``[out, in]`` in float32, whatever its class."""
     weight = cast(Tensor, module.weight).detach().float()
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def _root(moment: Tensor, flatten: float) -> tuple[Tensor, Tensor]:
-    """Square root and inverse square root of a second moment, brought towards the identity by `flatten`."""
+    """Take square root and inverse square root of a second moment, brought towards the identity by `flatten`."""
     scaled = moment / moment.diagonal().mean().clamp_min(1e-30)
     values, vectors = torch.linalg.eigh(scaled + flatten * torch.eye(len(moment)))
     values = values.clamp_min(1e-8).sqrt()
@@ -406,7 +406,7 @@ def _sobolev(student: PreTrainedModel, lessons: Iterator[Lesson], config: Fit) -
 
 
 def _errors(student: PreTrainedModel, lesson: Lesson) -> tuple[Tensor, Tensor]:
-    """Gradient error (mean over sequences, each scaled to the same size) and value error."""
+    """Measure gradient error (mean over sequences, each scaled to the same size) and value error."""
     scale = 1 / lesson.g1.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None]
     h1 = lesson.h1.clone().requires_grad_()
     out = student(inputs_embeds=h1)[0]

@@ -11,11 +11,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 from rich.table import Table
 
-from fl_split import wire
 from fl_split.errors import TrunkUnavailable
-from fl_split.node.replicas import Credentials, Replica
+from fl_split.node.replicas import Credentials
 from fl_split.node.trouble import explain
 from fl_split.proto import trunk_pb2 as pb
+from fl_split.proto.trunk_pb2_grpc import TrunkStub
 
 _PREFIX = "fl_split_trunk_"
 
@@ -28,7 +28,7 @@ def describe(address: str, credentials: Credentials, timeout_s: float = 5.0) -> 
     """
     with credentials.channel(address) as channel:
         try:
-            reply = Replica(address, channel).describe(
+            reply = TrunkStub(channel).Describe(
                 pb.DescribeRequest(), timeout=timeout_s, metadata=credentials.metadata()
             )
         except grpc.RpcError as error:
@@ -37,7 +37,7 @@ def describe(address: str, credentials: Credentials, timeout_s: float = 5.0) -> 
         "model-type": reply.model_type,
         "layers": f"{reply.first_layer}-{reply.end_layer - 1}",
         "hidden-size": reply.hidden_size,
-        "wire-dtypes": ", ".join(name for name, value in wire.NAMES.items() if value in reply.dtypes),
+        "wire-dtypes": ", ".join(sorted(name.lower() for name, value in pb.DType.items() if value in reply.dtypes)),
         "max-tokens": reply.max_tokens,
         "max-sequence-length": reply.max_sequence_length,
         "max-message-bytes": reply.max_message_bytes,
@@ -60,7 +60,7 @@ def ping(address: str, credentials: Credentials, timeout_s: float = 5.0) -> tupl
     """
     with credentials.channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        request = health_pb2.HealthCheckRequest(service=wire.SERVICE)
+        request = health_pb2.HealthCheckRequest(service=pb.DESCRIPTOR.services_by_name["Trunk"].full_name)
         try:
             stub.Check(request, timeout=timeout_s)  # connects
             started = time.monotonic()

@@ -233,7 +233,7 @@ class Batcher:
             del job  # its future holds an exception, whose frames hold it: memory that only the collector would find
 
     def _retry_after_s(self) -> float:
-        """When half of what is waiting now should be done."""
+        """Estimate when half of what is waiting now should be done."""
         rate = self._tokens_per_s
         return min(max(0.5 * self._queue.num_tokens / rate, 0.05), 10.0) if rate else 0.2
 
@@ -258,7 +258,7 @@ class Batcher:
             self.on_batch(batch, seconds)
 
     async def _run_batch(self, batch: list[Job]) -> list[Tensor | ForwardFailed]:
-        """Outputs by request; if a batch fails, whatever the reason, each request on its own."""
+        """Run a batch, for outputs by request; if a batch fails, whatever the reason, each request on its own."""
         requests = [job.packed for job in batch]
         try:
             return list(await asyncio.get_running_loop().run_in_executor(self._worker, self._compute, requests))

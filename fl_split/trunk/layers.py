@@ -154,7 +154,7 @@ def hold_configured(config: TrunkModel) -> HeldLayers:
 
 
 def _quantization(name: str, dtype: torch.dtype) -> Any:
-    """The `quantization_config` for transformers; the packages behind it are optional."""
+    """Make the `quantization_config` for transformers; the packages behind it are optional."""
     module, needed = ("torchao.quantization", "torchao") if name == "torchao-int8" else ("bitsandbytes", "bitsandbytes")
     try:
         package: Any = import_module(module)

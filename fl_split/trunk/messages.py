@@ -67,7 +67,7 @@ def check_sizes(data: bytes, limits: wire.CallLimits, tensors: Fields) -> None:
 
 
 def _other_bytes(data: memoryview, tensors: Fields, most: int) -> int:
-    """Bytes outside of `tensors`, counted until they are more than `most`."""
+    """Count bytes outside of `tensors`, until they are more than `most`."""
     count = at = 0
     while at < len(data) and count <= most:
         begin = at

@@ -94,7 +94,7 @@ def _mask(sequences: Sequence[Span]) -> Tensor:
 
 
 def _positions(requests: Sequence[Packed], sequences: Sequence[Span]) -> Tensor | None:
-    """Position ids ``[batch, seq]``, or None if every sequence counts from 0."""
+    """Make position ids ``[batch, seq]``, or None if every sequence counts from 0."""
     given = [requests[sequence.request].positions for sequence in sequences]
     if all(positions is None for positions in given):
         return None

@@ -1,4 +1,4 @@
-"""The fitted surrogate that a trunk publishes, and the node's way to it: fetched once, checked, cached.
+"""The fitted surrogate that a trunk publishes, given out in pieces.
 
 It was fitted to public text by the trunk's owner; fetching it tells the trunk nothing but that a node wants it.
 """

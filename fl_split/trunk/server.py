@@ -7,7 +7,7 @@ log line, metric or error holds a value of a tensor.
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -107,24 +107,25 @@ class TrunkServer:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        server.add_generic_rpc_handlers((self._handlers(wire.SERVICE, self._describe, self._forward, self._surrogate),))
+        trunk = {"Describe": self._describe, "Forward": self._forward, "Surrogate": self._surrogate}
+        server.add_generic_rpc_handlers((self._handlers(wire.SERVICE, trunk),))
         if self._config.server.exact_gradient:
             logger.warning(
                 "exact gradients are on (server.exact-gradient): nodes that use them send dL/dh2, the gradient of "
                 "their private loss, to this trunk"
             )
-            server.add_generic_rpc_handlers((self._handlers(wire.EXACT_SERVICE, self._pull),))
+            server.add_generic_rpc_handlers((self._handlers(wire.EXACT_SERVICE, {"Pull": self._pull}),))
         server.add_generic_rpc_handlers(tuple(self._health.handlers()))
         return server
 
-    def _handlers(self, service: str, *answers: _Answer) -> grpc.GenericRpcHandler:
-        """Methods under their names in `trunk.proto`.
+    def _handlers(self, service: str, answers: Mapping[str, _Answer]) -> grpc.GenericRpcHandler:
+        """Methods of a service under their names in `trunk.proto`.
 
         Towards grpc they are streams both ways, so that a call is seen before its message is received and until its
         reply is taken: whoever is refused is refused unread, and messages are parsed here. On the wire it is the same.
+        The generated ``add_TrunkServicer_to_server`` cannot do that: it has grpc receive and parse a message first.
         """
-        names = {answer.__name__.lstrip("_").capitalize(): answer for answer in answers}
-        methods = {name: grpc.stream_stream_rpc_method_handler(self._wrap(name, f)) for name, f in names.items()}
+        methods = {name: grpc.stream_stream_rpc_method_handler(self._wrap(name, f)) for name, f in answers.items()}
         return grpc.method_handlers_generic_handler(service, methods)
 
     async def start(self) -> None:

@@ -70,6 +70,6 @@ def _receive() -> tuple[Tensor, Tensor | None, Tensor | None] | None:
 
 
 def _device() -> torch.device:
-    """Where the process group's backend wants tensors."""
+    """Tell where the process group's backend wants tensors."""
     on_gpu = dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

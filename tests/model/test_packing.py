@@ -75,7 +75,7 @@ def test_packed_examples_have_the_loss_and_gradients_of_padded_ones(
         loss = accumulate(model, batches)
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         model.zero_grad(set_to_none=True)
-        torch.testing.assert_close(loss, evaluate(model, batches))
+        torch.testing.assert_close(loss, evaluate(model, batches)["loss"])
         return loss, gradients, batches
 
     loss, gradients, batches = run(PACKED)

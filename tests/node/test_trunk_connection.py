@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fl_split import wire
+from fl_split.address import split_address
 from fl_split.config import Lora
 from fl_split.errors import ConfigError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
 from fl_split.model import adapters
@@ -23,7 +24,6 @@ from fl_split.model.loss import accumulate
 from fl_split.model.slots import Trunk
 from fl_split.model.trunk import LocalTrunk
 from fl_split.node.expected import Expected
-from fl_split.node.replicas import split_address
 from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk import server

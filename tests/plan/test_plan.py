@@ -227,8 +227,9 @@ def test_sizes_splits_and_models_that_are_none_are_refused(checkpoint: Callable[
     for text in ("4", "GB", "4 apples", "1.2.3GB"):
         with pytest.raises(ConfigError, match="expected a number and MB, GB"):
             parse_size(text)
-    with pytest.raises(ConfigError, match=r"split\.client-memory='much': string should match"):
-        RunConfig.from_flat({"split.client-memory": "much"})
+    for text in ("much", "1.2.3GB"):
+        with pytest.raises(ConfigError, match=rf"split\.client-memory='{text}': string should match"):
+            RunConfig.from_flat({"split.client-memory": text})
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no configuration can be read"):
         read_config(str(tmp_path))

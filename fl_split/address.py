@@ -1,0 +1,31 @@
+"""Addresses as users write them: ``host:port``."""
+
+import ipaddress
+
+from fl_split.errors import ConfigError
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address stays on this machine."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def split_address(address: str) -> list[str]:
+    """``a:1, b:2`` -> its parts.
+
+    Raises:
+        ConfigError: A part without a port, or none at all.
+    """
+    parts = [part.strip() for part in address.split(",") if part.strip()]
+    for part in parts:
+        port = part.rpartition(":")[2]
+        if not part.startswith("unix:") and not (
+            port.isdecimal() and 0 < int(port) < 65536 and len(part) > len(port) + 1
+        ):
+            raise ConfigError(f"trunk.address={address!r}: {part!r} is not host:port; separate several with commas")
+    if not parts:
+        raise ConfigError("trunk.address is empty: expected 'embedded', or host:port, several with commas between")
+    return parts
