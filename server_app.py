@@ -11,6 +11,7 @@ from importlib.metadata import version
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.exception import PrivacyBudgetExhausted
+from transformers.utils import logging as transformers_logging
 
 from fl_split import __version__
 from fl_split.config import RunConfig, check_given
@@ -37,6 +38,7 @@ logger = logging.getLogger("fl_split")
 def main(grid: Grid, context: Context) -> None:
     """Run the rounds that are left to run."""
     flower_log = show_log()
+    transformers_logging.disable_progress_bar()
     config = named(RunConfig.from_flat(context.run_config))
     given = getattr(grid.run, "override_config", None)
     if given is not None and not config.run.resume:

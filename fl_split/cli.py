@@ -409,18 +409,24 @@ def plan_command(
 
 def _columns(rows: Sequence[Mapping[str, object]]) -> str:
     """Rows in columns as narrow as they can be, with headings over several lines: for 80 columns, and for pipes."""
-    headings = [key.split(" ") for key in rows[0]]
+    cells = [[str(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(list(rows[0]), *cells, strict=True)]
+    fits = sum(widths) + 2 * (len(widths) - 1) <= 80
+    headings = [[key] if fits else key.split(" ") for key in rows[0]]
     height = max(map(len, headings))
     lines = [[(words + [""] * height)[i] for words in headings] for i in range(height)]
-    lines += [[str(value) for value in row.values()] for row in rows]
+    lines += cells
     widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
-    gap = "  " if sum(widths) + 2 * len(widths) <= 80 else " "
+    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= 80 else " "
     return "\n".join(
         gap.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
 
 
 def _log_to_stderr() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # one for every load of a model
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fl_split").setLevel(logging.INFO)
 

@@ -18,11 +18,12 @@ def test_rows_stand_in_narrow_columns_with_headings_over_several_lines() -> None
         {"split": "10+9+9", "node GB": 12.25, "up B/token": 9},
     ]
     assert _columns(rows).splitlines() == [
-        " split   node       up",
-        "           GB  B/token",
-        " 2+4+2    0.9    192.0",
-        "10+9+9  12.25        9",
+        " split  node GB  up B/token",
+        " 2+4+2      0.9       192.0",
+        "10+9+9    12.25           9",
     ]
+    wide = _columns([{"s": 1, f"{'a' * 40} {'b' * 40}": 2}]).splitlines()
+    assert wide == [f"s  {'a' * 40}", f"   {'b' * 40}", f"1  {'2':>40}"]
 
 
 def test_a_plan_fits_eighty_columns() -> None:
