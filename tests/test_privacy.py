@@ -127,7 +127,7 @@ def test_replies_hold_the_shared_names_and_numbers_only(demo_model: Path, tmp_pa
     grid = run_app(tmp_path, **{"aggregation.share": share})
     assert len(grid.replies) == 2
     assert [set(m.content["config"]) for m in grid.instructions] == [
-        {"run-name", "run-id", "trunk-address", "server-round"}
+        {"run-name", "run-id", "run-config", "trunk-address", "server-round"}
     ] * 2
     for reply in grid.replies.values():
         assert set(reply.content) == {"arrays", "metrics", "node"}
