@@ -4,6 +4,7 @@ What leaves the node: to the trunk, hidden states (`fl_split.wire`); to the serv
 `train`: shared adapter weights by name, numbers, and the path of the adapter on the node's own disk.
 """
 
+import json
 import logging
 import os
 import sys
@@ -21,6 +22,7 @@ from flwr.clientapp.typing import ClientAppCallable  # noqa: E402
 
 from fl_split.config import NodeConfig, RunConfig  # noqa: E402
 from fl_split.errors import FLSplitError  # noqa: E402
+from fl_split.log import show_log  # noqa: E402
 from fl_split.node.received import moved  # noqa: E402
 from fl_split.node.round import Instructions, run_round  # noqa: E402
 
@@ -30,9 +32,14 @@ logger = logging.getLogger("fl_split")
 
 def clip(msg: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Clip the update before it leaves the node, if the run asks for that (``dp.mode = "client-..."``)."""
-    mode = context.run_config.get("dp.mode", "off")
+    mode = _config(msg).dp.mode
     mods = {"client-fixed": fixedclipping_mod, "client-adaptive": adaptiveclipping_mod}
     return mods[mode](msg, context, call_next) if mode in mods else call_next(msg, context)
+
+
+def _config(msg: Message) -> RunConfig:
+    """The run's configuration as the server has it: a resumed run's own, not what this start was given."""
+    return RunConfig.from_flat(json.loads(str(msg.content.config_records["config"]["run-config"])))
 
 
 @app.train(mods=[clip])
@@ -40,9 +47,11 @@ def train(msg: Message, context: Context) -> Message:
     """Train this node's adapters for one round; the reply holds what `aggregation.share` names, and metrics."""
     instructions = msg.content.config_records["config"]
     received = msg.content.array_records["arrays"].to_torch_state_dict()
+    show_log()
+    config, name = _config(msg), f"node {context.node_config.get('partition-id', '?')}"
     try:
         result = run_round(
-            RunConfig.from_flat(context.run_config),
+            config,
             NodeConfig.from_flat(context.node_config),
             received,
             Instructions(
@@ -55,11 +64,13 @@ def train(msg: Message, context: Context) -> Message:
             ),
         )
     except FLSplitError as error:
-        raise type(error)(str(error)) from None  # the text goes to the server; what led to it stays here
+        raise type(error)(f"{name}: {error}") from None  # the text goes to the server; what led to it stays here
     except Exception as error:
         logger.exception("the round failed")
-        raise FLSplitError(f"{type(error).__name__} on the node; its own log says more (data may be private)") from None
-    clipped = context.run_config.get("dp.mode", "off") != "off"  # here or on the server
+        raise FLSplitError(
+            f"{name}: {type(error).__name__} on the node; its own log says more (data may be private)"
+        ) from None
+    clipped = config.dp.mode != "off"  # here or on the server
     reply = RecordDict(
         {
             "arrays": ArrayRecord(moved(result.shared, received) if clipped else result.shared),

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from fl_split import __version__
 from fl_split.errors import FLSplitError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="fl-split: see also `flwr run`.")
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 trunk = typer.Typer(no_args_is_help=True, help="The trunk service.")
 surrogate = typer.Typer(no_args_is_help=True, help="What gives the bottom its gradient.")
 keys = typer.Typer(no_args_is_help=True, help="Certificates of servers, key pairs of nodes.")
@@ -35,6 +36,21 @@ TokenFile = Annotated[str, typer.Option(help="file that holds one's bearer token
 Plaintext = Annotated[bool, typer.Option(help="no TLS even beyond loopback")]
 Timeout = Annotated[float, typer.Option(help="seconds to wait for an answer")]
 Tokens = Annotated[Path, typer.Option(help="the tokens file: `security.tokens` of the trunk")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fl-split {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    """fl-split: see also `flwr run`."""
 
 
 @contextmanager
@@ -122,8 +138,13 @@ def trunk_top(
         before = scrape(url)
         time.sleep(interval_s)
         now = scrape(url)
-        if once:
-            Console().print(table(before, now))
+        if once or not sys.stdout.isatty():
+            screen = Console(width=None if sys.stdout.isatty() else 120)
+            screen.print(table(before, now))
+            while not once:
+                time.sleep(interval_s)
+                before, now = now, scrape(url)
+                screen.print(table(before, now))
             return
         with Live(table(before, now), auto_refresh=False) as live:
             while True:
@@ -269,13 +290,14 @@ def gradcheck_command(
     layers: Annotated[list[int] | None, typer.Option(help="numbers of kept layers to look at")] = None,
     matched: Annotated[list[Path] | None, typer.Option(help="fitted surrogates to look at")] = None,
     adapter: Annotated[Path | None, typer.Option(help="adapter folder of a run: check there")] = None,
-    batches: Annotated[int, typer.Option(min=1, help="batches of 8 examples")] = 4,
+    batches: Annotated[int, typer.Option(min=1, help="batches of 8 examples")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
     """Compare each surrogate's bottom gradient with the exact one, on one's own model and data."""
     from fl_split.config import Data
-    from fl_split.tools.gradcheck import check_model
+    from fl_split.tools.gradcheck import check_model, verdict
 
+    _log_to_stderr()
     with _errors():
         rows = check_model(
             (model, revision),
@@ -290,10 +312,8 @@ def gradcheck_command(
         for row in rows:
             print(json.dumps(row))
         return
-    view = Table(*rows[0])
-    for row in rows:
-        view.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(view)
+    shown = [{key: f"{x:.3f}" if isinstance(x, float) else str(x) for key, x in row.items()} for row in rows]
+    print(_columns(shown), verdict(rows), sep="\n\n")
 
 
 Adapter = Annotated[Path, typer.Argument(help="folder of the adapter that a run exported on this node")]
@@ -450,6 +470,32 @@ def doctor_command(
         raise typer.Exit(1)
 
 
+@app.command("report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs, <run.dir>/<run.name>; several are compared")],
+    out: Annotated[Path, typer.Option(help="file to write")] = Path("report.html"),
+) -> None:
+    """Write what runs came to as one HTML page."""
+    from fl_split.files import write_atomic
+    from fl_split.tools.report import report
+
+    with _errors():
+        write_atomic(out, report(run.expanduser() for run in runs))
+    print(out.resolve())
+
+
+@app.command("stop")
+def stop_command(
+    port: Annotated[int, typer.Option(help="its port; 0: the one that flwr run uses")] = 0,
+) -> None:
+    """Stop the SuperLink that flwr run has left running, with the runs on it."""
+    from fl_split.tools.superlink import local_port, stop
+
+    with _errors():
+        number = port or local_port()
+        print(f"stopped the SuperLink on port {number} (process {stop(number)})")
+
+
 @app.command("plan")
 def plan_command(
     model: Annotated[str, typer.Option(help="model.name; without it, the configuration's")] = "",
@@ -477,13 +523,29 @@ def plan_command(
         for row in rows:
             print(json.dumps(row))
         return
-    view = Table(*rows[0])
-    for row in rows:
-        view.add_row(*map(str, row.values()))
-    Console().print(view)
+    print(_columns(rows))
+
+
+def _columns(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows in columns as narrow as they can be, with headings over several lines: for 80 columns, and for pipes."""
+    cells = [[str(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(list(rows[0]), *cells, strict=True)]
+    fits = sum(widths) + 2 * (len(widths) - 1) <= 80
+    headings = [[key] if fits else key.split(" ") for key in rows[0]]
+    height = max(map(len, headings))
+    lines = [[(words + [""] * height)[i] for words in headings] for i in range(height)]
+    lines += cells
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
+    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= 80 else " "
+    return "\n".join(
+        gap.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def _log_to_stderr() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # one for every load of a model
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fl_split").setLevel(logging.INFO)
 

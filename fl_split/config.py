@@ -4,12 +4,14 @@ Flower hands an app flat scalars (``train.batch-size = 8``) and does not check t
 names a wrong key as the user wrote it. Defaults live here; a test holds `pyproject.toml` and the docs equal to them.
 """
 
+import re
+import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from fl_split.errors import ConfigError, explain_invalid
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 _KEYS = "the table of keys in docs/configuration.md"
+
+_PAIR = re.compile(r"""(\S+?)=('[^']*'|"[^"]*"|\S+)""")  # as Flower finds them
+_QUOTES = "strings need quotes, as in 'run.name=\"mine\"'"
 
 Scalar = str | int | float | bool
 Positive = Annotated[int, Field(ge=1)]
@@ -29,6 +34,7 @@ Kind = Literal["none", "identity", "blocks", "distilled", "matched", "streamed",
 Combine = Literal["mean", "svd", "stack", "exact"]
 Task = Literal["causal-lm", "sequence-classification"]
 Partitioner = Literal["", "iid", "column", "dirichlet", "pathological", "linear", "exponential"]
+_TRACKERS = ("tensorboard", "trackio", "mlflow", "wandb")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$|^$")]
 
 
@@ -191,22 +197,45 @@ class Data(_Section):
         return tuple(name.strip() for name in self.labels.split(",")) if self.labels else ()
 
 
+def _rate(value: object) -> object:
+    if value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError("expected a number of at least 0, or 'auto'")
+
+
+Rate = Annotated[float | Literal["auto"], PlainValidator(_rate)]
+_RATES = (1e-3, 2e-3)  # of bottom and top: SmolLM2-135M's held-out loss falls from 2.64 to 2.45
+_DEMO_RATES = (8e-3, 1.6e-2)  # its model is tiny; these wreck a real one: from 2.64 to 6.16
+
+
 class Train(_Section):
     """Local training."""
 
     steps: Positive = Field(30, description="optimizer steps per round")
     batch_size: Positive = Field(8, description="examples per micro-batch, one call to the trunk each")
     accumulation: Positive = Field(1, description="micro-batches per optimizer step")
-    bottom_lr: Annotated[float, Field(ge=0)] = Field(
-        8e-3, description="AdamW's rate for the bottom adapter; large models want less, 1e-4 to 1e-3"
+    bottom_lr: Rate = Field(
+        "auto", description="AdamW's rate for the bottom adapter; `auto`: 0.001, and 0.008 for the demo's tiny model"
     )
-    top_lr: Annotated[float, Field(ge=0)] = Field(1.6e-2, description="AdamW's rate for the top adapter")
+    top_lr: Rate = Field("auto", description="AdamW's rate for the top adapter; `auto`: 0.002, demo 0.016")
     scheduler: Literal["constant", "linear", "cosine"] = Field("linear", description="of the rates, over all rounds")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to this L2 norm")
     activation_checkpointing: bool = Field(
         False, description="compute the activations of the node's layers again in backward: less memory, more time"
     )
+    keep: Literal["best", "last"] = Field(
+        "best", description="the round whose adapter a node exports: of the lowest held-out loss, or the last"
+    )
     seed: int = Field(0, description="of adapters, order of examples, held-out part and dropout")
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Of bottom and top, in numbers."""
+        bottom, top = _RATES
+        return (
+            bottom if self.bottom_lr == "auto" else float(self.bottom_lr),
+            top if self.top_lr == "auto" else float(self.top_lr),
+        )
 
 
 class TrunkService(_Section):
@@ -304,6 +333,21 @@ class Run(_Section):
         return absolute("run.dir", self.dir)
 
 
+class Report(_Section):
+    """Who else gets a run's metrics."""
+
+    to: str = Field(
+        "",
+        description="trackers that the server sends each round's metrics to, with commas between: `tensorboard`, "
+        "`trackio`, `mlflow`, `wandb`; empty: none",
+    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`to` one by one."""
+        return tuple(name.strip() for name in self.to.split(",")) if self.to else ()
+
+
 class RunConfig(_Section):
     """Everything a run can be told."""
 
@@ -323,10 +367,13 @@ class RunConfig(_Section):
     aggregation: Aggregation = Aggregation()
     dp: Dp = Dp()
     run: Run = Run()
+    report: Report = Report()
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         absolute("run.dir", self.run.dir)
+        if unknown := [name for name in self.report.names if name not in _TRACKERS]:
+            raise ValueError(f"report.to={self.report.to!r}: {unknown[0]!r} is none of {', '.join(_TRACKERS)}")
         _check_task(self.task, self.data)
         _check_data(self.data)
         if self.run.resume and not self.run.name:
@@ -369,6 +416,12 @@ class RunConfig(_Section):
         if not embedded and not self.trunk.address.rpartition(":")[2].isdigit():
             raise ValueError(f"trunk.address={self.trunk.address!r}: expected 'embedded' or host:port")
         return self
+
+    def with_rates(self) -> "RunConfig":
+        """The configuration with numbers for rates that are ``auto``: what suits the demo's model wrecks a real one."""
+        rates = zip(("bottom_lr", "top_lr"), _DEMO_RATES if self.model.name == "demo" else _RATES, strict=True)
+        chosen = {key: rate for key, rate in rates if getattr(self.train, key) == "auto"}
+        return self.model_copy(update={"train": self.train.model_copy(update=chosen)})
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Scalar]) -> "RunConfig":
@@ -491,22 +544,62 @@ def _check_data(data: Data) -> None:
 def read_values(file: Path | None, overrides: list[str]) -> dict[str, Scalar]:
     """Flat keys and values as `flwr run -c` takes them: from a TOML file, then from ``key=value`` strings.
 
+    They are merged key by key: `flwr run` itself keeps only the last ``-c`` of each table.
+
     Raises:
         ConfigError: There is no such file, or something cannot be parsed.
     """
-    from click import ClickException
-    from flwr.common.config import parse_config_args
-
-    values: dict[str, Scalar] = {}
-    for given in ([str(file)] if file else [], overrides):
-        try:
-            values.update(parse_config_args(given) if given else {})
-        except (OSError, ValueError, ClickException) as error:
-            what = f"{file} cannot be read as TOML" if given and file and given[0] == str(file) else "wrong key=value"
-            raise ConfigError(
-                f"{what} ({type(error).__name__}): strings need quotes, as in 'run.name=\"mine\"'"
-            ) from None
+    values = _read_file(file) if file else {}
+    for given in overrides:
+        values |= _read_file(Path(given)) if given.endswith(".toml") else _read_pairs(given)
     return values
+
+
+def _read_file(file: Path) -> dict[str, Scalar]:
+    try:
+        return _flatten(tomllib.loads(file.expanduser().read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read as TOML ({type(error).__name__}): {_QUOTES}") from None
+
+
+def _read_pairs(given: str) -> dict[str, Scalar]:
+    pairs = _PAIR.findall(given)
+    left = _PAIR.sub("", given).split()
+    if left:
+        raise ConfigError(f"wrong key=value: {left[0]!r} has no key or no value; {_QUOTES}")
+    try:
+        return _flatten(tomllib.loads("\n".join(f"{key} = {value}" for key, value in pairs)))
+    except ValueError as error:
+        raise ConfigError(f"wrong key=value ({type(error).__name__}): {_QUOTES}") from None
+
+
+def _flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    flat: dict[str, Scalar] = {}
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, str | int | float):
+            flat[f"{prefix}{key}"] = value
+        else:
+            raise ValueError(key)
+    return flat
+
+
+def check_given(given: Mapping[str, Scalar]) -> None:
+    """Refuse what two ``-c`` of `flwr run` become, where that can be seen: the demo's model under another's keys.
+
+    Args:
+        given: What Flower has kept of the keys that a person gave.
+
+    Raises:
+        ConfigError: Keys of ``model`` without its name.
+    """
+    keys = [key for key in given if key.startswith("model.")]
+    if keys and "model.name" not in given:
+        raise ConfigError(
+            f"{keys[0]} is given and model.name is not: of several -c with keys of one table, 'flwr run' keeps one and "
+            "drops the others. Put all pairs into one -c '...'; for the demo's model, add model.name=\"demo\""
+        )
 
 
 class NodeConfig(BaseModel):
@@ -532,6 +625,7 @@ class NodeConfig(BaseModel):
     trunk_share_token_file: str = ""
     allow_gradient_shares: bool = False
     lora_rank: Annotated[int, Field(ge=0, alias="lora.rank")] = 0  # 0: the run's
+    report_to: Annotated[Literal["", "tensorboard"], Field(alias="report.to")] = ""
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Scalar]) -> "NodeConfig":

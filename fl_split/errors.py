@@ -10,6 +10,7 @@
     │   ├── TrunkUnavailable     nobody answers, in spite of retries
     │   ├── TrunkMismatch        it serves another model, other layers or other weights
     │   └── TrunkRefused         it answered, and said no
+    ├── TrainingError        a local round whose numbers are no longer finite
     ├── NodeStateError       what a node or a run left on disk does not fit this run
     ├── AggregationError     what nodes share cannot be combined
     └── RoundFailed          fewer nodes finished a round than the run asks for
@@ -61,6 +62,10 @@ class TrunkMismatch(TrunkError):
 
 class TrunkRefused(TrunkError):
     """The trunk answered a call with a refusal that asking again would not change."""
+
+
+class TrainingError(FLSplitError):
+    """A local round whose loss, gradient or weights are no longer finite."""
 
 
 class NodeStateError(FLSplitError):

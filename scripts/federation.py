@@ -392,16 +392,10 @@ class Federation:
             **changes,
         }
 
-    def submit(self, changes: Mapping[str, Scalar], pairs: Sequence[str] = ()) -> str:
-        """Start a run; returns Flower's number of it.
-
-        Args:
-            changes: Keys of the run's configuration.
-            pairs: More of them as `flwr run -c` takes them.
-        """
+    def submit(self, changes: Mapping[str, Scalar]) -> str:
+        """Start a run with keys of its configuration; returns Flower's number of it."""
         config = " ".join(f"{key}={json.dumps(value)}" for key, value in self.run_config(changes).items())
-        flags = [word for each in (config, *pairs) for word in ("-c", each)]
-        return str(self.flwr("run", str(ROOT), "local-federation", *flags)["run-id"])
+        return str(self.flwr("run", str(ROOT), "local-federation", "-c", config)["run-id"])
 
     def status(self, run_id: str) -> tuple[str, str]:
         """Of a run: such as ``finished:completed``, and why it failed."""

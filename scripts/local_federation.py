@@ -22,6 +22,7 @@ from typing import Any
 
 from federation import Federation, FederationError, demo_data
 
+from fl_split.config import read_values
 from fl_split.errors import FLSplitError
 
 
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="demo", help="demo, an absolute or ~ path, or a Hugging Face id")
     parser.add_argument("--bottom-layers", type=int, default=2, help="of run and trunk (default: 2)")
     parser.add_argument("--top-layers", type=int, default=2, help="of run and trunk (default: 2)")
-    parser.add_argument("-c", "--run-config", action="append", default=[], help="as of 'flwr run', with pairs only")
+    parser.add_argument("-c", "--run-config", action="append", default=[], help="as of 'flwr run', merged key by key")
     parser.add_argument(
         "--cold", action="store_true", help="Flower's own executors: libraries are imported every round"
     )
@@ -96,10 +97,9 @@ def _run(options: argparse.Namespace, folder: Path, data: list[Path]) -> int:
             print(f"  flwr run . local-federation --stream -c '{pairs}'\nCtrl-C stops everything.")
             signal.pause()
         changes = {"model.name": options.model, **{f"split.{key}": value for key, value in split.items()}}
-        if not any("run.name" in pairs for pairs in options.run_config):
-            changes["run.name"] = time.strftime("%Y%m%d-%H%M%S")
+        changes |= {"run.name": time.strftime("%Y%m%d-%H%M%S"), **read_values(None, options.run_config)}
         started = time.time()
-        run_id = federation.submit(changes, options.run_config)
+        run_id = federation.submit(changes)
         print(f"run {run_id} is under way; its log: {federation.superlink.log}")
         status, reason = federation.wait(run_id, meanwhile=_follow(folder / "server", started))
     if status != "finished:completed":

@@ -139,6 +139,7 @@ class InProcessGrid(Grid):
         self._app = client_app
         self.replies: dict[str, Message] = {}
         self.instructions: list[Message] = []
+        self.given = dict(run_config)  # as if a person had given every key
         self.contexts = {
             1000 + i: Context(
                 run_id=1,
@@ -154,7 +155,7 @@ class InProcessGrid(Grid):
 
     @property
     def run(self) -> Any:
-        return SimpleNamespace(run_id=1)
+        return SimpleNamespace(run_id=1, override_config=self.given)
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
         raise AssertionError("not used by this Flower version")
@@ -177,7 +178,7 @@ class InProcessGrid(Grid):
         try:
             return self._app(message, self.contexts[message.metadata.dst_node_id])
         except Exception as error:  # as Flower does
-            return Message(Error(2, f"{type(error)} {error}"), reply_to=message)
+            return Message(Error(2, f"{type(error)}:<'{error}'>"), reply_to=message)
 
     def pull_messages(self, message_ids: Sequence[str]) -> list[Message]:
         return [self.replies[i] for i in message_ids]

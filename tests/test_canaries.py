@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.common.logger import FLOWER_LOGGER
+from flwr.server.superlink.fleet.vce import vce_api
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
+from flwr.serverapp.strategy import strategy as strategy_loop
+from flwr.supercore.exit import exit as flower_exit
 from flwr.supercore.superexec import run_superexec as superexec
 from flwr.supercore.superexec.executor import SubprocessExecutor
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
@@ -21,6 +25,7 @@ from typer.testing import CliRunner
 from fl_split import cli
 from fl_split.config import Dp, RunConfig
 from fl_split.errors import ConfigError
+from fl_split.log import FLOWER
 from fl_split.model.adapters import _means_experts
 from fl_split.model.trunk import load_trunk
 from fl_split.node import executor
@@ -127,3 +132,10 @@ def test_peft_says_which_names_mean_experts() -> None:  # model/adapters.py
     assert {name: _means_experts(model, name) for name in ("w1", "w2", "q_proj")} == {
         "w1": True, "w2": True, "q_proj": False,
     }  # fmt: skip
+
+
+def test_flowers_log_has_the_files_and_the_last_line_that_ours_replaces() -> None:
+    for module, folder in ((strategy_loop, "/serverapp/strategy/"), (vce_api, "/fleet/vce/")):
+        assert folder in Path(str(module.__file__)).as_posix()
+    assert 'f"Exit Code: {code}' in inspect.getsource(flower_exit.flwr_exit)
+    assert FLOWER_LOGGER.name == FLOWER

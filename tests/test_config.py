@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_split.config import Model, NodeConfig, RunConfig, Surrogate
+from fl_split.config import Model, NodeConfig, RunConfig, Surrogate, check_given, read_values
 from fl_split.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -130,6 +130,36 @@ def test_shipped_run_configs_are_valid(path: Path) -> None:
     if "server" in table:
         pytest.skip("a trunk's configuration, tested with the trunk")
     RunConfig.from_flat({**RunConfig().to_flat(), **flat(table)})  # type: ignore[dict-item]
+
+
+def test_several_pairs_of_one_table_are_merged_key_by_key(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[model]\nname = "/m"\nrevision = "a"\n[train]\nsteps = 3\n')
+    pairs = ['model.dtype="bfloat16" train.steps=4', 'model.revision="b"', "lora.rank=2"]
+    assert read_values(file, pairs) == {
+        "model.name": "/m", "model.revision": "b", "train.steps": 4, "model.dtype": "bfloat16", "lora.rank": 2,
+    }  # fmt: skip
+    assert read_values(None, [str(file), "train.steps=5"])["train.steps"] == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("train.steps", "'train.steps' has no key or no value"),
+        ("a=1 b", "'b' has no key"),
+        ("a=[1]", "wrong key=value"),
+    ],
+)
+def test_what_is_no_pair_is_refused_and_not_dropped(given: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_values(None, [given])
+
+
+def test_a_models_keys_without_its_name_are_refused_since_flower_may_have_dropped_it() -> None:
+    check_given({"model.name": "demo", "model.dtype": "bfloat16", "train.steps": 3})
+    check_given({"train.steps": 3})
+    with pytest.raises(ConfigError, match=r"model\.dtype is given and model\.name is not: of several -c .* keeps one"):
+        check_given({"model.dtype": "bfloat16"})
 
 
 @pytest.mark.parametrize(

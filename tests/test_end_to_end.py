@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import InProcessGrid, run_app
+from flwr.app import Context, RecordDict
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from fl_split.config import Lora, Train
-from fl_split.errors import NodeStateError, RoundFailed, SplitError, TrunkUnavailable
+import client_app
+import server_app
+from fl_split.config import Lora, RunConfig, Train
+from fl_split.errors import ConfigError, NodeStateError, RoundFailed, SplitError, TrunkUnavailable
 from fl_split.model import adapters
 from fl_split.model.ends import load_ends
 from fl_split.model.trunk import LocalTrunk, load_trunk
@@ -112,6 +115,32 @@ def test_run_resumed_after_a_kill_equals_an_undisturbed_one(run: Run, tmp_path: 
     for node in range(2):
         assert same(weights(tmp_path / "whole", node), weights(tmp_path / "cut", node))
     assert [e["round"] for e in metrics(tmp_path / "cut")] == [e["round"] for e in metrics(tmp_path / "whole")]
+
+
+def test_a_resumed_run_has_its_own_configuration_on_server_and_nodes_and_one_numbering(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run("x", **{"lora.rank": 4, "num-server-rounds": 1})
+    given = {"run.dir": str(tmp_path), "run.name": "x", "run.resume": True, "num-server-rounds": 2}
+    config = {**RunConfig().to_flat(), **given}
+    grid = InProcessGrid(client_app.app, 2, config)
+    grid.given = given
+    caplog.set_level("INFO")
+    caplog.clear()
+    server_app.app(grid=grid, context=Context(1, 1, {}, RecordDict(), config))
+    assert weights(tmp_path / "x", 0).popitem()[1].shape.count(4) == 1
+    steps = [line for line in caplog.messages if "step 3/3" in line]  # 3, not the default of 30
+    assert len(steps) == 2 and all("round 2/2" in line for line in steps)
+    told = [line for line in caplog.messages if line.startswith("round ")]
+    assert told[0] == "round 2/2: 2 nodes are asked" and all("2/2" in line for line in told)
+
+
+def test_a_run_that_lost_its_models_name_to_flower_is_refused(run: Run, tmp_path: Path) -> None:
+    config = {**RunConfig().to_flat(), "run.dir": str(tmp_path), "model.dtype": "bfloat16"}
+    grid = InProcessGrid(client_app.app, 2, config)
+    grid.given = {"run.dir": str(tmp_path), "model.dtype": "bfloat16"}
+    with pytest.raises(ConfigError, match=r"model\.dtype is given and model\.name is not"):
+        server_app.app(grid=grid, context=Context(1, 1, {}, RecordDict(), config))
 
 
 def test_finished_run_resumed_does_nothing_and_says_where_everything_is(
@@ -221,13 +250,13 @@ def test_trunk_killed_and_restarted_in_mid_round_loses_no_step(
     batches = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids]
     config = Train.model_validate({"steps": 6})
 
-    def trained(disturb: Callable[[int], None]) -> dict[str, torch.Tensor]:
+    def trained(disturb: Callable[[train.Step], None]) -> dict[str, torch.Tensor]:
         with TrunkConnection(address, expected, timeout_s=120) as trunk:
             model = adapters.attach(load_ends(demo_model, 2, 2, trunk), Lora(), train_bottom=True, seed=0)
             train.train_round(model, train.make_optimizer(model, config), iter(batches), config, on_step=disturb)
             return adapters.adapter_state(model)
 
-    disturbed = trained(lambda step: restart() if step == 3 else None)
+    disturbed = trained(lambda step: restart() if step.number == 3 else None)
     assert same(disturbed, trained(lambda step: None))
 
 

@@ -108,7 +108,7 @@ def test_two_trunks_of_a_run_in_shares_get_hidden_states_and_noise(
     ((first, second),) = places
     assert first != second
     for reply in grid.replies.values():
-        sequences = 4 * RunConfig().train.batch_size  # of two steps, and twice of the descent ratio
+        sequences = 4 * RunConfig().train.batch_size  # of two steps
         bits = reply.content["metrics"]["share-leak-bits"]
         assert 0 < bits < 1.05 * sequences * 0.7214 / 100**2
     assert "only while the two operators do not collude" in caplog.text
@@ -134,7 +134,7 @@ def test_replies_hold_the_shared_names_and_numbers_only(demo_model: Path, tmp_pa
     grid = run_once(tmp_path, **{"aggregation.share": share})
     assert len(grid.replies) == 2
     assert [set(m.content["config"]) for m in grid.instructions] == [
-        {"run-name", "run-id", "trunk-address", "server-round"}
+        {"run-name", "run-id", "run-config", "trunk-address", "server-round"}
     ] * 2
     for reply in grid.replies.values():
         assert set(reply.content) == {"arrays", "metrics", "node"}

@@ -7,6 +7,7 @@ What leaves the node: `shared_state` decides it, by name, and nothing else reads
 import os
 import re
 import tempfile
+import warnings
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -65,7 +66,9 @@ def attach(ends: PreTrainedModel, lora: Lora, *, train_bottom: bool, seed: int) 
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = cast(PeftModel, get_peft_model(ends, config, low_cpu_mem_usage=ends.device.type == "meta"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT asks for it
+            model = cast(PeftModel, get_peft_model(ends, config, low_cpu_mem_usage=ends.device.type == "meta"))
     for module in _heads(model):  # PEFT makes LoRA float32 on a base in bfloat16, but not these
         module.modules_to_save.float()
         module.register_forward_pre_hook(_to_float32)

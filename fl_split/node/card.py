@@ -24,7 +24,7 @@ def card_text(
 ) -> str:
     """Say in Markdown what was trained, on what and how well; numbers, no text of an example."""
     revision = config.model.revision or "default"
-    results = "\n".join(f"| {name} the last round | {value:.4f} |" for name, value in heldout.items())
+    results = "\n".join(f"| {name} in round {server_round} | {value:.4f} |" for name, value in heldout.items())
     labels = f"| labels, in order | {', '.join(config.data.label_names)} |\n" if config.data.labels else ""
     report = examples.report
     template = f"| prompt and response | `{report.template}` |\n" if report.template else ""

@@ -31,6 +31,7 @@ class RoundMetrics:
     share_leak_bits: float  # that one of two trunks could learn of gradients, at most; `surrogate.kind = shares`
     cached_sequences: int  # for which the trunk was not asked
     rounds_missed: int  # since this node's last
+    exported_round: int  # whose adapter is the export: see `train.keep`
 
     def record(self) -> dict[str, int | float]:
         """The numbers by their keys."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 from typing import Self
 
@@ -22,6 +23,7 @@ from fl_split.config import NodeConfig, RunConfig
 from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
 from fl_split.data.fits import check_fits
 from fl_split.data.load import Examples, load_examples
+from fl_split.errors import TrainingError
 from fl_split.model import adapters
 from fl_split.model.distill import Distiller
 from fl_split.model.loss import Batch
@@ -40,6 +42,7 @@ from fl_split.node.build import (
 from fl_split.node.card import base_name, card_text, write_recipe
 from fl_split.node.evaluate import Scores, evaluate, scores_before
 from fl_split.node.metrics import RoundMetrics, heldout_metrics
+from fl_split.node.progress import Progress
 from fl_split.node.received import receive
 from fl_split.node.shares import SharesTrunk
 from fl_split.node.state import NodeFolder, SavedRound
@@ -92,11 +95,10 @@ def run_round(
     check_consent(config, node)
     check_demo_data(config, node)
     with ExitStack() as stack:
-        this = Round.build(choose_split(config), node, instructions, stack)
+        this = Round.build(choose_split(config).with_rates(), node, instructions, stack)
         this.restore(received)
         outcome = this.train()
-    this.save(outcome)
-    return this.reply(outcome)
+    return this.reply(outcome, this.save(outcome))
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,13 @@ class Round:
     distiller: Distiller | None  # if the surrogate is trained on the way
     folder: NodeFolder
     saved: SavedRound  # the newest one before this
+    progress: Progress
+    started: float  # by `time.monotonic`
 
     @classmethod
     def build(cls, config: RunConfig, node: NodeConfig, instructions: Instructions, stack: ExitStack) -> Self:
         """Load examples and model, and reach the trunk; `stack` closes what is to be closed."""
+        started = time.monotonic()
         base = find_model(config)
         tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(base))
         home = node.folder(config, instructions.run_name)
@@ -166,6 +171,26 @@ class Round:
             distiller=distiller,
             folder=folder,
             saved=folder.load_before(instructions.server_round) or SavedRound(0),
+            progress=Progress(
+                home,
+                f"node {node.partition_id}, run {instructions.run_name}, "
+                f"round {instructions.server_round}/{config.num_server_rounds}",
+                instructions.server_round,
+                config.train.steps,
+                node.report_to,
+            ),
+            started=started,
+        )
+
+    def describe(self) -> str:
+        """Say what this round trains, and on what; for the node's own eyes."""
+        config, trained = self.config, [p for p in self.model.parameters() if p.requires_grad]
+        return (
+            f"{len(self.examples.train)} examples to train on and {len(self.examples.heldout)} held out, of "
+            f"{self.node.data_path or config.data.path}; model {config.model.name}; trains "
+            f"{'bottom and top' if config.surrogate.trains_bottom else 'the top'}, "
+            f"{sum(p.numel() for p in trained):,} weights of rank {self.node.lora(config.lora).rank}, "
+            "rates {:g} and {:g}".format(*config.train.rates)
         )
 
     def restore(self, received: dict[str, Tensor]) -> None:
@@ -180,12 +205,22 @@ class Round:
         receive(self.model, self.optimizer, received, self.config.aggregation.combine, seed)
 
     def train(self) -> Outcome:
-        """Score, train, score again."""
+        """Score, train, score again.
+
+        Raises:
+            TrainingError: A number is not finite; nothing of the round is kept.
+        """
+        self.progress.start(self.describe())
         config, server_round, partition = self.config, self.instructions.server_round, self.node.partition_id
         seed = config.train.seed
         started = time.monotonic()
-        heldout = scores_before(self.model, config.aggregation, seed, self.comparable_scores(), self.measure)
+        heldout = scores_before(self.model, config.aggregation, seed, self.earlier_scores(), self.measure)
         evaluate_s = time.monotonic() - started
+        if not isfinite(heldout["base"]["loss"]):
+            raise TrainingError(
+                f"the base model's held-out loss is not finite: check model.name={config.model.name!r}, and try "
+                "model.dtype='float32'"
+            )
         trial = self.try_bottom()
         follow = config.surrogate.trains_bottom and (trial.is_useful or not config.surrogate.is_tried)
         if trial.error and not follow:
@@ -207,15 +242,26 @@ class Round:
                 trains_bottom=follow,
                 anchored=lambda name: adapters.is_shared(self.model, name, config.aggregation),
             ),
+            self.progress.step,
         )
         forward_s += self.connection.forward_s
         started = time.monotonic()
         heldout["after"] = self.measure()
+        if not isfinite(heldout["after"]["loss"]):
+            raise TrainingError(
+                "the held-out loss after training is not finite: this round is dropped, and the adapter of the last "
+                "good round stays; lower train.bottom-lr={:g} and train.top-lr={:g}".format(*config.train.rates)
+            )
         return Outcome(trained, trial, follow, heldout, evaluate_s + time.monotonic() - started, forward_s)
 
-    def comparable_scores(self) -> dict[str, Scores]:
+    @property
+    def same_heldout(self) -> bool:
+        """Whether the last round's scores are of the examples that are held out by now."""
+        return self.saved.heldout_id == self.examples.heldout_id
+
+    def earlier_scores(self) -> dict[str, Scores]:
         """Scores of the last round, unless other examples are held out by now."""
-        if self.saved.number and self.saved.heldout_id != self.examples.heldout_id:
+        if self.saved.number and not self.same_heldout:
             logger.warning("other examples are held out than in the last round: the base model is scored on them anew")
             return {}
         return self.saved.scores
@@ -256,9 +302,17 @@ class Round:
         size, data = self.config.train.batch_size, self.config.data
         return training_batches(self.examples.train, self.tokenizer, size, seed, first_example, data)
 
-    def save(self, outcome: Outcome) -> None:
-        """Keep on the node's own disk what was trained, and export the adapter."""
+    def save(self, outcome: Outcome) -> int:
+        """Keep on the node's own disk what was trained; export the adapter if it is the one to keep: whose round is."""
         config, server_round, distiller = self.config, self.instructions.server_round, self.distiller
+        now = {**outcome.heldout["after"], "round": float(server_round)}
+        earlier = self.saved.scores.get("exported", now) if self.same_heldout else now
+        exported = now if config.train.keep == "last" else min(earlier, now, key=lambda scores: scores["loss"])
+        if exported is now:  # before the round counts: what a kill leaves is then done again
+            card = card_text(config, self.node, server_round, heldout_metrics(outcome.heldout), self.examples)
+            base = base_name(config.model, self.base)
+            adapters.export(self.model, self.folder.adapter, base, config.model.revision, card)
+            write_recipe(self.folder.adapter, config, self.tokenizer)
         self.folder.save(
             SavedRound(
                 server_round,
@@ -267,16 +321,13 @@ class Round:
                 distiller.state() if distiller else {},
                 train.optimizer_state(self.model, distiller.optimizer) if distiller else {},
                 outcome.trial,
-                {when: outcome.heldout[when] for when in ("base", "after")},
+                {"base": outcome.heldout["base"], "after": outcome.heldout["after"], "exported": exported},
                 self.examples.heldout_id,
             )
         )
-        card = card_text(config, self.node, server_round, heldout_metrics(outcome.heldout), self.examples)
-        base = base_name(config.model, self.base)
-        adapters.export(self.model, self.folder.adapter, base, config.model.revision, card)
-        write_recipe(self.folder.adapter, config, self.tokenizer)
+        return int(exported["round"])
 
-    def reply(self, outcome: Outcome) -> RoundResult:
+    def reply(self, outcome: Outcome, exported_round: int) -> RoundResult:
         """What leaves the node: the shared part of the adapter, and numbers."""
         how, trained, examples = self.config.aggregation, outcome.trained, self.examples
         shares = self.trunk if isinstance(self.trunk, SharesTrunk) else None
@@ -302,6 +353,8 @@ class Round:
             share_leak_bits=shares.leak_bits if shares else 0.0,
             cached_sequences=self.trunk.hits if isinstance(self.trunk, CachedTrunk) else 0,
             rounds_missed=self.instructions.server_round - 1 - self.saved.number,
+            exported_round=exported_round,
         )
+        self.progress.finish(metrics.record(), time.monotonic() - self.started, self.folder.adapter)
         shared = adapters.shared_state(self.model, how)
         return RoundResult(shared, adapters.scaling_of(self.model), metrics.record(), self.folder.adapter)

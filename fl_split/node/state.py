@@ -35,7 +35,7 @@ class SavedRound:
     surrogate: dict[str, Tensor] = field(default_factory=dict)  # empty unless it is distilled
     surrogate_optimizer: dict[str, Tensor] = field(default_factory=dict)
     trial: Gain = Gain()  # the newest one of the bottom's gradient
-    scores: dict[str, Scores] = field(default_factory=dict)  # on held-out examples: `base`, and `after` that round
+    scores: dict[str, Scores] = field(default_factory=dict)  # on held-out examples: `base`, `after`, `exported`
     heldout_id: bytes = b""  # of these examples: `Examples.heldout_id`
 
 

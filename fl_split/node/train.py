@@ -4,6 +4,7 @@ Data path: **batch -> model (bottom, trunk call, surrogate, top) -> loss -> back
 labels and every gradient exist only here.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from fl_split.config import Train
+from fl_split.errors import TrainingError
 from fl_split.model.adapters import bottom_parameters, parameter_groups, part_of
 from fl_split.model.distill import Distiller
 from fl_split.model.loss import Batch, accumulate, count_tokens
@@ -34,6 +36,16 @@ class RoundSettings:
 
 
 @dataclass(frozen=True)
+class Step:
+    """How far a local round is after an optimizer step."""
+
+    number: int  # of the whole run, from 1
+    loss: float  # of this step
+    num_tokens: int  # real tokens of the round so far
+    seconds: float  # so far
+
+
+@dataclass(frozen=True)
 class Trained:
     """What a local round came to."""
 
@@ -44,7 +56,7 @@ class Trained:
 
 def make_optimizer(model: PeftModel, config: Train) -> torch.optim.AdamW:
     """AdamW over the adapters, with a rate for each end."""
-    return torch.optim.AdamW(parameter_groups(model, config.bottom_lr, config.top_lr), weight_decay=0.0)
+    return torch.optim.AdamW(parameter_groups(model, *config.rates), weight_decay=0.0)
 
 
 def make_distiller(model: PeftModel, lr: float, probe_every: int = 0) -> Distiller:
@@ -61,7 +73,7 @@ def train_round(
     batches: Iterator[Batch],
     config: Train,
     settings: RoundSettings = RoundSettings(),
-    on_step: Callable[[int], None] = lambda step: None,
+    on_step: Callable[[Step], None] = lambda step: None,
 ) -> Trained:
     """Train the adapters for ``train.steps`` optimizer steps, and the surrogate if it has a distiller.
 
@@ -71,7 +83,10 @@ def train_round(
         batches: Endless micro-batches.
         config: Steps, accumulation, scheduler and clipping.
         settings: Which part of a run this is.
-        on_step: Called with the number of each step done.
+        on_step: Called after each step.
+
+    Raises:
+        TrainingError: Loss, gradient or weights are no longer finite.
     """
     steps = range(settings.first_step, settings.first_step + config.steps)
     scheduler = _scheduler(optimizer, config, steps.start, settings.total_steps or steps.stop)
@@ -90,17 +105,20 @@ def train_round(
                 for parameter in bottom:
                     parameter.grad = None
             proximal.add_gradient()
-            torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+            _check_finite(config, step + 1, loss=loss, gradient=norm.item())
             optimizer.step()
+            _check_finite(config, step + 1, weights=torch.nn.utils.get_total_norm(params).item())
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
             if distiller is not None:
                 distiller.step()
             loss_sum += loss
             num_tokens += sum(count_tokens(batch) for batch in step_batches)
-            bar.set_postfix_str(f"loss {loss:.3f}, {num_tokens / (time.monotonic() - started):.0f} tokens/s")
+            seconds = time.monotonic() - started
+            bar.set_postfix_str(f"loss {loss:.3f}, {num_tokens / seconds:.0f} tokens/s")
             bar.update()
-            on_step(step + 1)
+            on_step(Step(step + 1, loss, num_tokens, seconds))
     for parameter in bottom:
         parameter.requires_grad_(True)
     return Trained(loss_sum / config.steps, num_tokens, time.monotonic() - started)
@@ -133,6 +151,15 @@ def load_optimizer_state(model: PeftModel, optimizer: torch.optim.Optimizer, sta
         optimizer.state[parameter][field] = value if field == "step" else value.to(parameter.device)
 
 
+def _check_finite(config: Train, step: int, **values: float) -> None:
+    for what, value in values.items():
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the {what} is not finite at step {step}: this round is dropped, and the last good round's adapter "
+                "stays; lower train.bottom-lr={:g} and train.top-lr={:g}".format(*config.rates)
+            )
+
+
 class _Proximal:
     """FedProx's term ``mu / 2 * ||w - w at the start||^2`` of the loss (arXiv 1812.06127)."""
 
@@ -158,7 +185,7 @@ def _distiller_of(model: PeftModel) -> Distiller | None:
 def _scheduler(
     optimizer: torch.optim.Optimizer, config: Train, first_step: int, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    rates = {"bottom": config.bottom_lr, "top": config.top_lr}
+    rates = dict(zip(("bottom", "top"), config.rates, strict=True))
     for group in optimizer.param_groups:  # a scheduler multiplies the rates that a run starts with
         group["lr"] = group["initial_lr"] = rates[group["name"]]
     scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(

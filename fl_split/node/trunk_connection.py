@@ -31,6 +31,7 @@ from fl_split.model.thin import read_card
 from fl_split.node.decode_stream import DecodeStream
 from fl_split.node.expected import Expected
 from fl_split.node.replicas import Credentials, Replica, Replicas
+from fl_split.node.trouble import explain
 from fl_split.proto import trunk_pb2 as pb
 
 __all__ = ["Credentials", "Expected", "TrunkConnection"]
@@ -214,8 +215,9 @@ class TrunkConnection:
                 if time.monotonic() + pause_s > deadline:
                     raise self._translate(error, replica, request_id) from error
                 if not warned:
-                    text = "the trunk at %s: %s; asking again for up to %.0f s (call %s)"
-                    logger.warning(text, replica.address, error.code().name, deadline - time.monotonic(), request_id)
+                    text = "the trunk at %s (%s): %s; asking again for up to %.0f s (call %s)"
+                    why, left_s = explain(error, replica.address), deadline - time.monotonic()
+                    logger.warning(text, replica.address, error.code().name, why, left_s, request_id)
                     warned = True
             with self._lock:
                 self.num_retries += 1
@@ -280,13 +282,11 @@ class TrunkConnection:
                 "behind this name with the same [model]"
             )
         if code in _LOST:
-            hint = ""
-            if "handshake" in (error.details() or "").lower() or "ssl" in (error.details() or "").lower():
-                hint = "; the TLS handshake failed: check trunk-ca, trunk-cert and trunk-key, and that it speaks TLS"
             return TrunkUnavailable(
-                f"no trunk answers at {self.address} (tried for {self.timeout_s:.0f} s): start one with "
-                f"'fl-split trunk serve', or set trunk.address{hint}"
+                f"no trunk answers at {self.address} (tried for {self.timeout_s:.0f} s): {explain(error, address)}"
             )
+        if code is _Code.UNAUTHENTICATED:
+            return TrunkRefused(f"the trunk at {address}: {explain(error, address)}")
         if code is _Code.DEADLINE_EXCEEDED:
             return TrunkUnavailable(
                 f"the trunk at {address} did not answer within trunk.timeout-s={self.timeout_s:g}: it is "

@@ -34,7 +34,15 @@ from fl_split.server.aggregation import Update, combine
 
 logger = logging.getLogger(__name__)
 
-_SUMMED = ("num-examples", "train-tokens", "activation-bytes")
+SUMMED = (
+    "num-examples",
+    "bad-rows",
+    "truncated-examples",
+    "truncated-tokens",
+    "train-tokens",
+    "activation-bytes",
+    "cached-sequences",
+)
 
 
 class ProductAveraging(FedAvg):
@@ -75,7 +83,6 @@ def flower_strategy(config: Aggregation, dp: Dp) -> Strategy:
     exactly = dp.mode != "off"  # the noise is made for exactly `min_nodes` nodes, so no more are asked
     settings: dict[str, Any] = {
         "fraction_train": 1e-9 if exactly else config.fraction,
-        "fraction_evaluate": 0.0,
         "min_train_nodes": config.min_nodes,
         "min_available_nodes": config.min_nodes,
         "weighted_by_key": "weight",
@@ -196,8 +203,8 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
     merged: dict[str, int | float] = {}
     for key in records[0]:
         values = [float(record[key]) for record in records]  # type: ignore[arg-type]
-        if key in _SUMMED:
-            merged[key] = int(sum(values))
+        if key in SUMMED:
+            merged[key] = sum(values)
         elif key not in ("partition-id", weighted_by_key):
             merged[key] = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
     return MetricRecord({**merged, "num-nodes": len(records)})

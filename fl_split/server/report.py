@@ -1,9 +1,13 @@
 """What a person sees of a run: a table after each round and one at the end; the same numbers go to metrics.jsonl."""
 
 import logging
-import statistics
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
+from fl_split.server.flower import SUMMED
+from fl_split.server.progress import clock
 from fl_split.server.run_folder import RunFolder
 from fl_split.server.strategy import FinishedRound
 
@@ -12,12 +16,14 @@ logger = logging.getLogger(__name__)
 # heading, metric, format
 _COLUMNS = (
     ("node", "partition-id", "d"),
+    ("name", "name", "s"),
     ("examples", "num-examples", "d"),
     ("train loss", "train-loss", ".3f"),
     ("held-out base", "heldout-loss-base", ".3f"),
     ("shared only", "heldout-loss-shared", ".3f"),
     ("before", "heldout-loss-before", ".3f"),
     ("after", "heldout-loss-after", ".3f"),
+    ("gain", "gain", "+.3f"),
     ("accuracy", "heldout-accuracy-after", ".3f"),  # of classifiers only
     ("macro-F1", "heldout-macro-f1-after", ".3f"),
     ("bottom's gain", "bottom-gain", ".3f"),
@@ -26,57 +32,124 @@ _COLUMNS = (
 )
 
 _ACCURACY = "heldout-accuracy-after"
-_AVERAGED = ("heldout-loss-after", _ACCURACY, "heldout-macro-f1-after")  # weighted by examples
+_AVERAGED = ("train-loss", "heldout-loss-base", "heldout-loss-before", "heldout-loss-after", _ACCURACY,
+             "heldout-macro-f1-after")  # weighted by examples  # fmt: skip
+_ADDED = (*SUMMED, "tokens-per-s")
 
 
-def record_round(run: RunFolder, finished: FinishedRound) -> None:
-    """Finish a round: one metrics entry per node, one for the round, what is shared, and a table in the log."""
+def record_round(run: RunFolder, send: Callable[[list[dict[str, Any]]], None], finished: FinishedRound) -> None:
+    """Finish a round: one metrics entry per node, one for the round, what is shared, and a table in the log.
+
+    Args:
+        run: Where it is kept.
+        send: Gets the entries as well: `server.trackers`.
+        finished: The round.
+    """
     nodes = finished.nodes
-    losses = [node["heldout-loss-after"] for node in nodes]
-    weights = [node["num-examples"] for node in nodes]
-    averaged = [key for key in _AVERAGED if key in nodes[0]]
+    losses = [float(node["heldout-loss-after"]) for node in nodes]
+    mean = sum(losses) / len(losses)
     summary = {
         "round": finished.number,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "num-nodes": len(nodes),
-        **{key: sum(n[key] * w for n, w in zip(nodes, weights, strict=True)) / sum(weights) for key in averaged},
+        **_together(nodes),
         "heldout-loss-min": min(losses),
         "heldout-loss-max": max(losses),
-        "heldout-loss-sd": statistics.pstdev(losses),
-        "activation-bytes": sum(node["activation-bytes"] for node in nodes),
+        "heldout-loss-sd": math.sqrt(sum((loss - mean) ** 2 for loss in losses) / len(losses)),
         "shared-arrays": len(finished.shared),
         "shared-bytes": sum(value.nbytes for value in finished.shared.values()),
         **({} if finished.epsilon is None else {"epsilon": finished.epsilon}),
     }
     run.finish_round(finished.number, [*nodes, summary], finished.shared, finished.server_state)
     privacy = "" if finished.epsilon is None else f", privacy spent: epsilon {finished.epsilon:.2f}"
-    logger.info("round %d%s\n%s", finished.number, privacy, _table(nodes))
+    logger.info("round %d/%d%s\n%s", finished.number, finished.num_rounds, privacy, _table(nodes))
+    for node in nodes:
+        _warn(node)
+    send([*nodes, summary])
 
 
-def final_table(run: RunFolder) -> str:
-    """Nodes with the first and the last held-out loss, and where their adapters are."""
-    first: dict[int, dict[str, Any]] = {}
-    last: dict[int, dict[str, Any]] = {}
-    for entry in run.read_metrics():
-        if "partition-id" in entry:
-            first.setdefault(entry["partition-id"], entry)
-            last[entry["partition-id"]] = entry
-    lines = [f"finished {run.num_finished} rounds; metrics: {run.metrics}"]
-    for node, entry in sorted(last.items()):
-        before, after = first[node]["heldout-loss-before"], entry["heldout-loss-after"]
+def _together(nodes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums of counts over the nodes, and means of losses, weighted by examples."""
+    weights = [node["num-examples"] for node in nodes]
+    everywhere = set(nodes[0]).intersection(*nodes)
+    means = {
+        key: sum(node[key] * weight for node, weight in zip(nodes, weights, strict=True)) / sum(weights)
+        for key in _AVERAGED
+        if key in everywhere
+    }
+    return {**means, **{key: sum(node[key] for node in nodes) for key in _ADDED if key in everywhere}}
+
+
+def _warn(node: dict[str, Any]) -> None:
+    """Say to the operator what the node's own log says of a round that went wrong."""
+    name = _name(node)
+    if gain(node) < 0:
+        logger.warning(
+            "%s: the held-out loss after training (%.3f) is above the base model's (%.3f): lower train.bottom-lr and "
+            "train.top-lr, or train on more examples",
+            name,
+            node["heldout-loss-after"],
+            node["heldout-loss-base"],
+        )
+    if node["bottom-gain-error"] and not node["bottom-trained"]:
+        logger.warning(
+            "%s: the bottom was not trained, since its gradient was of no sure use in a trial (%.4f, standard error %.4f); "
+            "see docs/surrogates.md for what would help",
+            name,
+            node["bottom-gain"],
+            node["bottom-gain-error"],
+        )
+
+
+def gain(node: dict[str, Any]) -> float:
+    """By how much a node's held-out loss is below the base model's."""
+    return float(node["heldout-loss-base"]) - float(node["heldout-loss-after"])
+
+
+def final_table(run: RunFolder, seconds: float) -> str:
+    """A line for each node: from the base model's held-out loss to the last, and where its adapter is."""
+    last = {entry["partition-id"]: entry for entry in run.read_metrics() if "partition-id" in entry}
+    lines = [
+        f"finished {run.num_finished} of {run.config.num_server_rounds} rounds, {clock(seconds)} since this start",
+        f"  metrics: {run.metrics}",
+    ]
+    for _, entry in sorted(last.items()):
+        base, after = entry["heldout-loss-base"], entry["heldout-loss-after"]
         accuracy = f", accuracy {entry[_ACCURACY]:.3f}" if _ACCURACY in entry else ""
-        lines.append(f"  node {node}: held-out loss {before:.3f} -> {after:.3f}{accuracy}, adapter: {entry['adapter']}")
+        missed = "" if entry["round"] == run.num_finished else f" (last seen in round {entry['round']})"
+        lines.append(
+            f"  {_name(entry)}{missed}: held-out loss {base:.3f} -> {after:.3f}, gain {gain(entry):+.3f}{accuracy}, "
+            f"adapter: {entry['adapter']}"
+        )
     return "\n".join(lines)
 
 
+def _name(node: dict[str, Any]) -> str:
+    name = f"node {node['partition-id']}"
+    return f"{name} ({node['name']})" if node.get("name") else name
+
+
 def _table(nodes: list[dict[str, Any]]) -> str:
-    columns = [column for column in _COLUMNS if column[1] in nodes[0]]
+    shown = [{**node, "gain": gain(node)} for node in nodes]
+    every = _together(nodes)
+    if len(nodes) > 1:
+        shown.append({**every, "partition-id": "all", "gain": gain(every)})
+    columns = [column for column in _COLUMNS if column[1] in shown[0]]
+    if not any(node["name"] for node in nodes):
+        columns = [column for column in columns if column[1] != "name"]
+    if all(node["heldout-loss-shared"] == node["heldout-loss-base"] for node in nodes):  # nothing is shared
+        columns = [column for column in columns if column[1] != "heldout-loss-shared"]
     rows = [[heading for heading, _, _ in columns]]
-    rows += [[_cell(node[key], form) for _, key, form in columns] for node in nodes]
+    rows += [[_cell(node.get(key, ""), form) for _, key, form in columns] for node in shown]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     return "\n".join(
         "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
     )
 
 
-def _cell(value: float, form: str) -> str:
+def _cell(value: float | str, form: str) -> str:
+    if isinstance(value, str):
+        return value
+    if not math.isfinite(value):
+        return "not finite"
     return f"{value / 1e6:.2f}" if form == "mb" else format(int(value) if form == "d" else value, form)

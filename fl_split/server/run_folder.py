@@ -10,23 +10,61 @@ A round's folder is written under another name and renamed when complete.
 """
 
 import json
+import math
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fl_split.config import RunConfig, Scalar
-from fl_split.errors import NodeStateError
+from fl_split.errors import ConfigError, NodeStateError
 from fl_split.files import KEPT_ROUNDS, Rounds, write_atomic
 
-_MAY_CHANGE = ("num-server-rounds", "run.", "trunk.", "aggregation.min-nodes")
+_MAY_CHANGE = ("num-server-rounds", "run.", "report.", "trunk.", "aggregation.min-nodes")
 _MAY_NOT = ("trunk.wire-dtype",)  # what the trunk is given, so the numbers that come out
 _MAY_NOT_WITH_DP = ("aggregation.min-nodes",)  # the noise of a node's part, which epsilon counts on
+
+
+def named(config: RunConfig) -> RunConfig:
+    """The configuration with a name for the run: its own, or date and time."""
+    name = config.run.name or time.strftime("%Y%m%d-%H%M%S")
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+
+
+@contextmanager
+def claimed(config: RunConfig) -> Iterator[None]:
+    """Hold the folder of a run of this name for this process, and give it back even if the process is killed.
+
+    Raises:
+        NodeStateError: Another run of this name is under way.
+        ConfigError: The folder cannot be made.
+    """
+    root = config.run.root / config.run.name
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise NodeStateError(
+            f"a run is under way in {root}: wait for its end ('flwr ls'), stop it ('flwr stop'), or choose another "
+            "run.name"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir={config.run.dir!r}: {root} cannot be made ({error.strerror}): set run.dir to a folder that the "
+            "server can write to"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass
@@ -36,32 +74,38 @@ class RunFolder:
     root: Path
     run_id: str
     num_finished: int
+    config: RunConfig
 
     @classmethod
-    def open(cls, config: RunConfig, versions: Mapping[str, str]) -> "RunFolder":
-        """Begin a run, or go on with one.
+    def open(
+        cls, config: RunConfig, versions: Mapping[str, str], given: Mapping[str, Scalar] | None = None
+    ) -> "RunFolder":
+        """Begin a run, or go on with one by its own configuration; a folder without a finished round is no run yet.
+
+        Args:
+            config: Of this start, with a name.
+            versions: Of what runs it.
+            given: The keys that a person has given; by default those that are not as they are by default.
 
         Raises:
-            NodeStateError: The name is taken and ``run.resume`` is not set, or the run to go on with had another
-                configuration.
+            NodeStateError: The name is taken and ``run.resume`` is not set, or a key that was given is another than
+                the run's.
         """
-        name = config.run.name or time.strftime("%Y%m%d-%H%M%S")
-        root = config.run.root / name
+        root = config.run.root / config.run.name
         about = root / "run.json"
-        if not about.exists():
-            run_id = uuid.uuid4().hex
-            write_atomic(about, _dump({"run-id": run_id, "config": config.to_flat(), "versions": dict(versions)}))
-            return cls(root, run_id, 0)
-        if not config.run.resume:
+        finished = max(Rounds(root / "checkpoints").finished(), default=0)
+        run_id = uuid.uuid4().hex
+        if finished and not config.run.resume:
             raise NodeStateError(
                 f"there is a run in {root}: set run.resume=true to go on with it, or choose another run.name"
             )
-        saved = json.loads(about.read_text())
-        _check_same(saved["config"], config.to_flat())
-        run = cls(root, saved["run-id"], 0)
-        run.num_finished = max(run._rounds.finished(), default=0)
-        write_atomic(about, _dump({**saved, "config": config.to_flat(), "versions": dict(versions)}))
-        write_atomic(run.metrics, "".join(f"{json.dumps(m)}\n" for m in run.read_metrics()))
+        if finished:
+            saved = json.loads(about.read_text())
+            run_id, config = saved["run-id"], _resumed(saved["config"], config, given)
+        run = cls(root, run_id, finished, config)
+        write_atomic(about, _dump({"run-id": run_id, "config": config.to_flat(), "versions": dict(versions)}))
+        if run.metrics.exists():
+            write_atomic(run.metrics, "".join(_line(entry) for entry in run.read_metrics()))
         return run
 
     @property
@@ -75,17 +119,11 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Metrics of the finished rounds, oldest first."""
-        if not self.metrics.exists():
-            return []
-        found = []
-        for line in self.metrics.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # a kill cut this line off: its round did not finish
-                continue
-            if entry["round"] <= self.num_finished:
-                found.append(entry)
-        return found
+        return [entry for entry in read_entries(self.metrics) if entry["round"] <= self.num_finished]
+
+    def numbers(self) -> dict[int, int]:
+        """The nodes' partition-ids by Flower's ids, of the finished rounds."""
+        return {entry["node"]: entry["partition-id"] for entry in self.read_metrics() if "partition-id" in entry}
 
     def finish_round(
         self,
@@ -96,7 +134,7 @@ class RunFolder:
     ) -> None:
         """Record a round; it counts as finished from the moment that this returns."""
         with self.metrics.open("a") as file:
-            file.writelines(f"{json.dumps(entry)}\n" for entry in entries)
+            file.writelines(_line(entry) for entry in entries)
             file.flush()
             os.fsync(file.fileno())
         files = {"shared": shared, "server": server_state or {}}
@@ -112,15 +150,56 @@ class RunFolder:
         return self._rounds.load(self.num_finished, "server") if self.num_finished else {}
 
 
-def _check_same(saved: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:
-    fixed = _MAY_NOT if now.get("dp.mode", "off") == "off" else _MAY_NOT + _MAY_NOT_WITH_DP
-    changed = [k for k in now if saved.get(k) != now[k] and (k in fixed or not k.startswith(_MAY_CHANGE))]
+def read_run(root: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What ``run.json`` says of a run, and the metrics of its finished rounds.
+
+    Raises:
+        NodeStateError: There is no run with a finished round.
+    """
+    finished = max(Rounds(root / "checkpoints").finished(), default=0)
+    if not finished or not (root / "run.json").is_file():
+        raise NodeStateError(
+            f"no run with a finished round in {root}: give a run's folder, <run.dir>/<run.name> of the server"
+        )
+    about: dict[str, Any] = json.loads((root / "run.json").read_text(encoding="utf-8"))
+    return about, [entry for entry in read_entries(root / "metrics.jsonl") if entry["round"] <= finished]
+
+
+def read_entries(file: Path) -> list[dict[str, Any]]:
+    """The entries of a ``metrics.jsonl``, a node's or a server's; a line that a kill has cut off is left out."""
+    entries = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        entries.append({key: math.nan if value is None else value for key, value in entry.items()})
+    return entries
+
+
+def _resumed(saved: Mapping[str, Scalar], now: RunConfig, given: Mapping[str, Scalar] | None) -> RunConfig:
+    """A run's own configuration with what may change of what was given."""
+    flat, default = now.to_flat(), RunConfig().to_flat()
+    given = {key: value for key, value in flat.items() if value != default[key]} if given is None else given
+    fixed = _MAY_NOT if saved.get("dp.mode", "off") == "off" else _MAY_NOT + _MAY_NOT_WITH_DP
+    changed = [
+        key
+        for key, value in given.items()
+        if saved.get(key, default.get(key)) != value and (key in fixed or not key.startswith(_MAY_CHANGE))
+    ]
     if changed:
         raise NodeStateError(
             "cannot resume with another configuration: "
-            + ", ".join(f"{k} was {saved.get(k)!r} and is {now[k]!r}" for k in changed)
-            + "; restore these, or choose another run.name"
+            + ", ".join(f"{key} was {saved.get(key, default.get(key))!r} and is {given[key]!r}" for key in changed)
+            + "; leave these out, since the run's own configuration is used, or choose another run.name"
         )
+    return RunConfig.from_flat({**saved, **given, **{key: flat[key] for key in ("run.name", "run.dir", "run.resume")}})
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    """An entry as strict JSON, which knows no NaN: null, and back again by `read_metrics`."""
+    finite = {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in entry.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def _dump(value: object) -> str:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from fl_split.config import Lora
 from fl_split.errors import ConfigError, RoundFailed
 from fl_split.server.aggregation import check, check_scaling
 from fl_split.server.flower import ProductAveraging, privacy_spent, server_state, updates_of
+from fl_split.server.progress import Institutions, WatchedGrid, clock
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ class FinishedRound:
     """What the server keeps of a round."""
 
     number: int  # from 1
+    num_rounds: int  # of the whole run
     shared: dict[str, Tensor]  # what nodes get next
     nodes: list[dict[str, Any]]  # metrics, one dict per node, by partition
     server_state: dict[str, Tensor]  # of the server's own optimizer
@@ -35,6 +38,8 @@ class FinishedRound:
 class SplitStrategy(Strategy):
     """Rounds around one of Flower's strategies: goes on from an earlier round, refuses rounds with too few nodes.
 
+    Says who has answered while a round runs.
+
     Args:
         inner: What combines the shared arrays, from `flower_strategy`.
         lora: The run's adapters.
@@ -42,6 +47,8 @@ class SplitStrategy(Strategy):
         node_wait_s: Seconds to wait for them at the start of a round.
         round_timeout: Seconds that Flower waits for replies, for messages.
         round_offset: Rounds finished before this start.
+        num_rounds: Of the whole run.
+        institutions: Names of the nodes.
         on_round: Called with each finished round.
     """
 
@@ -54,18 +61,45 @@ class SplitStrategy(Strategy):
         node_wait_s: float,
         round_timeout: float,
         round_offset: int,
+        num_rounds: int,
+        institutions: Institutions,
         on_round: Callable[[FinishedRound], None],
     ) -> None:
         self._inner, self._lora, self._min_nodes, self._node_wait_s = inner, lora, min_nodes, node_wait_s
         self._round_timeout, self._round_offset, self._on_round = round_timeout, round_offset, on_round
-        self._asked: list[Metadata] = []  # of this round's messages; Flower gives them their ids in place
+        self._num_rounds, self._institutions = num_rounds, institutions
+        self._number = round_offset  # of the round that runs
+        self._asked: list[Metadata] = []  # of its messages; Flower gives them their ids in place
+
+    def watched(self, grid: Grid) -> Grid:
+        """The grid to `start` with."""
+        return cast(Grid, WatchedGrid(grid, self._answered, self._silent))
+
+    def _answered(self, reply: Message, num_done: int, num_asked: int, seconds: float) -> None:
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            asked = {metadata.message_id: metadata.dst_node_id for metadata in self._asked}
+            node = asked.get(reply.metadata.reply_to_message_id, node)
+            self._institutions.reason(node, reply.error.reason)
+        else:
+            self._institutions.learn(node, _partition(reply))
+        what = f"{self._institutions.name(node)} {'has failed' if reply.has_error() else 'is done'}"
+        self._say(num_done, num_asked, seconds, what)
+
+    def _silent(self, num_done: int, num_asked: int, seconds: float) -> None:
+        self._say(num_done, num_asked, seconds, "waiting")
+
+    def _say(self, num_done: int, num_asked: int, seconds: float, what: str) -> None:
+        text = "round %d/%d: %d of %d nodes, %s: %s"
+        logger.info(text, self._number, self._num_rounds, num_done, num_asked, clock(seconds), what)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask nodes for the round; Flower's strategies would wait for missing nodes without end."""
         deadline = time.monotonic() + self._node_wait_s
-        while len(nodes := list(grid.get_node_ids())) < self._min_nodes:
+        self._number = server_round + self._round_offset
+        while len(nodes := self._institutions.look(grid)) < self._min_nodes:
             if time.monotonic() > deadline:
                 raise RoundFailed(
                     f"{len(nodes)} of the {self._min_nodes} nodes that aggregation.min-nodes asks for came within "
@@ -73,8 +107,9 @@ class SplitStrategy(Strategy):
                 )
             time.sleep(0.5)
         seen = cast(Grid, SimpleNamespace(get_node_ids=lambda: nodes))  # of those one may leave, and Flower would wait
-        messages = list(self._inner.configure_train(server_round + self._round_offset, arrays, config, seen))
+        messages = list(self._inner.configure_train(self._number, arrays, config, seen))
         self._asked = [message.metadata for message in messages]
+        logger.info("round %d/%d: %d nodes are asked", self._number, self._num_rounds, len(messages))
         return messages
 
     def aggregate_train(
@@ -87,20 +122,20 @@ class SplitStrategy(Strategy):
             ConfigError: Two nodes have the same number.
             AggregationError: What they share does not belong together.
         """
-        number, replies = server_round + self._round_offset, list(replies)
+        number, replies = self._number, list(replies)
         failed = [reply for reply in replies if reply.has_error()]
-        done = [reply for reply in replies if not reply.has_error()]
+        done = [reply for reply in replies if not reply.has_error() and _is_finite(reply)]
         missing = self._missing(replies)
         if len(done) < self._min_nodes:
-            reasons = "".join(f"\n  node {node}: {reason}" for node, reason in missing.items())
+            reasons = "".join(f"\n  {node}: {reason}" for node, reason in missing.items())
             raise RoundFailed(
                 f"round {number}: {len(done)} nodes finished, but aggregation.min-nodes is "
                 f"{self._min_nodes}; nothing of earlier rounds is lost, go on with run.resume=true{reasons}"
             )
         for node, reason in missing.items():
-            logger.warning("round %d goes on without node %d: %s", number, node, reason)
+            logger.warning("round %d goes on without %s: %s", number, node, reason)
         done.sort(key=_partition)  # replies come in any order, and sums round differently in another
-        nodes = [_node_metrics(number, reply) for reply in done]
+        nodes = [self._metrics(reply) for reply in done]
         _check_numbers(nodes)
         updates = updates_of(done)
         check_scaling(updates, self._lora.alpha, self._lora.variant == "rslora")
@@ -114,19 +149,34 @@ class SplitStrategy(Strategy):
             )
         shared = {name: torch.tensor(arrays[name].numpy(), dtype=torch.float32) for name in sorted(arrays)}
         state, epsilon = server_state(self._inner, list(shared)), privacy_spent(self._inner)
-        self._on_round(FinishedRound(number, shared, nodes, state, epsilon))
+        self._on_round(FinishedRound(number, self._num_rounds, shared, nodes, state, epsilon))
         return ArrayRecord(shared), metrics
 
-    def _missing(self, replies: list[Message]) -> dict[int, str]:
-        """Find the nodes that were asked and have not finished, and why."""
+    def _missing(self, replies: list[Message]) -> dict[str, str]:
+        """Find the nodes that were asked and have not finished, by name, and why."""
         asked = {metadata.message_id: metadata.dst_node_id for metadata in self._asked}
         reasons = dict.fromkeys(asked.values(), f"did not answer within run.round-timeout={self._round_timeout:g}")
         for reply in replies:  # one that Flower has made up for a node, such as "node unavailable", is not from it
             node = asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
             reasons.pop(node, None)
             if reply.has_error():
-                reasons[node] = _last_line(reply.error.reason)
-        return dict(sorted(reasons.items()))
+                reasons[node] = self._institutions.reason(node, reply.error.reason)
+            elif not _is_finite(reply):
+                reasons[node] = "sent weights that are not finite: lower train.bottom-lr and train.top-lr"
+        return dict(sorted((self._institutions.name(node), reason) for node, reason in reasons.items()))
+
+    def _metrics(self, reply: Message) -> dict[str, Any]:
+        metrics = next(iter(reply.content.metric_records.values()))
+        texts = next(iter(reply.content.config_records.values()))
+        node = reply.metadata.src_node_id
+        return {
+            "round": self._number,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "node": node,
+            "name": self._institutions.registered(node),
+            **dict(metrics),
+            **dict(texts),
+        }
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -139,8 +189,7 @@ class SplitStrategy(Strategy):
         return None
 
     def summary(self) -> None:
-        """Log Flower's own summary."""
-        self._inner.summary()
+        """Nothing: the run's configuration is in its folder."""
 
 
 def _partition(reply: Message) -> int:
@@ -159,13 +208,7 @@ def _check_numbers(nodes: Iterable[dict[str, Any]]) -> None:
             )
 
 
-def _node_metrics(number: int, reply: Message) -> dict[str, Any]:
-    metrics = next(iter(reply.content.metric_records.values()))
-    texts = next(iter(reply.content.config_records.values()))
-    return {"round": number, "node": reply.metadata.src_node_id, **dict(metrics), **dict(texts)}
-
-
-def _last_line(reason: str | None) -> str:
-    """Take a node's own words out of the traceback that Ray puts around them."""
-    lines = [line for line in (reason or "").strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "no reason given"
+def _is_finite(reply: Message) -> bool:
+    """Whether what a node shares can be combined: one NaN would make all nodes' weights NaN."""
+    arrays = reply.content.array_records["arrays"].to_torch_state_dict()
+    return all(bool(torch.isfinite(value).all()) for value in arrays.values())

@@ -4,7 +4,8 @@ Needs the whole checkpoint on the machine, and sends nothing anywhere: the trunk
 *trained* model: at default initialisation a trunk is nearly the identity, and every surrogate looks perfect.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,6 +28,10 @@ from fl_split.model.streamed import StreamedLayer
 from fl_split.model.thin import read_card
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node.expected import Expected
+
+logger = logging.getLogger(__name__)
+
+_GOOD, _POOR = 0.3, 0.1  # cosines: on trained decoders of 30 layers 0.01 to 0.08 gained nothing, on encoders 0.4 did
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,30 @@ def check_model(
     ]
 
 
+def verdict(rows: Sequence[Mapping[str, str | float]]) -> str:
+    """Say in words what the rows of `check_model` mean for a run."""
+    words = []
+    for row in rows:
+        cosine = float(row["gradient cosine"])
+        if row["surrogate"] != "exact":
+            how = (
+                "follows the exact gradient"
+                if cosine >= _GOOD
+                else "hardly follows it"
+                if cosine < _POOR
+                else "is weak"
+            )
+            words.append((cosine, f"{row['surrogate']} {how} (cosine {cosine:.2f})"))
+    best = max(words)
+    text = "; ".join(word for _, word in words)
+    if best[0] < _POOR:
+        return (
+            f"{text}. No surrogate here gives the bottom a useful gradient: use surrogate.kind='none' and give the "
+            "node's memory to split.top-layers, or try a surrogate that is fitted to this trunk (docs/surrogates.md)."
+        )
+    return f"{text}. The best is {best[1].split()[0]}; a run tries it before it is followed (surrogate.check)."
+
+
 def _own_path(config: Data) -> str:
     return str(demo.data_folder()) if config.path == "demo" else config.path
 
@@ -174,10 +203,12 @@ def gradcheck(
         adapters.load_adapter_state(model, adapter or {})
         return bottom_gradient(model, batches), surrogate_params(model)
 
-    exact, _ = gradient(Candidate("exact"))
+    logger.info("the exact gradient, through the whole model ...")
+    exact, no_extra = gradient(Candidate("exact"))
     rows = []
-    for candidate in candidates:
-        got, extra = gradient(candidate)
+    for number, candidate in enumerate(candidates, 1):
+        logger.info("%s (%d of %d) ...", candidate.name, number, len(candidates))
+        got, extra = (exact, no_extra) if candidate.kind == "exact" else gradient(candidate)
         cosine = torch.cosine_similarity(got, exact, dim=0).item()
         wire = 5 if candidate.kind == "exact" else 2
         rows.append(Agreement(candidate, cosine, (got.norm() / exact.norm()).item(), extra, wire))

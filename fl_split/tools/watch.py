@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fl_split.errors import TrunkUnavailable
 from fl_split.node.replicas import Credentials
+from fl_split.node.trouble import explain
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.proto.trunk_pb2_grpc import TrunkStub
 
@@ -28,7 +29,7 @@ def describe(address: str, credentials: Credentials, timeout_s: float = 5.0) -> 
     with credentials.channel(address) as channel:
         try:
             reply = TrunkStub(channel).Describe(
-                pb.DescribeRequest(), timeout=timeout_s, metadata=credentials.metadata(), wait_for_ready=True
+                pb.DescribeRequest(), timeout=timeout_s, metadata=credentials.metadata()
             )
         except grpc.RpcError as error:
             raise _unavailable(address, error) from error
@@ -64,7 +65,7 @@ def ping(address: str, credentials: Credentials, timeout_s: float = 5.0) -> tupl
         stub = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=pb.DESCRIPTOR.services_by_name["Trunk"].full_name)
         try:
-            stub.Check(request, timeout=timeout_s, wait_for_ready=True)  # connects
+            stub.Check(request, timeout=timeout_s)  # connects
             started = time.monotonic()
             reply = stub.Check(request, timeout=timeout_s)
         except grpc.RpcError as error:
@@ -73,7 +74,7 @@ def ping(address: str, credentials: Credentials, timeout_s: float = 5.0) -> tupl
 
 
 def _unavailable(address: str, error: grpc.RpcError) -> TrunkUnavailable:
-    return TrunkUnavailable(f"the trunk at {address} does not answer ({error.code().name}): {error.details()}")
+    return TrunkUnavailable(f"no trunk answers at {address} ({error.code().name}): {explain(error, address)}")
 
 
 # ----------------------------------------------------------------------------------------------------- live view

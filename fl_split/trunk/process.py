@@ -1,6 +1,7 @@
 """A trunk as a process of its own: load, warm up, serve until SIGTERM, drain, exit 0."""
 
 import asyncio
+import errno
 import gc
 import json
 import logging
@@ -87,7 +88,11 @@ def serve(config: TrunkConfig) -> None:
     try:
         asyncio.run(_serve(held, config))
     except OSError as error:
-        raise ConfigError(f"server.host, server.port, metrics.host or metrics.port: {error}") from error
+        raise ConfigError(
+            f"server.host={config.server.host!r} with server.port={config.server.port}, or metrics.host="
+            f"{config.metrics.host!r}: {error}; choose another port, stop what listens there ('ss -ltnp' shows it), or "
+            "give an address of this machine"
+        ) from error
 
 
 async def _serve(held: HeldLayers, config: TrunkConfig) -> None:
@@ -109,7 +114,15 @@ async def _serve(held: HeldLayers, config: TrunkConfig) -> None:
     )
     stop_metrics: Callable[[], None] = lambda: None  # noqa: E731
     if config.metrics.enabled:
-        port, stop_metrics = serve_metrics(server.metrics, config.metrics.host, config.metrics.port)
+        try:
+            port, stop_metrics = serve_metrics(server.metrics, config.metrics.host, config.metrics.port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            port, stop_metrics = serve_metrics(server.metrics, config.metrics.host, 0)
+            logger.warning(
+                "metrics.port=%d is in use, by another replica perhaps: it is a free one instead", config.metrics.port
+            )
         logger.info("metrics at http://%s:%d/metrics", config.metrics.host, port)
     try:
         await server.start()

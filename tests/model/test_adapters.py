@@ -1,5 +1,6 @@
 """Adapters: which weights are whose, and an export that the full model takes."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,6 +102,14 @@ def test_names_that_peft_takes_for_all_experts_are_left_out(tmp_path: Path) -> N
     assert all(".self_attn." in name for name in adapters.adapter_state(model))
     with pytest.raises(ConfigError, match="gate_proj is no linear module to be adapted"):
         client_with_adapter(tmp_path, Lora(target_modules="gate_proj,q_b_proj"))
+
+
+def test_attaching_is_quiet(checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("llama")
+    ends = load_ends(folder, 1, 2, LocalTrunk(load_trunk(folder, 1, 2)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapters.attach(ends, Lora(), train_bottom=True, seed=0)
 
 
 def test_export_replaces_an_earlier_one(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -26,12 +26,13 @@ def test_keys_are_these_and_no_others() -> None:
         share_leak_bits=21.0,
         cached_sequences=22,
         rounds_missed=23,
+        exported_round=24,
     )
     keys = (
         "partition-id num-examples weight bad-rows truncated-examples truncated-tokens train-loss heldout-loss-base "
         "heldout-macro-f1-base heldout-loss-after bottom-trained bottom-gain bottom-gain-error top-gain train-tokens "
         "tokens-per-s train-s evaluate-s trunk-forward-s activation-bytes share-leak-bits cached-sequences "
-        "rounds-missed"
+        "rounds-missed exported-round"
     )
-    numbers = [*range(1, 11), 1, *range(12, 24)]
+    numbers = [*range(1, 11), 1, *range(12, 25)]
     assert metrics.record() == dict(zip(keys.split(), numbers, strict=True))

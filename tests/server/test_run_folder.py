@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fl_split.config import RunConfig
-from fl_split.errors import NodeStateError
+from fl_split.errors import ConfigError, NodeStateError
 from fl_split.files import Rounds, write_atomic
 from fl_split.node.state import NodeFolder, SavedRound
 from fl_split.node.trial import Gain
-from fl_split.server.run_folder import RunFolder
+from fl_split.server.run_folder import RunFolder, claimed, named
 
 VERSIONS = {"fl-split": "test"}
 
@@ -113,8 +113,42 @@ def test_resume_of_a_run_that_is_not_there_begins_it(tmp_path: Path) -> None:
     assert run.shared() == {}
 
 
+def test_a_folder_without_a_finished_round_is_for_the_corrected_retry(tmp_path: Path) -> None:
+    failed = RunFolder.open(config(tmp_path, **{"lora.rank": 3}), VERSIONS)
+    failed.metrics.write_text('{"round": 1, "x": 1}\n')  # killed before the round counted
+    again = RunFolder.open(config(tmp_path), VERSIONS)
+    assert (again.num_finished, again.config.lora.rank) == (0, 8)
+    assert again.run_id != failed.run_id and again.metrics.read_text() == ""
+
+
+def test_one_folder_is_for_one_run_at_a_time(tmp_path: Path) -> None:
+    with claimed(config(tmp_path)):
+        with pytest.raises(NodeStateError, match=r"a run is under way in .*mine: wait for its end \('flwr ls'\)"):
+            with claimed(config(tmp_path)):
+                pass
+        with claimed(config(tmp_path, **{"run.name": "other"})):
+            pass
+    with claimed(config(tmp_path)):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run\.dir=.*cannot be made \(.*\): set run\.dir to a folder"):
+        with claimed(config(tmp_path / "file")):
+            pass
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_file_and_nan_when_read(tmp_path: Path) -> None:
+    run = RunFolder.open(config(tmp_path), VERSIONS)
+    run.finish_round(1, [{"round": 1, "x": float("nan"), "y": float("inf")}], tensors(1))
+    assert json.loads(run.metrics.read_text()) == {"round": 1, "x": None, "y": None}
+    assert str(run.read_metrics()) == "[{'round': 1, 'x': nan, 'y': nan}]"
+
+
+def finished(tmp_path: Path, **changes: Any) -> None:
+    RunFolder.open(config(tmp_path, **changes), VERSIONS).finish_round(1, [{"round": 1}], tensors(1))
+
+
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
-    RunFolder.open(config(tmp_path), VERSIONS)
+    finished(tmp_path)
     with pytest.raises(NodeStateError, match=r"run\.resume=true to go on .* another run\.name"):
         RunFolder.open(config(tmp_path), VERSIONS)
 
@@ -129,24 +163,31 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
 def test_resume_with_another_configuration_is_refused_key_by_key(
     tmp_path: Path, key: str, value: object, message: str
 ) -> None:
-    RunFolder.open(config(tmp_path), VERSIONS)
+    finished(tmp_path)
     with pytest.raises(NodeStateError, match=message):
         RunFolder.open(config(tmp_path, **{"run.resume": True, key: value}), VERSIONS)
     RunFolder.open(config(tmp_path, **{"run.resume": True, "trunk.timeout-s": 9.0}), VERSIONS)
 
 
+def test_resume_uses_the_runs_own_configuration_for_what_is_not_given(tmp_path: Path) -> None:
+    finished(tmp_path, **{"lora.rank": 4, "train.steps": 7, "num-server-rounds": 5})
+    again = RunFolder.open(config(tmp_path, **{"run.resume": True, "num-server-rounds": 6}), VERSIONS)
+    assert (again.config.lora.rank, again.config.train.steps, again.config.num_server_rounds) == (4, 7, 6)
+    with pytest.raises(NodeStateError, match=r"lora\.rank was 4 and is 8; leave these out"):  # given, though a default
+        RunFolder.open(config(tmp_path, **{"run.resume": True}), VERSIONS, {"run.resume": True, "lora.rank": 8})
+
+
 def test_resume_with_fewer_nodes_is_refused_with_privacy_only(tmp_path: Path) -> None:
     private = {"dp.mode": "client-fixed", "aggregation.share": "top", "aggregation.weighting": "equal"}
     for name, options in (("plain", {}), ("private", private)):
-        RunFolder.open(config(tmp_path / name, **options), VERSIONS)
-    RunFolder.open(config(tmp_path / "plain", **{"run.resume": True, "aggregation.min-nodes": 1}), VERSIONS)
+        finished(tmp_path / name, **options)
+    fewer = {"run.resume": True, "aggregation.min-nodes": 1}
+    RunFolder.open(config(tmp_path / "plain", **fewer), VERSIONS)
     with pytest.raises(NodeStateError, match=r"aggregation\.min-nodes was 2 and is 1"):
-        RunFolder.open(
-            config(tmp_path / "private", **private, **{"run.resume": True, "aggregation.min-nodes": 1}), VERSIONS
-        )
+        RunFolder.open(config(tmp_path / "private", **fewer), VERSIONS)
 
 
 def test_a_run_without_a_name_gets_one(tmp_path: Path) -> None:
-    run = RunFolder.open(RunConfig.from_flat({"run.dir": str(tmp_path)}), VERSIONS)
-    assert run.root.parent == tmp_path
+    run = RunFolder.open(named(RunConfig.from_flat({"run.dir": str(tmp_path)})), VERSIONS)
+    assert run.root.parent == tmp_path and run.root.name == run.config.run.name != ""
     assert json.loads((run.root / "run.json").read_text())["versions"] == VERSIONS

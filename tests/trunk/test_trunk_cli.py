@@ -201,6 +201,18 @@ def test_serve_says_what_is_wrong_with_its_configuration(tmp_path: Path) -> None
     assert code == 1 and "cannot be read as TOML" in error
 
 
+def test_metrics_of_a_second_replica_take_a_free_port(serve: Callable[..., Process]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        trunk = serve(f"metrics.port={port}")
+        trunk.wait_ready()
+    (warning,) = (line for line in trunk.lines if f"metrics.port={port} is in use" in line)
+    (where,) = (line for line in trunk.lines if "metrics at http" in line)
+    assert f":{port}/" not in where
+
+
 def test_serve_says_when_its_port_is_taken(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     with socket.socket() as taken:
@@ -208,7 +220,8 @@ def test_serve_says_when_its_port_is_taken(checkpoint: Callable[[str], Path], mo
         taken.listen()
         flags = (f"--set=server.port={taken.getsockname()[1]}", "--set=metrics.enabled=false")
         code, _, error = run("trunk", "serve", "--model", checkpoint("llama"), *flags)
-    assert code == 1 and "server.port, metrics.host or metrics.port: cannot listen on 127.0.0.1" in error
+    assert code == 1 and f"server.port={flags[0].rpartition('=')[2]}, or metrics.host" in error
+    assert "cannot listen on 127.0.0.1" in error and "choose another port, stop what listens there" in error
 
 
 def test_serve_fails_when_it_can_serve_no_more(
@@ -236,7 +249,7 @@ def test_serve_fails_when_it_can_serve_no_more(
 def test_describe_ping_and_top_say_when_nobody_answers() -> None:
     for verb in ("describe", "ping"):
         code, _, error = run("trunk", verb, "127.0.0.1:9", "--timeout-s", "0.5")
-        assert code == 1 and "the trunk at 127.0.0.1:9 does not answer" in error
+        assert code == 1 and "no trunk answers at 127.0.0.1:9 (UNAVAILABLE): nothing listens on this port" in error
     for url in ("http://127.0.0.1:9/metrics", "file:///etc/hostname"):
         code, _, error = run("trunk", "top", url, "--once")
         assert code == 1 and "no metrics at" in error

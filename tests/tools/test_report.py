@@ -1,0 +1,102 @@
+"""The report of runs: one page, by itself, with the right numbers and nothing that could run."""
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fl_split.cli import app
+from fl_split.config import RunConfig
+from fl_split.errors import ConfigError, NodeStateError
+from fl_split.server.run_folder import RunFolder
+from fl_split.tools.report import report
+
+pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
+
+
+def make_run(tmp_path: Path, name: str, **changes: Any) -> Path:
+    """A finished run of two rounds and two nodes."""
+    run = RunFolder.open(
+        RunConfig.from_flat({"run.dir": str(tmp_path), "run.name": name, "num-server-rounds": 2, **changes}),
+        {"torch": "2.13.0"},
+    )
+    for number in (1, 2):
+        nodes = [
+            {
+                "round": number, "node": 900 + i, "name": "<b>a</b>" if i == 0 else "", "partition-id": i,
+                "num-examples": 1234, "train-loss": 3.0, "heldout-loss-base": 4.0, "heldout-loss-shared": 3.75,
+                "heldout-loss-before": 3.5, "heldout-loss-after": 2.875 if i == 0 else math.nan, "bottom-gain": 0.5,
+                "activation-bytes": 1_500_000, "train-tokens": 500, "train-s": 2.0, "trunk-forward-s": 1.0,
+                "exported-round": 1, "bad-rows": 7,
+            }
+            for i in (0, 1)
+        ]  # fmt: skip
+        summary = {"round": number, "heldout-loss-base": 4.0, "heldout-loss-after": 2.875, "shared-bytes": 250_000}
+        run.finish_round(number, [*nodes, summary | {"epsilon": 1.5 * number}], {"a": torch.zeros(1)})
+    return run.root
+
+
+class Page(HTMLParser):
+    """Tags, what they refer to, and the cells of tables."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.references: list[str] = []
+        self.cells: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.references += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
+        self.cells += [""] if tag == "td" else []
+
+    def handle_data(self, data: str) -> None:
+        if self.cells and self.lasttag == "td":
+            self.cells[-1] += data
+
+
+def test_the_page_stands_by_itself_and_has_the_numbers(tmp_path: Path) -> None:
+    roots = [make_run(tmp_path, "one", **{"aggregation.share": "top"}), make_run(tmp_path, "two")]
+    own = roots[0] / "nodes" / "0"
+    own.mkdir(parents=True)
+    (own / "metrics.jsonl").write_text(json.dumps({"round": 1, "step": 1, "loss": 3.25}) + "\n" + '{"cut')
+    text = report(roots)
+    page = Page(text)
+    assert page.tags.isdisjoint({"script", "link", "iframe", "img", "b"}) and {"svg", "table", "details"} <= page.tags
+    assert all(reference.startswith("#") for reference in page.references)
+    assert {"node 0 (<b>a</b>)", "node 1", "1,234", "+1.125", "not finite", "3.750", "round 1", "3.00"} <= set(
+        page.cells
+    )
+    assert "The server gave each node 0.50 MB" in text
+    assert text.count("shared alone") == 1  # the other run shares nothing
+    assert "Training loss by step" in text and "Privacy spent" in text and "Mean held-out loss of each run" in text
+    assert "prefers-color-scheme: dark" in text and "#010203" not in text
+
+
+def test_the_command_writes_the_page_and_refuses_a_folder_without_a_run(tmp_path: Path) -> None:
+    root, out = make_run(tmp_path, "one"), tmp_path / "r.html"
+    done = CliRunner().invoke(app, ["report", str(root), "--out", str(out)])
+    assert done.exit_code == 0 and done.output.strip() == str(out)
+    assert out.read_text().startswith("<!doctype html>")
+    with pytest.raises(NodeStateError, match=r"no run with a finished round in .*nowhere: give a run's folder"):
+        report([tmp_path / "nowhere"])
+
+
+def test_a_report_without_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_run(tmp_path, "one")
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"pip install 'fl-split\[report\]'"):
+        report([root])
+
+
+def test_sample_outputs_are_shown_if_there_are_any(tmp_path: Path) -> None:
+    root = make_run(tmp_path, "one")
+    assert "Sample outputs" not in report([root])
+    (root / "samples.jsonl").write_text('{"prompt": "1 < 2?", "output": "yes"}\n')
+    assert "1 &lt; 2?" in report([root])
