@@ -19,7 +19,7 @@ def test_every_method_of_the_proto_is_served(checkpoint: Callable[[str], Path]) 
         for service in pb.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     ]
-    assert len(names) == 4
+    assert len(names) == 5
     held = hold_layers(checkpoint("llama"), 2, 2)
     with server.embedded(held, config=config) as address, grpc.insecure_channel(address) as channel:
         for name in names:
