@@ -426,11 +426,12 @@ def doctor_command(
         list[str] | None, typer.Option(help="key=value of this node, as for flower-supernode")
     ] = None,
     rows: Annotated[int, typer.Option(min=2, help="look at the first rows of the data")] = 10_000,
+    show: Annotated[int, typer.Option(min=0, help="print so many examples as the model sees them")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
     """Check versions, model, data, trunk, disk and memory before a run; exit code 1 if anything fails."""
     from fl_split.config import NodeConfig, RunConfig, read_values
-    from fl_split.tools.doctor import diagnose
+    from fl_split.tools.doctor import diagnose, show_examples
 
     logging.getLogger("fl_split").addHandler(logging.NullHandler())  # the checks say it all
     failed = False
@@ -443,6 +444,8 @@ def doctor_command(
                 print(json.dumps(vars(check)))
             else:
                 print(f"{check.status:5} {check.name:10} {check.text}")
+        if show and not as_json:
+            print(*show_examples(run, own, show), sep="\n\n")
     if failed:
         raise typer.Exit(1)
 

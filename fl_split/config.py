@@ -5,6 +5,7 @@ names a wrong key as the user wrote it. Defaults live here; a test holds `pyproj
 """
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -78,6 +79,11 @@ class Surrogate(_Section):
         "trunk; `identity`; `none`: the bottom stays frozen; `exact`: dL/dh2 leaves the node",
     )
     layers: Positive = Field(2, description="trunk layers kept on the node, for `blocks` and `distilled`")
+    check: bool = Field(
+        True,
+        description="try the bottom's gradient on examples kept apart for it, and train the bottom only in rounds in "
+        "which it lowers the loss for sure; not for kinds with an exact gradient",
+    )
     file: str = Field("", description="made by `fl-split surrogate fit`, for the embedded trunk to publish")
     distill: bool = Field(False, description="train a `matched` surrogate on the node as well")
     distill_lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="AdamW's rate for the surrogate itself")
@@ -91,6 +97,11 @@ class Surrogate(_Section):
     def trains_bottom(self) -> bool:
         """Whether the bottom gets a gradient; without one it has no adapter either."""
         return self.kind != "none"
+
+    @property
+    def is_tried(self) -> bool:
+        """Whether the bottom's gradient, which may be wrong, is tried before it is followed."""
+        return self.check and self.kind in ("identity", "blocks", "distilled", "matched")
 
     @property
     def is_trained(self) -> bool:
@@ -122,13 +133,20 @@ class Data(_Section):
 
     path: str = Field(
         "demo",
-        description="`demo`; an absolute or `~` path: a file, folder or pattern of .jsonl, .csv or .parquet, or a "
-        "folder of `save_to_disk`; or a dataset on the Hugging Face hub; a node's own `data-path` comes first",
+        description="`demo`; an absolute or `~` path: a file, folder or pattern of .jsonl, .json, .csv, .tsv or "
+        ".parquet, or a folder of `save_to_disk`; or a dataset on the Hugging Face hub; a node's own `data-path` comes "
+        "first",
     )
     subset: str = Field("", description="configuration of a dataset on the hub")
     split: str = Field("train", description="split of a dataset on the hub or of a `save_to_disk` folder")
     prompt: str = Field("question", description="column of the prompt")
     response: str = Field("answer", description="column of the response; the loss counts its tokens only")
+    template: str = Field(
+        "auto",
+        description="how the two are written: `plain`: a line each; `chat`: by the tokenizer's chat template; a text "
+        "with `{prompt}`, and `{response}` if something follows it; `auto`: `chat` if there is such a template, else "
+        "`plain`",
+    )
     text: str = Field("", description="column of plain text, instead of prompt and response")
     messages: str = Field(
         "", description="column of chats (role, content), instead: written by the tokenizer's chat template"
@@ -137,8 +155,9 @@ class Data(_Section):
     labels: str = Field("", description="names of all labels, with commas between: all nodes of a run have these")
     max_length: Annotated[int, Field(ge=2)] = Field(256, description="tokens per example; the rest is cut off")
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="part held out for evaluation, never trained on"
+        0.1, description="part held out for evaluation, never trained on; a row's side depends on nothing but the row"
     )
+    holdout_max: Positive = Field(500, description="examples of the held-out part that are evaluated, at most")
     bad_rows: Literal["skip", "refuse"] = Field(
         "skip", description="rows that are empty, malformed or too long to learn from: leave out and count, or stop"
     )
@@ -424,6 +443,17 @@ def _check_task(task: Task, data: Data) -> None:
 def _check_data(data: Data) -> None:
     if data.text and data.messages:
         raise ValueError(f"data.text={data.text!r} and data.messages={data.messages!r}: an example is one or the other")
+    if data.template not in ("auto", "plain", "chat"):
+        if data.template.count("{prompt}") != 1 or data.template.count("{response}") > 1:
+            raise ValueError(
+                f"data.template={data.template!r}: expected 'auto', 'plain', 'chat', or a text with {{prompt}} "
+                "once, and {response} after it if something follows the response"
+            )
+        if "{prompt}" in data.template.partition("{response}")[2]:
+            raise ValueError(f"data.template={data.template!r}: {{prompt}} must come before {{response}}")
+    if data.template != "auto" and (data.text or data.messages):
+        key = "data.text" if data.text else "data.messages"
+        raise ValueError(f"data.template={data.template!r} is for data.prompt and data.response, and {key} is set")
     if data.packing and data.labels:
         raise ValueError("data.packing=true is for language models: with data.labels, set data.packing=false")
 
@@ -452,7 +482,7 @@ def read_values(file: Path | None, overrides: list[str]) -> dict[str, Scalar]:
 class NodeConfig(BaseModel):
     """A node's own values (``flower-supernode --node-config``); other apps' keys are left alone."""
 
-    model_config = ConfigDict(frozen=True, strict=True, alias_generator=_kebab, populate_by_name=True)
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow", alias_generator=_kebab, populate_by_name=True)
 
     partition_id: int = 0
     num_partitions: int = 1
@@ -472,8 +502,12 @@ class NodeConfig(BaseModel):
         """Build from Flower's node config.
 
         Raises:
-            ConfigError: A value of the wrong type, or no number of the node.
+            ConfigError: A value of the wrong type, a key that looks like a misspelt one, or no number of the node.
         """
+        for key in values:
+            near = get_close_matches(key, _NODE_KEYS, 1)
+            if near and key != near[0]:
+                raise ConfigError(f"wrong node-config: there is no key {key!r}; did you mean {near[0]!r}?")
         if "partition-id" not in values:  # a simulation sets it; its default would make all nodes of a deployment one
             raise ConfigError(
                 "node-config lacks partition-id: give each SuperNode a number of its own, from 0, and always the same, "
@@ -483,6 +517,17 @@ class NodeConfig(BaseModel):
             return cls.model_validate(dict(values))
         except ValidationError as error:
             raise ConfigError("wrong node-config:\n" + explain_invalid(error, _KEYS)) from None
+
+    @property
+    def speaks_for_itself(self) -> bool:
+        """Whether an institution has said anything but numbers, which simulated nodes have as well."""
+        said = self.model_fields_set & type(self).model_fields.keys()
+        return bool(said - {"partition_id", "num_partitions", "lora_rank"})
+
+    @property
+    def unknown(self) -> dict[str, str]:
+        """Keys that are not of fl-split, each with the nearest one that is."""
+        return {key: get_close_matches(key, _NODE_KEYS, 1, 0.0)[0] for key in self.model_extra or ()}
 
     def lora(self, of_run: Lora) -> Lora:
         """The run's adapters with this node's own rank, if it has one."""
@@ -498,6 +543,9 @@ class NodeConfig(BaseModel):
 def is_local_model(name: str) -> bool:
     """Whether a model's name stands for a folder of this machine: the demo's, or an absolute or ``~`` path."""
     return name == "demo" or name.startswith(("/", "~"))
+
+
+_NODE_KEYS = [field.alias or _kebab(name) for name, field in NodeConfig.model_fields.items()]
 
 
 def absolute(key: str, path: str) -> Path:

@@ -2,7 +2,7 @@
 """Which small changes of the code does no test notice?
 
     python scripts/mutate.py                                          # all modules below: hours; goes on where it was
-    python scripts/mutate.py --module node/descent.py --most 20       # twenty of one module's, drawn at random
+    python scripts/mutate.py --module node/trial.py --most 20       # twenty of one module's, drawn at random
 
 Makes one change at a time in a copy of the tree (another comparison, constant or operator, a condition that always or
 never holds, a statement left out), runs the tests that are about the module, and lists the changes that all of them
@@ -43,7 +43,7 @@ MODULES = {
     "model/surrogate.py": "tests/model/test_surrogate.py",
     "model/turns.py": "tests/model/test_turns.py",
     "node/build.py": "tests/node/test_round.py tests/test_end_to_end.py",
-    "node/descent.py": "tests/node/test_descent.py",
+    "node/trial.py": "tests/node/test_trial.py",
     "node/received.py": "tests/server/test_aggregation.py tests/node/test_round.py",
     "node/replicas.py": "tests/node/test_replicas.py tests/node/test_trunk_connection.py tests/trunk/test_access.py",
     "node/round.py": "tests/node/test_round.py tests/test_end_to_end.py tests/server/test_strategy.py",

@@ -211,6 +211,7 @@ def run_app(
         "train.steps": 2,
         "data.max-length": 48,
         "data.holdout": 0.02,
+        "surrogate.check": False,  # which has tests of its own
         "run.dir": str(run_dir),
         "run.name": name,
         **changes,

@@ -17,6 +17,7 @@ from transformers import (
 from fl_split.config import Data
 from fl_split.data.examples import Example
 from fl_split.data.store import Prepared
+from fl_split.errors import ConfigError
 from fl_split.model.loss import IGNORED, Batch
 
 _SORTED = 50  # batches that are sorted by length together
@@ -101,8 +102,17 @@ def _collator(tokenizer: PreTrainedTokenizerBase, packing: bool) -> Callable[[li
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Pad on the right, with the end token where a tokenizer has no pad token (both are masked)."""
+    """Pad on the right, with the end token where a tokenizer has no pad token (both are masked).
+
+    Raises:
+        ConfigError: It has neither.
+    """
     tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ConfigError(
+            "this model's tokenizer has neither a pad token nor an end token, so that answers would have no end: name "
+            'the end token that the model was trained with in its tokenizer_config.json, as "eos_token"'
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -1,173 +1,180 @@
 """One private row -> token ids, and which of them the loss counts.
 
-Data path: rows -> **examples** -> batches (`data.py`).
+Data path: rows -> **examples** -> batches (`batches`).
 """
 
-import re
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fl_split.config import Data
+from fl_split.data.chats import encode_chat, read_messages
+from fl_split.data.unusable import EMPTY, Unusable, text_of
 from fl_split.errors import DataError
 from fl_split.model.loss import IGNORED
 
 Example = dict[str, Any]  # "input_ids": one per token; "labels": one per token, or the class of the whole
 
-MALFORMED = "malformed"
-NO_TEXT = "without text in a column"
-EMPTY = "empty"
 NO_ROOM = "with nothing to learn within data.max-length"
+NO_LABEL = "without a label"
 UNKNOWN_LABEL = "with a label that data.labels does not name"
-NOT_A_CHAT = "without a list of messages with role and content"
-NO_ANSWER = "without an assistant message"
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks assistant text in a template
-
-
-class Unusable(Exception):
-    """A row of which no example can be made; `reason` is one of the constants above, without any of its content."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
 class Made:
-    """An example, and how many tokens did not fit into it."""
+    """An example of a row."""
 
     example: Example
-    num_cut: int
+    num_cut: int  # tokens that did not fit into it
+    content: str  # what of the row was read: equal for equal rows
+    remarks: tuple[str, ...] = ()  # for the report; the example is used all the same
+
+
+def template_of(config: Data, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Choose how prompt and response become one text: ``plain``, ``chat``, a format string, or "" for no prompt."""
+    if config.text or config.messages:
+        return ""
+    if config.template == "auto":
+        return "chat" if tokenizer.chat_template else "plain"
+    return config.template
+
+
+def describe_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Describe a template to a person who has to write prompts as they were trained on."""
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    if template == "chat":
+        return "chat: the model's own chat template, with the prompt as the user's message"
+    shown = "{prompt}\n{response}" if template == "plain" else template
+    shown += "" if "{response}" in shown else "{response}"
+    kind = "plain" if template == "plain" else "data.template"
+    return f"{kind}: {json.dumps(f'{bos}{shown}{eos}', ensure_ascii=False)}"
 
 
 def example_maker(config: Data, tokenizer: PreTrainedTokenizerBase) -> Callable[[dict[str, Any]], Made]:
-    """What makes an example of a row's values; it raises `Unusable` for one that cannot be used.
+    """Make what makes an example of a row's values; it raises `Unusable` for one that cannot be used.
 
     Raises:
         DataError: The tokenizer cannot do what the configuration asks of it.
     """
+    template = template_of(config, tokenizer)
     if config.labels:
         return lambda values: _labelled(values, config, tokenizer)
+    if config.messages or template == "chat":
+        _check_chat_template(config, tokenizer)
     if config.messages:
-        _check_template(config, tokenizer)
-        return lambda values: _cut(*_chat(values.get(config.messages), tokenizer), config)
-    return lambda values: _cut(*_prompt_and_response(values, config, tokenizer), config)
+        return lambda values: _chat(read_messages(values.get(config.messages)), config, tokenizer)
+    if config.text:
+        return lambda values: _plain_text(values, config, tokenizer)
+    return lambda values: _prompt_and_response(values, config, template, tokenizer)
 
 
-def _cut(ids: list[int], labels: list[int], config: Data) -> Made:
+def _made(ids: list[int], labels: list[int], config: Data, content: Any, remarks: list[str] | None = None) -> Made:
     kept = labels[: config.max_length]
     if all(label == IGNORED for label in kept[1:]):  # the first token has nothing to be predicted from
         raise Unusable(NO_ROOM)
     example = {"input_ids": ids[: config.max_length], "labels": kept}
-    return Made(example, max(0, len(ids) - config.max_length))
+    return Made(example, max(0, len(ids) - config.max_length), _canonical(content), tuple(remarks or ()))
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise Unusable(NO_TEXT)
-    if not value.strip():
+def _canonical(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, default=str)
+
+
+def _text(values: dict[str, Any], key: str, column: str) -> str:
+    value = values.get(column)
+    if value is None:
         raise Unusable(EMPTY)
-    return value
+    text = text_of(value, key)
+    if not text.strip():
+        raise Unusable(EMPTY)
+    return text
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return [bos] if bos is not None else [], [eos] if eos is not None else []
+
+
+def _plain_text(values: dict[str, Any], config: Data, tokenizer: PreTrainedTokenizerBase) -> Made:
+    """Tokenize a text; labels count all of it."""
+    text, (bos, eos) = _text(values, "data.text", config.text), _ends(tokenizer)
+    tail = tokenizer.encode(text, add_special_tokens=False) + eos
+    return _made(bos + tail, [IGNORED] * len(bos) + tail, config, [text])
 
 
 def _prompt_and_response(
-    values: dict[str, Any], config: Data, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    """Tokenize prompt and response; labels count the response only, or all of a plain text."""
-    prompt = "" if config.text else values.get(config.prompt)
-    if not isinstance(prompt, str):
-        raise Unusable(NO_TEXT)
-    response = _text(values.get(config.text or config.response))
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    head = bos + (tokenizer.encode(f"{prompt}\n", add_special_tokens=False) if prompt else [])
-    tail = tokenizer.encode(response, add_special_tokens=False) + eos
-    return head + tail, [IGNORED] * len(head) + tail
+    values: dict[str, Any], config: Data, template: str, tokenizer: PreTrainedTokenizerBase
+) -> Made:
+    """Write and tokenize prompt and response; labels count the response, and what ends it."""
+    prompt = text_of(values.get(config.prompt), "data.prompt")
+    response, content = _text(values, "data.response", config.response), [prompt, values[config.response]]
+    if template == "chat":
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        ids, labels, remarks = encode_chat(messages, tokenizer)
+        return _made(ids, labels, config, content, remarks)
+    if template == "plain":
+        template = "{prompt}\n" if prompt else "{prompt}"
+    before, _, after = template.partition("{response}")
+    head, _, invitation = before.partition("{prompt}")
+    (bos, eos), asked = _ends(tokenizer), f"{head}{prompt}{invitation}"
+    front = tokenizer.encode(asked, add_special_tokens=False) if asked else []
+    front = front if front[:1] == bos else bos + front
+    tail = tokenizer.encode(f"{response}{after}", add_special_tokens=False)
+    tail += [] if tail[-1:] == eos else eos
+    return _made(front + tail, [IGNORED] * len(front) + tail, config, content)
 
 
 def _labelled(values: dict[str, Any], config: Data, tokenizer: PreTrainedTokenizerBase) -> Made:
     """Tokenize a text as the model's own tokenizer frames it, with its class."""
-    label = str(values.get(config.label))
-    if label not in config.label_names:
-        raise Unusable(UNKNOWN_LABEL)
-    text = _text(values.get(config.text))
+    label = _class_of(values.get(config.label), config.label_names)
+    text = _text(values, "data.text", config.text)
     ids = tokenizer.encode(text)
     num_tokens = len(ids)
     if num_tokens > config.max_length:
         ids = tokenizer.encode(text, truncation=True, max_length=config.max_length)
-    return Made({"input_ids": ids, "labels": config.label_names.index(label)}, num_tokens - len(ids))
+    return Made({"input_ids": ids, "labels": label}, num_tokens - len(ids), _canonical([text, label]))
 
 
-# -------------------------------------------------------------------------------------------------------- chats
+def _class_of(value: Any, names: tuple[str, ...]) -> int:
+    if value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip():
+        raise Unusable(NO_LABEL)
+    for spelling in _spellings(value):
+        if spelling in names:
+            return names.index(spelling)
+    raise Unusable(UNKNOWN_LABEL)
 
 
-def _check_template(config: Data, tokenizer: PreTrainedTokenizerBase) -> None:
+def _spellings(value: Any) -> Iterator[str]:
+    """Spell a label as it stands; whole numbers with and without ``.0``, since nulls make them fractions; true as 1."""
+    text = str(value).strip()
+    yield text
+    if isinstance(value, bool):
+        yield from (text.lower(), str(int(value)))
+    elif text in ("True", "False"):
+        yield text.lower()
+    with suppress(ValueError, OverflowError):
+        number = float(text)
+        if number.is_integer():
+            yield from (str(int(number)), str(number))
+
+
+def _check_chat_template(config: Data, tokenizer: PreTrainedTokenizerBase) -> None:
+    key = f"data.messages={config.messages!r}" if config.messages else f"data.template={config.template!r}"
     if not tokenizer.chat_template:
         raise DataError(
-            f"data.messages={config.messages!r} needs the tokenizer's chat template, and this model's has none: take "
-            "the model's chat version, put a chat_template.jinja into its folder, or use data.prompt and data.response"
+            f"{key} needs the tokenizer's chat template, and this model's has none: take the model's chat version, put "
+            "a chat_template.jinja into its folder, or use data.prompt and data.response with data.template='plain'"
         )
     if not tokenizer.is_fast:
-        raise DataError("data.messages needs a fast tokenizer, one with tokenizer.json: this model's has none")
+        other = "" if config.messages else ", or set data.template='plain'"
+        raise DataError(f"{key} needs a fast tokenizer, one with tokenizer.json: this model's has none{other}")
 
 
-def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Tokenize a conversation by the template; labels count what the assistant says, and how it ends its turns."""
-    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-        raise Unusable(NOT_A_CHAT)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
-    if not turns:
-        raise Unusable(NO_ANSWER)
-    if _GENERATION.search(str(tokenizer.chat_template)):
-        coded: Any = _template(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        ids, counted = coded["input_ids"], [bool(value) for value in coded["assistant_masks"]]
-    else:
-        text = _template(tokenizer, messages, tokenize=False)
-        spans = [_span(tokenizer, messages, i, text) for i in turns]
-        coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = coded["input_ids"]
-        counted = [any(a <= start < b for a, b in spans) for start, _ in coded["offset_mapping"]]
-    return list(ids), [token if yes else IGNORED for token, yes in zip(ids, counted, strict=True)]
-
-
-def _is_message(message: Any) -> bool:
-    return (
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-    )
-
-
-def _template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> Any:
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except TemplateError as error:  # such as a template that wants roles to alternate; its text may quote the chat
-        raise Unusable(f"refused by the chat template ({type(error).__name__})") from None
-
-
-def _span(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], turn: int, text: str) -> tuple[int, int]:
-    """Find where in `text`, the whole conversation, the assistant's `turn` begins and ends.
-
-    It begins where the template invites the assistant to speak, and ends where the conversation would if it ended
-    there. Some templates write the last turn otherwise than earlier ones (with room for thoughts, say): then an
-    earlier turn is its content and what the template puts after it.
-
-    Raises:
-        DataError: This template leaves no way to tell.
-    """
-    before = _template(tokenizer, messages[:turn], tokenize=False, add_generation_prompt=True)
-    until = _template(tokenizer, messages[: turn + 1], tokenize=False)
-    if text.startswith(before) and text.startswith(until):
-        return len(before), len(until)
-    content = messages[turn]["content"].strip()
-    ending = content + until.rpartition(content)[2]
-    begin = len(before) if text.startswith(before) else -1
-    found = text.find(ending, begin) if begin >= 0 and content in until else -1
-    if found < 0:
-        raise DataError(
-            "this tokenizer's chat template rewrites earlier turns, so that the assistant's words cannot be told from "
-            "the rest: mark them in the template with {% generation %}, or keep one answer per conversation"
-        )
-    return found, found + len(ending)
+def _chat(messages: list[dict[str, Any]], config: Data, tokenizer: PreTrainedTokenizerBase) -> Made:
+    ids, labels, remarks = encode_chat(messages, tokenizer)
+    return _made(ids, labels, config, messages, remarks)

@@ -14,30 +14,42 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fl_split.config import Data, NodeConfig
-from fl_split.data.examples import MALFORMED, UNKNOWN_LABEL, Example, Unusable, example_maker
-from fl_split.data.readers import find_rows
-from fl_split.data.store import Prepared, Store, in_memory
-from fl_split.errors import DataError
+from fl_split.data.examples import NO_ROOM, UNKNOWN_LABEL, Example, Made, describe_template, example_maker, template_of
+from fl_split.data.rows import MALFORMED, NOT_UTF8, Row
+from fl_split.data.sources import find_rows
+from fl_split.data.store import Array, Prepared, Store, in_memory
+from fl_split.data.unusable import EMPTY, Unusable
+from fl_split.errors import DataError, FLSplitError
 
 logger = logging.getLogger(__name__)
 
 
+GROWN = "the data has changed since it was last read: %d rows, %d before; each row that was there keeps its side"
+COPIES = "%d of %d examples are copies of others; equal ones are on one side, trained on or held out"
+_VERSION = 2  # of how examples are prepared and divided: raise it, and nothing prepared before is used again
 _PLACES = 5  # bad rows that are named, of each kind
+_OTHER_ENCODING = 0.1  # of the rows not in UTF-8: that is no accident
 
 
 @dataclass
 class Report:
     """What became of a node's rows: numbers and places, never content."""
 
+    path: str = ""  # where they are
+    template: str = ""  # how prompt and response were put together, for a person; "" where there are none
     num_rows: int = 0
     bad: dict[str, int] = field(default_factory=dict)  # reason -> rows that were left out
     places: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first of them
+    remarks: dict[str, int] = field(default_factory=dict)  # on rows that are used -> how many
+    notes: list[str] = field(default_factory=list)  # on files
     num_truncated: int = 0  # examples that data.max-length cut
     num_cut: int = 0  # tokens that it cut off
+    num_copies: int = 0  # examples whose row is equal to an earlier one
+    forced: dict[str, bool] = field(default_factory=dict)  # sides that no hash decided, so that neither is empty
 
     @property
     def num_bad(self) -> int:
@@ -52,14 +64,24 @@ class Report:
             parts.append(f"{self.bad[reason]} {reason} ({', '.join(self.places[reason])}{more})")
         return "; ".join(parts)
 
+    def all_notes(self) -> list[str]:
+        """Whatever a person should know of what was read, beside bad rows."""
+        return [*self.notes, *(f"{count} {remark}" for remark, count in self.remarks.items())]
+
 
 @dataclass(frozen=True)
 class Examples:
     """One node's examples: a part to train on, and a part that is never trained on."""
 
     train: Prepared
-    heldout: Prepared
+    heldout: Prepared  # of those held out, the ones that are evaluated
     report: Report
+    num_heldout: int  # all that are held out
+
+    @property
+    def heldout_id(self) -> bytes:
+        """Changes whenever other rows are evaluated: then numbers cannot be compared."""
+        return hashlib.sha256(self.heldout.keys.tobytes()).digest()[:8]
 
 
 def load_examples(
@@ -72,6 +94,9 @@ def load_examples(
     max_rows: int | None = None,
 ) -> Examples:
     """Read, tokenize and divide one node's examples; with `data.labels` they are texts of a class each.
+
+    A row's side is decided by a hash of the seed and of what is read of the row: equal rows are on one side, and rows
+    that are added move no other.
 
     Args:
         config: Where they are, and what to make of them.
@@ -87,26 +112,64 @@ def load_examples(
     """
     source = find_rows(config, node, seed)
     make = example_maker(config, tokenizer)
-    report = Report()
-    kept = Store(store, (source.identity, max_rows, _fields(config), _digest(tokenizer))) if store else None
+    about = (_VERSION, max_rows, _fields(config), seed, _digest(tokenizer))
+    kept = Store(store, (source.identity, *about)) if store else None
     found = kept.load() if kept else None
     if found:
         examples, report = found[0], Report(**found[1])
     else:
-        made = _make_all(islice(source.rows, max_rows), make, report)
+        template = template_of(config, tokenizer)
+        report = Report(source.path, describe_template(template, tokenizer) if template else "")
+        earlier = kept.earlier() if kept else {}
+        made = _make_all(islice(source.rows, max_rows), make, seed, report)
         examples = kept.save(made) if kept else in_memory(made)
-        _check(report, len(examples), config)
+        report.notes = list(source.notes)
+        _check(report, examples.keys, config)
+        report.forced = _force(examples.keys, config.holdout, earlier.get("forced", {}))
+        if earlier and earlier["num_rows"] != report.num_rows:
+            logger.warning(GROWN, report.num_rows, earlier["num_rows"])
         if kept:
             kept.finish(asdict(report))
-    _log(report, config)
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).numpy()
-    num_heldout = min(max(1, round(config.holdout * len(examples))), len(examples) - 1)
-    return Examples(examples.take(order[num_heldout:]), examples.take(order[:num_heldout]), report)
+    heldout = _is_heldout(examples.keys, config.holdout, report.forced)
+    train, held = np.flatnonzero(~heldout), np.flatnonzero(heldout)
+    evaluated = held[np.argsort(examples.keys[held], kind="stable")][: config.holdout_max]
+    parts = Examples(examples.take(train), examples.take(evaluated), report, len(held))
+    _log(parts, config)
+    return parts
+
+
+# --------------------------------------------------------------------------------------------------------- sides
+
+
+def _key(seed: int, content: str) -> int:
+    """Draw the 64 bits that decide a row's side."""
+    return int.from_bytes(hashlib.sha256(f"{seed}|{content}".encode()).digest()[:8], "big")
+
+
+def _is_heldout(keys: Array, part: float, forced: dict[str, bool]) -> Array:
+    heldout: Array = (keys >> np.uint64(11)) < part * 2.0**53
+    for key, side in forced.items():
+        heldout[keys == np.uint64(int(key))] = side
+    return heldout
+
+
+def _force(keys: Array, part: float, earlier: dict[str, bool]) -> dict[str, bool]:
+    """Choose a side for rows where hashes leave one empty: a row once put there stays there."""
+    forced = {key: side for key, side in earlier.items() if (keys == np.uint64(int(key))).any()}
+    heldout = _is_heldout(keys, part, forced)
+    if not heldout.any():
+        forced[str(keys.min())] = True
+    elif heldout.all():
+        forced[str(keys.max())] = False
+    return forced
+
+
+# ------------------------------------------------------------------------------------------------------ examples
 
 
 def _fields(config: Data) -> dict[str, Any]:
     """Pick what of the configuration decides on the examples themselves."""
-    return config.model_dump(exclude={"holdout", "packing", "group_by_length"})
+    return config.model_dump(exclude={"holdout_max", "packing", "group_by_length"})
 
 
 def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -114,15 +177,15 @@ def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{whole}{tokenizer.chat_template}{tokenizer.special_tokens_map}".encode()).hexdigest()
 
 
-def _make_all(rows: Iterable[Any], make: Callable[[dict[str, Any]], Any], report: Report) -> Iterator[Example]:
+def _make_all(
+    rows: Iterable[Row], make: Callable[[dict[str, Any]], Made], seed: int, report: Report
+) -> Iterator[Example]:
     """Make examples of the rows that can be used; fills `report` on the way."""
-    bad: Counter[str] = Counter()
+    bad, remarks = Counter[str](), Counter[str]()
     for row in rows:
         report.num_rows += 1
         try:
-            if row.values is None:
-                raise Unusable(MALFORMED)
-            made = make(row.values)
+            made = _make(row, make)
         except Unusable as error:
             bad[error.reason] += 1
             places = report.places.setdefault(error.reason, [])
@@ -131,30 +194,64 @@ def _make_all(rows: Iterable[Any], make: Callable[[dict[str, Any]], Any], report
             continue
         report.num_truncated += made.num_cut > 0
         report.num_cut += made.num_cut
-        yield made.example
-    report.bad = dict(bad)
+        remarks.update(made.remarks)
+        yield {**made.example, "key": _key(seed, made.content), "cut": made.num_cut}
+    report.bad, report.remarks = dict(bad), dict(remarks)
 
 
-def _check(report: Report, num_usable: int, config: Data) -> None:
+def _make(row: Row, make: Callable[[dict[str, Any]], Made]) -> Made:
+    if row.values is None:
+        raise Unusable(row.fault)
+    try:
+        return make(row.values)
+    except (Unusable, FLSplitError, MemoryError):
+        raise
+    except Exception as error:  # templates and tokenizers raise anything: one row's fault is that row's alone
+        raise Unusable(f"{MALFORMED} ({type(error).__name__})") from None
+
+
+def _check(report: Report, keys: Array, config: Data) -> None:
+    notes = "".join(f"; {note}" for note in report.notes)
+    if report.bad.get(NOT_UTF8, 0) > max(1, _OTHER_ENCODING * report.num_rows):
+        raise DataError(f"of {report.num_rows} rows, {report.explain([NOT_UTF8])}{notes}")
     if UNKNOWN_LABEL in report.bad:
         raise DataError(
             f"of {report.num_rows} rows, {report.explain([UNKNOWN_LABEL])}: correct these rows in the column "
-            f"data.label={config.label!r}, or let the run's data.labels name every label"
+            f"data.label={config.label!r}, or let the run's data.labels name every label; labels are compared as text, "
+            "whole numbers with or without .0, and true and false also as 1 and 0"
         )
     if config.bad_rows == "refuse" and report.bad:
         raise DataError(
             f"of {report.num_rows} rows, {report.explain(report.bad)}: correct these rows, or set data.bad-rows='skip' "
-            "to leave them out"
+            f"to leave them out{notes}"
         )
-    if num_usable < 2:
+    if len(keys) < 2:
         seen = f"; found {report.explain(report.bad)}" if report.bad else ""
         raise DataError(
-            f"{num_usable} usable examples of {report.num_rows} rows: at least 2 are needed, one to train on and one "
-            f"to hold out{seen}; look for empty columns, or raise data.max-length"
+            f"{len(keys)} usable examples of {report.num_rows} rows: at least 2 are needed, one to train on and one "
+            f"to hold out{seen}{notes}{_remedy(report)}"
+        )
+    report.num_copies = len(keys) - len(np.unique(keys))
+    if report.num_copies == len(keys) - 1:
+        raise DataError(
+            f"all {len(keys)} usable examples are of equal rows: at least 2 different ones are needed, one to train on "
+            "and one to hold out"
         )
 
 
-def _log(report: Report, config: Data) -> None:
+def _remedy(report: Report) -> str:
+    remedies = {EMPTY: "look for empty columns", NO_ROOM: "raise data.max-length"}
+    found = [remedy for reason, remedy in remedies.items() if reason in report.bad]
+    return f"; {', '.join(found)}" if found else ""
+
+
+def _log(examples: Examples, config: Data) -> None:
+    report, num_train, num_heldout = examples.report, len(examples.train), examples.num_heldout
+    logger.info(
+        "%d rows of %s: %d examples to train on, %d held out", report.num_rows, report.path, num_train, num_heldout
+    )
+    if report.template:
+        logger.info("prompt and response are written as %s", report.template)
     if report.bad:
         logger.warning("skipped %d of %d rows: %s", report.num_bad, report.num_rows, report.explain(report.bad))
     if report.num_truncated:
@@ -165,6 +262,7 @@ def _log(report: Report, config: Data) -> None:
             config.max_length,
             report.num_cut,
         )
-
-
-# ------------------------------------------------------------------------------------------------------- batches
+    for note in report.all_notes():
+        logger.warning("%s", note)
+    if report.num_copies:
+        logger.info(COPIES, report.num_copies, report.num_rows - report.num_bad)

@@ -17,6 +17,7 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fl_split.data.examples import Example
 from fl_split.files import write_atomic
@@ -29,9 +30,9 @@ _CHUNK = 512  # examples
 class Prepared(Sequence[Example]):
     """Some of a file's examples in an order of their own."""
 
-    def __init__(self, chunks: Sequence[Any], lengths: Array, order: Array) -> None:
-        """View `order` of what `chunks` (Arrow record batches) hold; `lengths` are of all that they hold."""
-        self._chunks, self._all_lengths, self._order = chunks, lengths, order
+    def __init__(self, chunks: Sequence[Any], numbers: dict[str, Array], order: Array) -> None:
+        """View `order` of what `chunks` (Arrow record batches) hold; `numbers` are of all that they hold."""
+        self._chunks, self._numbers, self._order = chunks, numbers, order
         self._starts = np.cumsum([0, *(chunk.num_rows for chunk in chunks)]).tolist()
 
     def __len__(self) -> int:
@@ -43,7 +44,7 @@ class Prepared(Sequence[Example]):
     def __getitem__(self, index: slice) -> "Prepared": ...
     def __getitem__(self, index: int | slice) -> "Example | Prepared":
         if isinstance(index, slice):
-            return Prepared(self._chunks, self._all_lengths, self._order[index])
+            return self.take(np.arange(len(self))[index])
         place = int(self._order[index])
         chunk = bisect.bisect_right(self._starts, place) - 1
         columns = self._chunks[chunk]
@@ -53,21 +54,39 @@ class Prepared(Sequence[Example]):
     @property
     def lengths(self) -> Array:
         """Tokens of each example."""
-        lengths: Array = self._all_lengths[self._order]
-        return lengths
+        return self._of("length")
+
+    @property
+    def cut(self) -> Array:
+        """Tokens that each example has lost to `data.max-length`."""
+        return self._of("cut")
+
+    @property
+    def keys(self) -> Array:
+        """What decides each example's side: equal for equal rows, and spread evenly over 64 bits."""
+        return self._of("key")
+
+    def _of(self, name: str) -> Array:
+        numbers: Array = self._numbers[name][self._order]
+        return numbers
+
+    def largest_id(self) -> int:
+        """Of all tokens of the file."""
+        return max((pc.max(chunk.column("input_ids").flatten()).as_py() for chunk in self._chunks), default=-1)
 
     def take(self, order: Sequence[int] | Array) -> "Prepared":
         """These examples in another order, or some of them."""
-        return Prepared(self._chunks, self._all_lengths, self._order[np.asarray(order, dtype=np.int64)])
+        return Prepared(self._chunks, self._numbers, self._order[np.asarray(order, dtype=np.int64)])
 
 
 def write(examples: Iterable[Example], sink: Any) -> None:
-    """Write examples, a chunk in memory at a time."""
+    """Write examples, each with its `key` and what was `cut`, a chunk in memory at a time."""
     drawn = iter(examples)
     first = list(islice(drawn, _CHUNK))
     whole = bool(first) and isinstance(first[0]["labels"], int)
     ids = pa.list_(pa.int32())
-    schema = pa.schema({"input_ids": ids, "labels": pa.int32() if whole else ids})
+    labels = pa.int32() if whole else ids
+    schema = pa.schema({"input_ids": ids, "labels": labels, "key": pa.uint64(), "cut": pa.int32()})
     with pa.ipc.new_file(sink, schema) as file:
         chunk = first
         while chunk:
@@ -79,9 +98,16 @@ def open_prepared(source: Any) -> Prepared:
     """All examples of a file that `write` wrote; mapped if `source` is."""
     reader = pa.ipc.open_file(source)
     chunks = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-    sizes = [np.diff(chunk.column("input_ids").offsets.to_numpy()) for chunk in chunks]
-    lengths = np.concatenate(sizes) if sizes else np.zeros(0, dtype=np.int32)
-    return Prepared(chunks, lengths, np.arange(len(lengths)))
+    numbers = {
+        "length": _joined([np.diff(chunk.column("input_ids").offsets.to_numpy()) for chunk in chunks], np.int32),
+        "key": _joined([chunk.column("key").to_numpy() for chunk in chunks], np.uint64),
+        "cut": _joined([chunk.column("cut").to_numpy() for chunk in chunks], np.int32),
+    }
+    return Prepared(chunks, numbers, np.arange(len(numbers["length"])))
+
+
+def _joined(parts: Sequence[Array], dtype: Any) -> Array:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
 
 
 def in_memory(examples: Iterable[Example]) -> Prepared:
@@ -106,11 +132,16 @@ class Store:
             return None
         return open_prepared(pa.memory_map(str(self._file))), json.loads(self._report.read_text())
 
+    def earlier(self) -> dict[str, Any]:
+        """What was reported when the folder's file was made for the last time; empty if it never was."""
+        reports = sorted(self._folder.glob("*.json"), key=lambda file: file.stat().st_mtime)
+        found: dict[str, Any] = json.loads(reports[-1].read_text()) if reports else {}
+        return found
+
     def save(self, examples: Iterator[Example]) -> Prepared:
         """Make the file, and forget others; it counts only once `finish` has been called."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        for old in self._folder.iterdir():
-            old.unlink()
+        self._forget(but=".json")
         with tempfile.NamedTemporaryFile(
             dir=self._folder, prefix=".", delete=False
         ) as scratch:  # readable by its owner
@@ -125,5 +156,11 @@ class Store:
         return open_prepared(pa.memory_map(str(self._file)))
 
     def finish(self, report: dict[str, Any]) -> None:
-        """Keep the report, which makes the file count."""
+        """Keep the report, which makes the file count, and forget the earlier one."""
         write_atomic(self._report, json.dumps(report))
+        self._forget(but=self._file.stem)
+
+    def _forget(self, but: str) -> None:
+        for old in self._folder.iterdir():
+            if but not in old.name:
+                old.unlink()

@@ -247,6 +247,11 @@ def parameter_groups(model: PeftModel, bottom_lr: float, top_lr: float) -> list[
     return groups
 
 
+def bottom_parameters(model: PeftModel) -> list[nn.Parameter]:
+    """The trained weights of the bottom's adapter."""
+    return [p for name, p in model.named_parameters() if p.requires_grad and part_of(model, name) == "bottom"]
+
+
 def read_export(folder: Path) -> tuple[Lora, dict[str, Tensor]]:
     """An exported adapter's setting and weights.
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from fl_split.errors import SplitError
 from fl_split.model.family import Anatomy
@@ -115,6 +116,7 @@ def load_around_holes(
         model_class.__init__(self, config, *args, **kwargs)
         dig(self)
 
+    check_quantized(config)
     # Same name and module as the original: transformers looks up weight conversions by them.
     dug = type(model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__})
     tensors = _partial_checkpoint(folder)
@@ -135,6 +137,24 @@ def load_around_holes(
         ) from error
     model.name_or_path = str(folder)
     return model, {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+
+
+def check_quantized(config: PretrainedConfig) -> None:
+    """Whether the package is there that reads a quantized checkpoint.
+
+    Raises:
+        SplitError: It is not.
+    """
+    how = getattr(config, "quantization_config", None)
+    if how is None:
+        return
+    try:
+        AutoHfQuantizer.from_config(how, pre_quantized=True).validate_environment(device_map=None)
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise SplitError(
+            f"this {config.model_type} checkpoint is quantized, and cannot be read here ({type(error).__name__}: "
+            f"{error}): install what is missing, or take the checkpoint that is not quantized"
+        ) from error
 
 
 def _partial_checkpoint(folder: Path) -> dict[str, Any] | None:

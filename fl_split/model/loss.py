@@ -60,6 +60,23 @@ def forward(model: PeftModel, batch: Batch, num_targets: int) -> tuple[Tensor, T
         return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum") / num_targets, logits
 
 
+def example_losses(model: PeftModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """One micro-batch's cross entropies by example, not packed: sums over targets, and their numbers; ``[batch]``."""
+    batch = _to_device(batch, model)
+    labels = batch["labels"]
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with _autocast(model):
+        logits: Tensor = model(**inputs).logits.float()
+    if labels.dim() == 1:
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        return losses.cpu(), torch.ones(len(labels))
+    targets = labels[:, 1:]
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), targets, reduction="none", ignore_index=IGNORED
+    )
+    return losses.sum(1).cpu(), (targets != IGNORED).sum(1).cpu()
+
+
 def count_targets(batch: Batch) -> int:
     """What the loss counts: tokens, but for the first of a sequence, which is predicted from nothing; or texts."""
     if batch["labels"].dim() == 1:

@@ -41,9 +41,9 @@ def check_packing(ends: PreTrainedModel) -> None:
     def last(**inputs: Tensor) -> Tensor:
         return cast(Tensor, ends(**inputs).logits)[0, -1].float()
 
-    alone = _offline(ends, lambda: last(input_ids=ids[:, _LENGTHS[0] :]))
-    packed = _offline(ends, lambda: last(input_ids=ids, position_ids=positions))
-    mixed = _offline(ends, lambda: last(input_ids=ids))
+    alone = offline(ends, lambda: last(input_ids=ids[:, _LENGTHS[0] :]))
+    packed = offline(ends, lambda: last(input_ids=ids, position_ids=positions))
+    mixed = offline(ends, lambda: last(input_ids=ids))
     if (packed - alone).norm() > _TOLERANCE * (mixed - alone).norm():
         raise SplitError(
             f"data.packing=true is not exact for {ends.config.model_type}: packed examples would see each other; set "
@@ -51,7 +51,7 @@ def check_packing(ends: PreTrainedModel) -> None:
         )
 
 
-def _offline(ends: nn.Module, call: Callable[[], Tensor]) -> Tensor:
+def offline(ends: nn.Module, call: Callable[[], Tensor]) -> Tensor:
     """Make a call with a trunk that passes hidden states on; then all is as it was."""
     calls, training = trunk_calls_of(ends), ends.training
     trunk = calls.trunk

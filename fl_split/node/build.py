@@ -1,6 +1,7 @@
 """What a node needs for a round: consent, room, the base model, the way to the trunk, the two ends with adapters."""
 
 import logging
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fl_split.config import Lora, NodeConfig, RunConfig
 from fl_split.errors import ConfigError
 from fl_split.files import cache_folder
 from fl_split.model import adapters
+from fl_split.model.causal import check_causal
 from fl_split.model.checkpoint import node_needs, resolve_model
 from fl_split.model.ends import checkpoint_activations, load_ends
 from fl_split.model.packing import check_packing
@@ -34,6 +36,23 @@ def check_consent(config: RunConfig, node: NodeConfig) -> None:
             "trunk: to allow it, set allow-exact-gradient=true in --node-config; else use another surrogate.kind"
         )
     logger.warning("surrogate.kind='exact': dL/dh2, the gradient of this node's private loss, goes to the trunk")
+
+
+def check_demo_data(config: RunConfig, node: NodeConfig) -> None:
+    """Refuse to train on the demo's invented data where a data-path was forgotten or misspelt.
+
+    Raises:
+        ConfigError: A deployed node, or another model than the demo's, is left with `data.path = "demo"`.
+    """
+    if node.data_path or config.data.path != "demo":
+        return
+    text = "this node has no data-path, and the run's data.path='demo' is the demo's invented data"
+    if node.speaks_for_itself or Path(sys.argv[0]).name == "flwr-clientapp":  # a simulation has no such process
+        raise ConfigError(f"{text}, not an institution's: set data-path in --node-config")
+    if config.model.name != "demo":
+        raise ConfigError(
+            f"{text}, for model.name='demo', not {config.model.name!r}: set data.path, or data-path in --node-config"
+        )
 
 
 def warn_of_room(config: RunConfig, node: NodeConfig) -> None:
@@ -118,6 +137,8 @@ def build_model(
     if config.train.activation_checkpointing:
         checkpoint_activations(model)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    if config.task == "causal-lm":
+        check_causal(model)
     if config.data.packing:
         check_packing(model)
     if not config.surrogate.trains_bottom:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from fl_split.config import Data, Model, NodeConfig, RunConfig
+from fl_split.data.load import Examples
 from fl_split.files import write_atomic
 
 RECIPE = "fl-split.json"
@@ -17,12 +18,14 @@ def base_name(model: Model, folder: Path) -> str:
 
 
 def card_text(
-    config: RunConfig, node: NodeConfig, server_round: int, heldout: dict[str, float], num_examples: int
+    config: RunConfig, node: NodeConfig, server_round: int, heldout: dict[str, float], examples: Examples
 ) -> str:
     """Say in Markdown what was trained, on what and how well; numbers, no text of an example."""
     revision = config.model.revision or "default"
     results = "\n".join(f"| {name} the last round | {value:.4f} |" for name, value in heldout.items())
     labels = f"| labels, in order | {', '.join(config.data.label_names)} |\n" if config.data.labels else ""
+    report = examples.report
+    template = f"| prompt and response | `{report.template}` |\n" if report.template else ""
     return f"""---
 library_name: peft
 base_model: {config.model.name}
@@ -37,8 +40,9 @@ Trained with fl-split on the first {config.split.bottom_layers} and last {config
 | base model | {config.model.name} (revision: {revision}) |
 | node | {node.partition_id} of {node.num_partitions} |
 | rounds | {server_round} of {config.num_server_rounds}, {config.train.steps} steps each |
-| training examples | {num_examples} |
-| surrogate | {config.surrogate.kind} |
+| data, on the node | {report.path}, {report.num_rows} rows |
+| training examples | {len(examples.train)}, and {examples.num_heldout} held out |
+{template}| surrogate | {config.surrogate.kind} |
 | variant, rank, alpha | {config.lora.variant}, {node.lora(config.lora).rank}, {config.lora.alpha:g} |
 {results}
 {labels}| shared with other nodes | {config.aggregation.share} |

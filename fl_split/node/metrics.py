@@ -18,12 +18,15 @@ class RoundMetrics:
     truncated_tokens: int  # cut off from those
     train_loss: float  # mean per response token, or per text of a classifier, over the round's steps
     heldout: Mapping[str, Scores]  # `base`, `before`, `shared`, `after`: sent as `heldout-loss-base` and so on
-    descent_ratio: float  # see `node.descent`
-    bottom_loss_fall: float  # by the bottom's update alone
+    bottom_trained: int  # 1 or 0
+    bottom_gain: float  # of the newest trial of the bottom's gradient, see `node.trial`; 0 without one
+    bottom_gain_error: float  # its standard error
+    top_gain: float  # what the top alone won in that trial
     train_tokens: int  # real ones
     tokens_per_s: float
     train_s: float
-    trunk_forward_s: float  # summed over calls
+    evaluate_s: float  # scoring on held-out examples, before and after training
+    trunk_forward_s: float  # summed over the calls of training
     activation_bytes: int  # sent to the trunk
     cached_sequences: int  # for which the trunk was not asked
     rounds_missed: int  # since this node's last

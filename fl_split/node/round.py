@@ -3,6 +3,8 @@
 Data path: config -> private examples -> the ends with adapters -> local round -> own disk -> shared part, metrics.
 """
 
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,28 +15,39 @@ from typing import Self
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
+from fl_split.data.fits import check_fits
 from fl_split.data.load import Examples, load_examples
 from fl_split.model import adapters
 from fl_split.model.distill import Distiller
 from fl_split.model.loss import Batch
 from fl_split.model.slots import Trunk
 from fl_split.node import train
-from fl_split.node.build import build_model, check_consent, connect, find_model, warn_of_room, with_cache
+from fl_split.node.build import (
+    build_model,
+    check_consent,
+    check_demo_data,
+    connect,
+    find_model,
+    warn_of_room,
+    with_cache,
+)
 from fl_split.node.card import base_name, card_text, write_recipe
-from fl_split.node.descent import Descent, DescentProbe, warn_if_stuck
 from fl_split.node.evaluate import Scores, evaluate, scores_before
 from fl_split.node.metrics import RoundMetrics, heldout_metrics
 from fl_split.node.received import receive
 from fl_split.node.state import NodeFolder, SavedRound
 from fl_split.node.train import RoundSettings, Trained, train_round
+from fl_split.node.trial import LEAST, MEASURED, STEPS, Gain, explain, is_due, try_bottom
 from fl_split.node.trunk_cache import CachedTrunk
 from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.plan.plan import choose_split
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,7 @@ def run_round(
     """
     transformers_logging.disable_progress_bar()
     check_consent(config, node)
+    check_demo_data(config, node)
     with ExitStack() as stack:
         this = Round.build(choose_split(config), node, instructions, stack)
         this.restore(received)
@@ -87,8 +101,11 @@ class Outcome:
     """What a round's training came to."""
 
     trained: Trained
-    descent: Descent
+    trial: Gain  # the newest one of the bottom's gradient
+    trained_bottom: bool
     heldout: dict[str, Scores]  # `base`, `before`, `shared`, `after`
+    evaluate_s: float
+    trunk_forward_s: float  # of training
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,7 @@ class Round:
         if instructions.server_round == 1:
             warn_of_room(config, node)
         examples = load_examples(config.data, node, tokenizer, config.train.seed, store=home / "examples")
+        check_fits(AutoConfig.from_pretrained(base), tokenizer, examples, config.data)
         connection, expected = connect(config, node, base, instructions.trunk_address, stack)
         trunk = with_cache(config, connection, expected, home, stack)
         model = build_model(config, node.lora(config.lora), base, connection, trunk, tokenizer.pad_token_id)
@@ -156,14 +174,17 @@ class Round:
         """Score, train, score again."""
         config, server_round, partition = self.config, self.instructions.server_round, self.node.partition_id
         seed = config.train.seed
-        heldout = scores_before(self.model, config.aggregation, seed, self.saved.scores, self.measure)
-        probe = None
-        if config.surrogate.trains_bottom:
-            (fixed,) = islice(self.batches(seed, 0), 1)
-            probe = DescentProbe(self.model, fixed)
+        started = time.monotonic()
+        heldout = scores_before(self.model, config.aggregation, seed, self.comparable_scores(), self.measure)
+        evaluate_s = time.monotonic() - started
+        trial = self.try_bottom()
+        follow = config.surrogate.trains_bottom and (trial.is_useful or not config.surrogate.is_tried)
+        if trial.error and not follow:
+            logger.warning("%s", explain(trial, config.surrogate.kind))
         torch.manual_seed(hash((seed, server_round, partition)))  # of dropout
         first_step = (server_round - 1) * config.train.steps
         first_example = first_step * config.train.batch_size * config.train.accumulation
+        forward_s = -self.connection.forward_s
         trained = train_round(
             self.model,
             self.optimizer,
@@ -174,12 +195,46 @@ class Round:
                 total_steps=config.num_server_rounds * config.train.steps,
                 in_flight=config.trunk.in_flight,
                 proximal_mu=self.instructions.proximal_mu,
+                trains_bottom=follow,
                 anchored=lambda name: adapters.is_shared(self.model, name, config.aggregation),
             ),
         )
-        descent = probe.ask() if probe else Descent(0.0, 0.0)
+        forward_s += self.connection.forward_s
+        started = time.monotonic()
         heldout["after"] = self.measure()
-        return Outcome(trained, descent, heldout)
+        return Outcome(trained, trial, follow, heldout, evaluate_s + time.monotonic() - started, forward_s)
+
+    def comparable_scores(self) -> dict[str, Scores]:
+        """Scores of the last round, unless other examples are held out by now."""
+        if self.saved.number and self.saved.heldout_id != self.examples.heldout_id:
+            logger.warning("other examples are held out than in the last round: the base model is scored on them anew")
+            return {}
+        return self.saved.scores
+
+    def try_bottom(self) -> Gain:
+        """Find out what a bottom that trains wins, where that is not known; else say what came of the last trial."""
+        config, examples = self.config.train, self.examples.train
+        if not self.config.surrogate.is_tried or not (is_due(self.instructions.server_round) or not self.saved.number):
+            return self.saved.trial
+        count = min(MEASURED, len(examples) // 3)
+        if count < LEAST:
+            logger.warning(
+                "the bottom is not trained: %d examples to train on are too few to try whether surrogate.kind=%r gives "
+                "it a useful gradient; surrogate.check=false trains it untried",
+                len(examples),
+                self.config.surrogate.kind,
+            )
+            return Gain()
+        seed = hash((config.seed, self.node.partition_id, self.instructions.server_round))
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+        measured = heldout_batches([examples[i] for i in order[:count]], self.tokenizer, config.batch_size)
+        num_batches = STEPS * config.accumulation
+        others = [examples[i] for i in order[count:][: num_batches * config.batch_size]]
+        batches = training_batches(others, self.tokenizer, config.batch_size, seed, 0, self.config.data)
+        torch.manual_seed(seed)  # of dropout
+        return try_bottom(
+            self.model, list(islice(batches, num_batches)), list(measured), config, self.config.trunk.in_flight
+        )
 
     def measure(self) -> Scores:
         """Score the model as it stands on the held-out examples."""
@@ -195,9 +250,6 @@ class Round:
     def save(self, outcome: Outcome) -> None:
         """Keep on the node's own disk what was trained, and export the adapter."""
         config, server_round, distiller = self.config, self.instructions.server_round, self.distiller
-        falls = [*self.saved.falls, outcome.descent.measured]
-        if config.surrogate.trains_bottom:
-            warn_if_stuck(falls, config.surrogate.kind)
         self.folder.save(
             SavedRound(
                 server_round,
@@ -205,11 +257,12 @@ class Round:
                 train.optimizer_state(self.model, self.optimizer),
                 distiller.state() if distiller else {},
                 train.optimizer_state(self.model, distiller.optimizer) if distiller else {},
-                falls,
+                outcome.trial,
                 {when: outcome.heldout[when] for when in ("base", "after")},
+                self.examples.heldout_id,
             )
         )
-        card = card_text(config, self.node, server_round, heldout_metrics(outcome.heldout), len(self.examples.train))
+        card = card_text(config, self.node, server_round, heldout_metrics(outcome.heldout), self.examples)
         base = base_name(config.model, self.base)
         adapters.export(self.model, self.folder.adapter, base, config.model.revision, card)
         write_recipe(self.folder.adapter, config)
@@ -226,12 +279,15 @@ class Round:
             truncated_tokens=examples.report.num_cut,
             train_loss=trained.loss,
             heldout=outcome.heldout,
-            descent_ratio=outcome.descent.ratio,
-            bottom_loss_fall=outcome.descent.measured,
+            bottom_trained=int(outcome.trained_bottom),
+            bottom_gain=outcome.trial.mean,
+            bottom_gain_error=outcome.trial.error,
+            top_gain=outcome.trial.top,
             train_tokens=trained.num_tokens,
             tokens_per_s=trained.num_tokens / trained.seconds,
             train_s=trained.seconds,
-            trunk_forward_s=self.connection.forward_s,
+            evaluate_s=outcome.evaluate_s,
+            trunk_forward_s=outcome.trunk_forward_s,
             activation_bytes=self.connection.bytes_sent,
             cached_sequences=self.trunk.hits if isinstance(self.trunk, CachedTrunk) else 0,
             rounds_missed=self.instructions.server_round - 1 - self.saved.number,

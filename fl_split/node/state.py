@@ -19,7 +19,9 @@ from torch import Tensor
 from fl_split.errors import NodeStateError
 from fl_split.files import KEPT_ROUNDS, Rounds
 from fl_split.node.evaluate import Scores
+from fl_split.node.trial import Gain
 
+_TRIAL = ("trial-gain", "trial-gain-error", "trial-gain-top")  # of Gain
 _TENSORS = ("adapter", "optimizer", "surrogate", "surrogate_optimizer")  # of SavedRound, a file each
 
 
@@ -32,8 +34,9 @@ class SavedRound:
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     surrogate: dict[str, Tensor] = field(default_factory=dict)  # empty unless it is distilled
     surrogate_optimizer: dict[str, Tensor] = field(default_factory=dict)
-    falls: list[float] = field(default_factory=list)  # of the loss by the bottom's update, one a round
+    trial: Gain = Gain()  # the newest one of the bottom's gradient
     scores: dict[str, Scores] = field(default_factory=dict)  # on held-out examples: `base`, and `after` that round
+    heldout_id: bytes = b""  # of these examples: `Examples.heldout_id`
 
 
 class NodeFolder:
@@ -47,7 +50,8 @@ class NodeFolder:
         """The newest round before `server_round`; None at the start.
 
         Raises:
-            NodeStateError: Later rounds are at hand: a server loses one round at most.
+            NodeStateError: Later rounds are at hand (a server loses one round at most), or those of a version that
+                held out other examples.
         """
         finished = self.rounds.finished()
         if finished and max(finished) > server_round:
@@ -61,17 +65,25 @@ class NodeFolder:
         number = before[-1]
         files = {name: self.rounds.load(number, name.replace("_", "-")) for name in _TENSORS}
         numbers = self.rounds.load(number, "numbers")
-        falls = numbers.pop("falls").tolist()
+        if "heldout-id" not in numbers:
+            raise NodeStateError(
+                "this run was begun by an older fl-split, which drew the held-out examples otherwise: some of what it "
+                "has trained on would now be held out; start a run with another run.name, or go on with that version"
+            )
+        heldout_id = bytes(int(value) for value in numbers.pop("heldout-id"))
+        trial = Gain(*(numbers.pop(name).item() for name in _TRIAL))
         scores: dict[str, Scores] = {}
         for key, value in numbers.items():
             when, _, name = key.partition("|")
             scores.setdefault(when, {})[name] = value.item()
-        return SavedRound(number, **files, falls=falls, scores=scores)
+        return SavedRound(number, **files, trial=trial, scores=scores, heldout_id=heldout_id)
 
     def save(self, saved: SavedRound) -> None:
         """Keep what a round has trained."""
         files = {name.replace("_", "-"): getattr(saved, name) for name in _TENSORS}
-        numbers: dict[str, Any] = {"falls": saved.falls}
+        trial = saved.trial
+        numbers: dict[str, Any] = dict(zip(_TRIAL, (trial.mean, trial.error, trial.top), strict=True))
+        numbers["heldout-id"] = list(saved.heldout_id)
         numbers |= {f"{when}|{name}": x for when, values in saved.scores.items() for name, x in values.items()}
         files["numbers"] = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
         self.rounds.save(saved.number, files, keep=KEPT_ROUNDS)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from fl_split.config import Train
-from fl_split.model.adapters import parameter_groups, part_of
+from fl_split.model.adapters import bottom_parameters, parameter_groups, part_of
 from fl_split.model.distill import Distiller
 from fl_split.model.loss import Batch, accumulate, count_tokens
 from fl_split.model.slots import trunk_calls_of
@@ -29,6 +29,7 @@ class RoundSettings:
     total_steps: int | None = None  # of the whole run, for the scheduler; None: those of this round
     in_flight: int = 1  # calls to the trunk at the same time, at most
     proximal_mu: float = 0.0  # weight of FedProx's term
+    trains_bottom: bool = True  # False: its gradient is made only for a distiller, and dropped
     anchored: Callable[[str], bool] = lambda name: True  # the weights that it is about, by name: those that are shared
 
 
@@ -75,13 +76,19 @@ def train_round(
     steps = range(settings.first_step, settings.first_step + config.steps)
     scheduler = _scheduler(optimizer, config, steps.start, settings.total_steps or steps.stop)
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    bottom = bottom_parameters(model)
     proximal, distiller = _Proximal(model, settings), _distiller_of(model)
+    for parameter in bottom:
+        parameter.requires_grad_(settings.trains_bottom or distiller is not None)
     model.train()
     started, loss_sum, num_tokens = time.monotonic(), 0.0, 0
     with tqdm(total=config.steps, unit="step", disable=None, leave=False) as bar:  # None: only on a terminal
         for step in steps:
             step_batches = [next(batches) for _ in range(config.accumulation)]
             loss = accumulate(model, step_batches, settings.in_flight)
+            if not settings.trains_bottom:
+                for parameter in bottom:
+                    parameter.grad = None
             proximal.add_gradient()
             torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
             optimizer.step()
@@ -94,6 +101,8 @@ def train_round(
             bar.set_postfix_str(f"loss {loss:.3f}, {num_tokens / (time.monotonic() - started):.0f} tokens/s")
             bar.update()
             on_step(step + 1)
+    for parameter in bottom:
+        parameter.requires_grad_(True)
     return Trained(loss_sum / config.steps, num_tokens, time.monotonic() - started)
 
 

@@ -20,7 +20,7 @@ _COLUMNS = (
     ("after", "heldout-loss-after", ".3f"),
     ("accuracy", "heldout-accuracy-after", ".3f"),  # of classifiers only
     ("macro-F1", "heldout-macro-f1-after", ".3f"),
-    ("descent ratio", "descent-ratio", ".2f"),
+    ("bottom's gain", "bottom-gain", ".3f"),
     ("tokens/s", "tokens-per-s", ".0f"),
     ("MB to trunk", "activation-bytes", "mb"),
 )

@@ -6,22 +6,27 @@ early and all at once. What leaves the node is what connecting to a trunk sends:
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from fl_split.config import NodeConfig, RunConfig
+from fl_split.config import Data, NodeConfig, RunConfig
 from fl_split.data.batches import prepare_tokenizer
-from fl_split.data.load import Examples, load_examples
-from fl_split.data.readers import num_files
+from fl_split.data.examples import Example
+from fl_split.data.fits import check_fits
+from fl_split.data.load import COPIES, Examples, load_examples
+from fl_split.data.sources import num_files
 from fl_split.errors import ConfigError, FLSplitError, SplitError
+from fl_split.model.causal import check_causal_config
 from fl_split.model.checkpoint import read_config, weights_digest
 from fl_split.model.family import examine
-from fl_split.model.loading import Boundaries
+from fl_split.model.loading import Boundaries, check_quantized
 from fl_split.model.loss import IGNORED
-from fl_split.node.build import connect, find_model
+from fl_split.node.build import check_demo_data, connect, find_model
 from fl_split.plan.fits_here import Check, check_room
 from fl_split.plan.plan import PROCESS_BYTES, auto_class, choose_split
 from fl_split.plan.versions import check_versions
@@ -30,6 +35,7 @@ T = TypeVar("T")
 
 _PATIENCE_S = 10.0  # for a trunk to answer
 _MANY_CUT = 0.2  # of the examples
+_MANY_COPIES = 0.05
 _SAMPLE = 256  # examples of which targets are counted
 
 
@@ -42,6 +48,8 @@ def diagnose(config: RunConfig, own: NodeConfig, max_rows: int | None = None) ->
         max_rows: Look at the first rows of the data only.
     """
     yield from check_versions()
+    for key, near in own.unknown.items():
+        yield Check("warn", "node", f"{key!r} is no key of fl-split's (the nearest is {near!r}), and left alone")
     model, found = _try("model", lambda: _model(config))
     yield model
     if found is None:
@@ -49,8 +57,10 @@ def diagnose(config: RunConfig, own: NodeConfig, max_rows: int | None = None) ->
     config, folder = found
     check, tokenizer = _try("tokenizer", lambda: _tokenizer(folder))
     yield check
+    if tokenizer is not None and tokenizer.eos_token is None:
+        yield Check("warn", "tokenizer", "it has no end token, so that answers are learnt without an end")
     if tokenizer is not None:
-        yield from check_data(config, own, tokenizer, max_rows)
+        yield from check_data(config, own, read_config(str(folder)), tokenizer, max_rows)
     yield _try("trunk", lambda: _trunk(config, own, folder))[0]
     yield from check_room(config, own, PROCESS_BYTES)
 
@@ -71,16 +81,28 @@ def _model(config: RunConfig) -> tuple[str, tuple[RunConfig, Path]]:
     config = choose_split(config)
     folder = find_model(config)
     about = read_config(str(folder))
+    check_quantized(about)
     cut = Boundaries.of(examine(about, auto_class(config)), config.split.bottom_layers, config.split.top_layers)
     if weights_digest(folder, cut.layers_name, range(cut.first)) is None or (
         weights_digest(folder, cut.layers_name, range(cut.end, cut.num_layers)) is None
     ):
-        raise SplitError(
+        raise SplitError(_lacking(folder))
+    if config.task == "causal-lm":
+        check_causal_config(about)
+    text = f"{about.model_type}, {len(cut.bottom)} + {len(cut.trunk)} + {len(cut.top)} layers, in {folder}"
+    return text, (config, folder)
+
+
+def _lacking(folder: Path) -> str:
+    if any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
+        return (
             f"the checkpoint in {folder} lacks weights of this node's layers (safetensors): fetch it again, and check "
             "model.name and model.revision"
         )
-    text = f"{about.model_type}, {len(cut.bottom)} + {len(cut.trunk)} + {len(cut.top)} layers, in {folder}"
-    return text, (config, folder)
+    return (
+        f"the checkpoint in {folder} has its weights in .bin files, which can run code and are not read: make "
+        "safetensors files of them with AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+    )
 
 
 def _tokenizer(folder: Path) -> tuple[str, PreTrainedTokenizerBase]:
@@ -94,39 +116,136 @@ def _tokenizer(folder: Path) -> tuple[str, PreTrainedTokenizerBase]:
 
 
 def check_data(
-    config: RunConfig, own: NodeConfig, tokenizer: PreTrainedTokenizerBase, max_rows: int | None
+    config: RunConfig,
+    own: NodeConfig,
+    about: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_rows: int | None,
 ) -> Iterator[Check]:
-    """Columns, bad rows, lengths, and how much of the examples is learnt from."""
+    """Columns, bad rows, lengths, and how much of the examples is learnt from: of this node, or of all simulated ones.
 
-    def load() -> tuple[str, Examples]:
-        node_config = own
-        if not own.data_path and own.num_partitions == 1:  # nobody said how many nodes there are: one a file
-            node_config = own.model_copy(update={"num_partitions": num_files(config.data)})
-        return "", load_examples(config.data, node_config, tokenizer, config.train.seed, max_rows=max_rows)
-
-    check, examples = _try("data", load)
-    if examples is None:
+    Args:
+        config: The run's.
+        own: The node's.
+        about: The base model's configuration.
+        tokenizer: The base model's.
+        max_rows: Look at the first rows only.
+    """
+    check, nodes = _try("data", lambda: ("", _nodes(config, own)))
+    if nodes is None:
         yield check
         return
-    report, num_train, num_heldout = examples.report, len(examples.train), len(examples.heldout)
-    looked = f"the first {report.num_rows}" if report.num_rows == max_rows else f"{report.num_rows}"
-    yield Check("pass", "data", f"{looked} rows: {num_train} examples to train on, {num_heldout} held out")
+    for node in nodes:
+        which = f"node {node.partition_id}: " if len(nodes) > 1 else ""
+        for check in _check_node(config, node, about, tokenizer, max_rows):
+            yield replace(check, text=which + check.text)
+
+
+def _nodes(config: RunConfig, own: NodeConfig) -> list[NodeConfig]:
+    """This node; of a simulation, of which nobody said how many nodes it has, one for each file."""
+    check_demo_data(config, own)
+    if own.data_path or own.num_partitions > 1:
+        return [own]
+    count = num_files(config.data)
+    return [own.model_copy(update={"partition_id": i, "num_partitions": count}) for i in range(count)]
+
+
+def _check_node(
+    config: RunConfig,
+    node: NodeConfig,
+    about: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_rows: int | None,
+) -> Iterator[Check]:
+    def load() -> tuple[str, Examples]:
+        found = load_examples(config.data, node, tokenizer, config.train.seed, max_rows=max_rows)
+        report = found.report
+        looked = f"the first {report.num_rows}" if report.num_rows == max_rows else f"{report.num_rows}"
+        evaluated = f", {len(found.heldout)} of them evaluated" if len(found.heldout) < found.num_heldout else ""
+        parts = f"{len(found.train)} examples to train on, {found.num_heldout} held out{evaluated}"
+        return f"{looked} rows of {report.path}: {parts}", found
+
+    check, examples = _try("data", load)
+    yield check
+    if examples is None:
+        return
+    report = examples.report
+    check, remarks = _try("fit", lambda: ("", check_fits(about, tokenizer, examples, config.data)))
+    yield from [check] if remarks is None else [Check("warn", "fit", remark) for remark in remarks]
     if report.bad:
         bad = report.explain(report.bad)
         yield Check("warn", "rows", f"{report.num_bad} are left out: {bad}; correct them, or accept their loss")
-    lengths = examples.train.lengths
-    middle, most = np.percentile(lengths, [50, 95]).astype(int)
-    text = f"median {middle}, 95 % up to {most}, longest {lengths.max()} tokens"
-    num_usable = num_train + num_heldout
-    if report.num_truncated > _MANY_CUT * num_usable:
-        text += f"; {report.num_truncated} of {num_usable} are cut, {report.num_cut} tokens lost: raise data.max-length"
-        yield Check("warn", "lengths", text)
-    else:
-        yield Check("pass", "lengths", text + f"; {report.num_truncated} cut")
+    for note in report.all_notes():
+        yield Check("warn", "rows", note)
+    yield from _check_copies(examples)
+    yield _check_lengths(examples, config.data.max_length)
+    if report.template:
+        yield Check("pass", "template", f"prompt and response are written as {report.template}")
     if config.task == "causal-lm":
         sample = [label for example in examples.train[:_SAMPLE] for label in example["labels"]]
         share = sum(label != IGNORED for label in sample) / len(sample)
-        yield Check("pass", "targets", f"the loss counts {100 * share:.0f} % of the tokens")
+        yield Check("pass", "targets", f"the loss counts {100 * share:.0f} % of the tokens; --show 2 prints which")
+
+
+def _check_copies(examples: Examples) -> Iterator[Check]:
+    """Equal rows are on one side; rows that are equal but for what was cut off may not be."""
+    report = examples.report
+    usable = report.num_rows - report.num_bad
+    if report.num_copies:
+        many = report.num_copies > _MANY_COPIES * usable
+        yield Check("warn" if many else "pass", "copies", COPIES % (report.num_copies, usable))
+    held = {str(example["input_ids"]) for example in examples.heldout}
+    across = sum(str(example["input_ids"]) in held for example in examples.train)
+    if across:
+        text = f"{across} examples to train on have the tokens of held-out ones, though their rows differ"
+        yield Check("warn", "copies", f"{text}: raise data.max-length, or accept that held-out scores are flattered")
+
+
+def _check_lengths(examples: Examples, max_length: int) -> Check:
+    """Lengths before cutting: what `data.max-length` would have to be."""
+    report, train, heldout = examples.report, examples.train, examples.heldout
+    lengths = np.concatenate([train.lengths + train.cut, heldout.lengths + heldout.cut])
+    middle, most = np.percentile(lengths, [50, 95]).astype(int)
+    text = f"median {middle}, 95 % up to {most}, longest {lengths.max()} tokens"
+    usable = report.num_rows - report.num_bad
+    if report.num_truncated <= _MANY_CUT * usable:
+        return Check("pass", "lengths", f"{text}; {report.num_truncated} cut to {max_length}")
+    text += f"; {report.num_truncated} of {usable} are cut, {report.num_cut} tokens lost: raise data.max-length"
+    return Check("warn", "lengths", text)
+
+
+def show_examples(config: RunConfig, own: NodeConfig, count: int) -> Iterator[str]:
+    """What the model will see of some examples, with what the loss counts between « and »; for the node's own terminal.
+
+    Args:
+        config: The run's.
+        own: The node's.
+        count: How many examples.
+
+    Raises:
+        FLSplitError: There is nothing to show; `diagnose` says the same.
+    """
+    config = choose_split(config)
+    _, tokenizer = _tokenizer(find_model(config))
+    for node in _nodes(config, own)[:1]:
+        found = load_examples(config.data, node, tokenizer, config.train.seed, max_rows=max(_SAMPLE, 4 * count))
+        for number, example in enumerate(found.train[:count], 1):
+            yield f"example {number}, {_shown(example, tokenizer, config.data)}"
+
+
+def _shown(example: Example, tokenizer: PreTrainedTokenizerBase, config: Data) -> str:
+    ids, labels = example["input_ids"], example["labels"]
+    if isinstance(labels, int):
+        return f"{len(ids)} tokens, label {config.label_names[labels]}:\n{tokenizer.decode(ids)}"
+    counted = [False, *(label != IGNORED for label in labels[1:])]
+    changes = [0, *(i for i in range(1, len(ids)) if counted[i] != counted[i - 1]), len(ids)]
+    text = ""
+    for start, end in pairwise(changes):
+        before, after = str(tokenizer.decode(ids[:start])), str(tokenizer.decode(ids[:end]))
+        # Alone, a piece may lose its first space; among others, some tokenizers write what precedes it otherwise.
+        piece = after.removeprefix(before) if after.startswith(before) else str(tokenizer.decode(ids[start:end]))
+        text += f"«{piece}»" if counted[start] else piece
+    return f"{len(ids)} tokens, {sum(counted)} of them counted:\n{text}"
 
 
 def _trunk(config: RunConfig, own: NodeConfig, folder: Path) -> tuple[str, None]:

@@ -117,23 +117,25 @@ def test_loss_counts_what_the_assistant_says_and_the_end_of_its_turns(
     load: Load, jsonl: Callable[..., Path], tokenizer: PreTrainedTokenizerBase, template: str, end: str
 ) -> None:
     tokenizer.chat_template = template
-    talk = chat("who has gout?", "the patient.", "who has asthma?", "nobody.")
-    examples = load(jsonl([{"talk": talk}] * 3), messages="talk")
+    talks = [chat(f"who {has} gout?", "the patient.", "who has asthma?", "nobody.") for has in ("has", "had")]
+    examples = load(jsonl([{"talk": talk} for talk in talks]), messages="talk")
     assert counted(examples, tokenizer) == {f"thepatient.{end}nobody.{end}"}
-    assert bare(tokenizer.decode(everything(examples)[0])) == bare(tokenizer.apply_chat_template(talk, tokenize=False))
+    written = {bare(tokenizer.apply_chat_template(talk, tokenize=False)) for talk in talks}
+    assert {bare(tokenizer.decode(ids)) for ids in everything(examples)} == written
 
 
 def test_templates_that_write_the_last_turn_otherwise_are_understood_or_refused(
     load: Load, jsonl: Callable[..., Path], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     tokenizer.chat_template = THINKING
-    talk = chat("who has gout?", "the patient.", "who has asthma?", "nobody.")
-    examples = load(jsonl([{"talk": talk}] * 3), messages="talk")
+    talks = [chat(f"who {has} gout?", "the patient.", "who has asthma?", "nobody.") for has in ("has", "had")]
+    path = jsonl([{"talk": talk} for talk in talks])
+    examples = load(path, messages="talk")
     thoughts = "<think>\n\n</think>\n\n"
     assert counted(examples, tokenizer) == {f"thepatient.<|im_end|>\n{thoughts}nobody.<|im_end|>\n"}
     tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else 'cut' }}")
-    with pytest.raises(DataError, match=r"chat template rewrites earlier turns.*\{% generation %\}"):
-        load(jsonl([{"talk": talk}] * 3), messages="talk")
+    with pytest.raises(DataError, match=r"2 whose chat template rewrites earlier turns.*\{% generation %\}"):
+        load(path, messages="talk")
 
 
 def test_chats_that_cannot_be_used_are_counted_by_reason(
@@ -142,9 +144,10 @@ def test_chats_that_cannot_be_used_are_counted_by_reason(
     tokenizer.chat_template = (
         "{% if messages[0].role != 'user' %}{{ raise_exception(messages[0].content) }}{% endif %}" + CHATML
     )
-    good = {"talk": chat("who?", "the patient.")}
-    bad: list[Any] = [SECRET, [{"role": "assistant"}], chat(SECRET), chat(SECRET, " "), chat("", SECRET)[1:]]
-    load(jsonl([good, good, *({"talk": talk} for talk in bad)]), messages="talk")
+    good = [{"talk": chat(who, "the patient.")} for who in ("who?", "whom?")]
+    twice = [{"role": "system", "content": SECRET}, *chat("who?", "I.")]
+    bad: list[Any] = [SECRET, [{"role": "assistant"}], chat(SECRET), chat(SECRET, " "), twice]
+    load(jsonl([*good, *({"talk": talk} for talk in bad)]), messages="talk")
     assert "skipped 5 of 7 rows: 2 without a list of messages with role and content (rows.jsonl line 3" in caplog.text
     assert "2 without an assistant message" in caplog.text
     assert "1 refused by the chat template (TemplateError) (rows.jsonl line 7)" in caplog.text
@@ -175,7 +178,9 @@ def test_bad_rows_are_skipped_and_counted_or_refused_by_place(
     report = load(path).report
     assert (report.num_rows, report.num_bad) == (8, 3)
     named = (
-        r"2 malformed \(notes\.jsonl line 2, notes\.jsonl line 4\); 1 without text in a column \(notes\.jsonl line 5\)"
+        r"1 malformed \(notes\.jsonl line 2\); 1 malformed: a list instead of an object with columns "
+        r"\(notes\.jsonl line 4\); 1 malformed: a number in data\.prompt, where text is expected "
+        r"\(notes\.jsonl line 5\)"
     )
     with pytest.raises(DataError, match=rf"of 8 rows, {named}.*data\.bad-rows='skip'") as error:
         load(path, **{"bad-rows": "refuse"})
@@ -188,12 +193,15 @@ def test_csv_rows_of_another_width_are_bad_rows_and_places_are_lines(load: Load,
     path.write_text(f"question,answer\n{good}{SECRET}\n5?,5,{SECRET}\n6?,6\n")
     examples = load(path)
     assert len(everything(examples)) == 3
-    assert examples.report.places == {"malformed": ["notes.csv line 5", "notes.csv line 6"]}
+    fields = "fields than the first line names"
+    assert examples.report.places == {
+        f"malformed: fewer {fields}": ["notes.csv line 5"],
+        f"malformed: more {fields}": ["notes.csv line 6"],
+    }
     path.write_text(f'question,answer\n{good}"6?"x,6\n')
-    assert load(path).report.places == {"malformed": ["notes.csv line 5"]}
+    assert load(path).report.places == {"malformed: quotes that do not fit": ["notes.csv line 5"]}
     path.write_bytes(b"question,answer\n" + good.encode() + b"\xff,7\n")
-    with pytest.raises(DataError, match=r"notes\.csv is not UTF-8 after line"):
-        load(path)
+    assert load(path).report.places == {"not in UTF-8": ["notes.csv line 5"]}
 
 
 def test_a_csv_without_a_header_does_not_give_its_first_row_away(load: Load, tmp_path: Path) -> None:
@@ -217,7 +225,7 @@ def test_malformed_rows_of_what_is_dealt_out_are_counted_and_skipped_by_node_0(l
 def test_damaged_parquet_is_named_and_not_quoted(load: Load, tmp_path: Path) -> None:
     path = tmp_path / "notes.parquet"
     path.write_text(SECRET)
-    with pytest.raises(DataError, match=r"notes\.parquet cannot be read as parquet") as error:
+    with pytest.raises(DataError, match=r"notes\.parquet cannot be read beyond its beginning") as error:
         load(path)
     assert SECRET not in str(error.value)
 

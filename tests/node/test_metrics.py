@@ -13,19 +13,23 @@ def test_keys_are_these_and_no_others() -> None:
         truncated_tokens=6,
         train_loss=7.0,
         heldout={"base": {"loss": 8.0, "macro_f1": 9.0}, "after": {"loss": 10.0}},
-        descent_ratio=11.0,
-        bottom_loss_fall=12.0,
-        train_tokens=13,
-        tokens_per_s=14.0,
-        train_s=15.0,
-        trunk_forward_s=16.0,
-        activation_bytes=17,
-        cached_sequences=18,
-        rounds_missed=19,
+        bottom_trained=1,
+        bottom_gain=12.0,
+        bottom_gain_error=13.0,
+        top_gain=14.0,
+        train_tokens=15,
+        tokens_per_s=16.0,
+        train_s=17.0,
+        evaluate_s=18.0,
+        trunk_forward_s=19.0,
+        activation_bytes=20,
+        cached_sequences=21,
+        rounds_missed=22,
     )
     keys = (
         "partition-id num-examples weight bad-rows truncated-examples truncated-tokens train-loss heldout-loss-base "
-        "heldout-macro-f1-base heldout-loss-after descent-ratio bottom-loss-fall train-tokens tokens-per-s train-s "
-        "trunk-forward-s activation-bytes cached-sequences rounds-missed"
+        "heldout-macro-f1-base heldout-loss-after bottom-trained bottom-gain bottom-gain-error top-gain train-tokens "
+        "tokens-per-s train-s evaluate-s trunk-forward-s activation-bytes cached-sequences rounds-missed"
     )
-    assert metrics.record() == dict(zip(keys.split(), range(1, 20), strict=True))
+    numbers = [*range(1, 11), 1, *range(12, 23)]
+    assert metrics.record() == dict(zip(keys.split(), numbers, strict=True))

@@ -12,6 +12,7 @@ from fl_split.config import RunConfig
 from fl_split.errors import NodeStateError
 from fl_split.files import Rounds, write_atomic
 from fl_split.node.state import NodeFolder, SavedRound
+from fl_split.node.trial import Gain
 from fl_split.server.run_folder import RunFolder
 
 VERSIONS = {"fl-split": "test"}
@@ -76,12 +77,12 @@ def test_a_half_written_round_is_not_taken_for_one(tmp_path: Path) -> None:
 def test_a_node_goes_on_from_the_newest_round_before_the_one_asked_for(tmp_path: Path) -> None:
     node = NodeFolder(tmp_path, "run-1")
     assert node.load_before(1) is None
-    node.save(SavedRound(1, tensors(1), tensors(10), falls=[0.5]))
-    node.save(SavedRound(2, tensors(2), tensors(20), tensors(30), falls=[0.5, 0.25]))
+    node.save(SavedRound(1, tensors(1), tensors(10), trial=Gain(1.0, 0.5)))
+    node.save(SavedRound(2, tensors(2), tensors(20), tensors(30), trial=Gain(2.0, 0.5)))
     for asked, expected in ((3, 2), (5, 2), (2, 1)):  # the next; after rounds missed; the last one again
         found = node.load_before(asked)
         assert found is not None
-        assert (found.number, len(found.falls)) == (expected, expected)
+        assert (found.number, found.trial.mean) == (expected, expected)
         assert torch.equal(found.adapter["a"], tensors(expected)["a"])
     assert NodeFolder(tmp_path, "run-2").load_before(1) is None  # another run of the same name
 

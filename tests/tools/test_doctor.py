@@ -1,6 +1,8 @@
 """What a run would fail for, said before it starts; every line with its remedy and without a row's content."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -8,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import BertConfig, BertForMaskedLM
 from typer.testing import CliRunner
 
 from fl_split.cli import app
@@ -17,7 +20,7 @@ from fl_split.node.build import warn_of_room
 from fl_split.plan import fits_here, versions
 from fl_split.plan.fits_here import check_room
 from fl_split.plan.versions import check_versions
-from fl_split.tools.doctor import diagnose
+from fl_split.tools.doctor import diagnose, show_examples
 from fl_split.trunk.layers import hold_layers
 from fl_split.trunk.server import embedded
 
@@ -32,18 +35,19 @@ def test_the_demo_passes_and_each_check_says_what_it_saw(tmp_path: Path, demo_mo
     found = statuses(RunConfig.from_flat({"run.dir": str(tmp_path), "data.max-length": 64}), max_rows=50)
     assert {status for status, _ in found.values()} == {"pass"}
     assert "2 + 4 + 2 layers" in found["model"][1]
-    assert found["data"][1] == "the first 50 rows: 45 examples to train on, 5 held out"
+    assert found["data"][1].endswith("hospital-south.jsonl: 45 examples to train on, 5 held out")
     assert "the loss counts" in found["targets"][1]
     assert "embedded" in found["trunk"][1]
 
 
 def test_bad_rows_and_cut_examples_are_warned_of(jsonl: Callable[..., Path], tmp_path: Path, demo_model: Path) -> None:
-    good = {"question": "who?", "answer": f"{SECRET} " * 30}
-    path = jsonl([good] * 5 + [{"question": SECRET, "answer": ""}])
+    good = [{"question": f"who is {i}?", "answer": f"{SECRET} " * 30} for i in range(5)]
+    path = jsonl([*good, {"question": SECRET, "answer": ""}])
     found = statuses(RunConfig.from_flat({"run.dir": str(tmp_path), "data.path": str(path), "data.max-length": 20}))
     assert found["rows"] == ("warn", "1 are left out: 1 empty (rows.jsonl line 6); correct them, or accept their loss")
     assert found["lengths"][0] == "warn"
     assert "5 of 5 are cut" in found["lengths"][1]
+    assert int(found["lengths"][1].split("longest ")[1].split()[0]) > 60, "lengths are those before cutting"
     assert SECRET not in str(found)
 
 
@@ -153,3 +157,98 @@ def test_files_and_values_that_cannot_be_read_are_refused(tmp_path: Path) -> Non
         read_values(tmp_path / "bad.toml", [])
     with pytest.raises(ConfigError, match="wrong key=value"):
         read_values(None, ["run.name=mine"])
+
+
+def doctor(tmp_path: Path, model: Path, data: Path | str, **keys: Any) -> dict[str, tuple[str, str]]:
+    values = {"run.dir": str(tmp_path), "model.name": str(model), "data.path": str(data), **keys}
+    return statuses(RunConfig.from_flat(values))
+
+
+def rows(count: int) -> list[dict[str, str]]:
+    return [{"question": f"what is number {i}?", "answer": f"it is {i}."} for i in range(count)]
+
+
+@pytest.fixture
+def copy(demo_model: Path, tmp_path: Path) -> Path:
+    """The demo's model, to be spoilt."""
+    return Path(shutil.copytree(demo_model, tmp_path / "model"))
+
+
+def test_a_models_faults_fail_with_their_remedies(copy: Path, jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    path = jsonl(rows(20))
+    about = json.loads((copy / "config.json").read_text())
+
+    def change(**keys: Any) -> dict[str, tuple[str, str]]:
+        (copy / "config.json").write_text(json.dumps({**about, **keys}))
+        return doctor(tmp_path, copy, path)
+
+    assert "fit" not in change()
+    assert change(vocab_size=300)["fit"][0] == "fail"
+    assert "resize_token_embeddings" in change(vocab_size=300)["fit"][1]
+    assert change(max_position_embeddings=8)["fit"][0] == "warn"
+    quantized = change(quantization_config={"quant_method": "vptq"})["model"]
+    assert quantized[0] == "fail" and "is quantized, and cannot be read here" in quantized[1]
+    tokens = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**tokens, "pad_token": None, "eos_token": None}))
+    assert "neither a pad token nor an end token" in change()["tokenizer"][1]
+    (copy / "tokenizer_config.json").write_text(json.dumps({**tokens, "eos_token": None}))
+    assert change()["tokenizer"] == ("warn", "it has no end token, so that answers are learnt without an end")
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    assert "has its weights in .bin files, which can run code and are not read" in change()["model"][1]
+
+
+def test_an_encoder_as_a_language_model_fails(tmp_path: Path, demo_model: Path) -> None:
+    small: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    BertForMaskedLM(BertConfig(num_hidden_layers=6, **small)).save_pretrained(tmp_path / "bert")
+    status, text = doctor(tmp_path, tmp_path / "bert", "demo")["model"]
+    assert status == "fail" and "bert is an encoder: each position sees the tokens after it" in text
+
+
+def test_every_nodes_file_is_looked_at(jsonl: Callable[..., Path], tmp_path: Path, demo_model: Path) -> None:
+    (tmp_path / "data").mkdir()
+    folder = jsonl(rows(20), "data/a.jsonl")
+    jsonl([{"note": SECRET}] * 3, "data/b.jsonl")
+    config = RunConfig.from_flat({"run.dir": str(tmp_path), "data.path": str(folder.parent)})
+    first, second = (check for check in diagnose(config, NodeConfig()) if check.name == "data")
+    assert first.status == "pass" and first.text.startswith(f"node 0: 20 rows of {folder}: ")
+    assert second.status == "fail" and second.text.startswith("node 1: ") and "b.jsonl has no column" in second.text
+
+
+def test_copies_notes_and_template_are_told(jsonl: Callable[..., Path], tmp_path: Path, demo_model: Path) -> None:
+    path = jsonl(rows(8) * 5)
+    (path.parent / "notes.txt").write_text(SECRET)
+    found = doctor(tmp_path, demo_model, path.parent, **{"data.holdout-max": 5})
+    assert found["rows"][1].startswith("1 other files are not read: notes.txt; expected are")
+    told = "32 of 40 examples are copies of others; equal ones are on one side, trained on or held out"
+    assert found["copies"] == ("warn", told)
+    assert found["template"][1] == 'prompt and response are written as plain: "<s>{prompt}\\n{response}</s>"'
+    many = doctor(tmp_path, demo_model, jsonl(rows(200)), **{"data.holdout-max": 5})
+    assert many["data"][1].endswith("held out, 5 of them evaluated") and "copies" not in many
+    (path.parent / "rows.jsonl").unlink()
+    alike = [{"question": "who?", "answer": f"{'the same ' * 9} {i}"} for i in range(60)]
+    status, text = doctor(tmp_path, demo_model, jsonl(alike), **{"data.max-length": 12})["copies"]
+    assert status == "warn" and "have the tokens of held-out ones, though their rows differ" in text
+
+
+def test_keys_of_others_are_told_and_demo_data_is_for_the_demo(tmp_path: Path, demo_model: Path, copy: Path) -> None:
+    node = NodeConfig.from_flat({"partition-id": 0, "other-app": 1})
+    found = statuses(RunConfig.from_flat({"run.dir": str(tmp_path)}), node, max_rows=20)
+    assert found["node"] == ("warn", "'other-app' is no key of fl-split's (the nearest is 'trunk-ca'), and left alone")
+    status, text = doctor(tmp_path, copy, "demo")["data"]
+    assert status == "fail" and "has no data-path, and the run's data.path='demo' is the demo's" in text
+
+
+def test_examples_are_shown_with_what_the_loss_counts(jsonl: Callable[..., Path], tmp_path: Path, copy: Path) -> None:
+    path = jsonl(rows(20))
+    args = ["doctor", "--show", "2", "-c", f'model.name="{copy}" data.path="{path}" run.dir="{tmp_path}"']
+    shown = CliRunner().invoke(app, args).output.partition("example 1, ")[2]
+    assert "it is" not in shown.replace("«it is", ""), "every answer is marked"
+    assert shown.count("«it is ") == shown.count("</s>»") == 2
+    assert "tokens, " in shown and "of them counted:\n<s>" in shown
+    chatml = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (copy / "chat_template.jinja").write_text(chatml + "{% if add_generation_prompt %}assistant: {% endif %}")
+    assert re.search(r"assistant: ?« ?it is \d+\.\s*»", CliRunner().invoke(app, args).output)
+    path = jsonl([{"note": f"note {i}", "label": "ab"[i % 2]} for i in range(9)])
+    keys = {"task": "sequence-classification", "data.text": "note", "data.labels": "a,b", "data.path": str(path)}
+    config = RunConfig.from_flat({**keys, "model.name": str(copy), "run.dir": str(tmp_path)})
+    assert re.search(r"example 1, \d+ tokens, label [ab]:\n<s> note \d", next(show_examples(config, NodeConfig(), 1)))

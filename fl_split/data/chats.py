@@ -1,0 +1,153 @@
+"""Conversations: common shapes of them -> one shape -> tokens, and which of them the assistant says.
+
+Data path: a row's messages -> **token ids and labels** -> examples. One conversation's fault is one row's fault.
+"""
+
+import json
+import os
+import re
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from fl_split.data.unusable import Unusable, text_of
+from fl_split.model.loss import IGNORED
+
+NOT_A_CHAT = "without a list of messages with role and content"
+NOT_TEXT = "with a message part that is no text"
+NO_ANSWER = "without an assistant message that answers"
+REWRITTEN = (
+    "whose chat template rewrites earlier turns, so that the assistant's words cannot be told from the rest: mark them "
+    "in the template with {% generation %}, or keep one answer per conversation"
+)
+UNINVITED = (
+    "chats end otherwise than the chat template invites the assistant to speak (it opens a thought, say): what is "
+    "learnt is the answer as the template writes it, without what the invitation adds"
+)
+LEFT_OUT = "chats have messages that the chat template leaves out or rewrites"
+
+Message = dict[str, Any]
+
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "ai": "assistant"}
+_ROLES |= {"model": "assistant", "observation": "tool"}  # of ShareGPT and its kin; others stay as they are
+_KEYS = {"from": "role", "value": "content"}
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks assistant text in a template
+
+
+def read_messages(value: object) -> list[Message]:
+    """Bring what is found into one shape: role and content, ShareGPT's from and value, parts, JSON in a string.
+
+    Raises:
+        Unusable: It is no conversation.
+    """
+    if isinstance(value, str):  # in a column of CSV, for one
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise Unusable(NOT_A_CHAT) from None
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise Unusable(NOT_A_CHAT)
+    messages = [_message(message) for message in value]
+    if not _turns(messages):
+        raise Unusable(NO_ANSWER)
+    return messages
+
+
+def _message(found: Message) -> Message:
+    message = {_KEYS.get(key, key): value for key, value in found.items() if value is not None}  # Parquet fills up
+    role, content = message.get("role"), message.get("content")
+    if isinstance(content, list):
+        content = "".join(_part(part) for part in content)
+    if content is None and message.get("tool_calls"):
+        content = ""
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise Unusable(NOT_A_CHAT)
+    role = role.strip().lower()
+    return {**message, "role": _ROLES.get(role, role), "content": text_of(content)}
+
+
+def _part(part: object) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+    if not isinstance(text, str):
+        raise Unusable(NOT_TEXT)
+    return text
+
+
+def _turns(messages: list[Message]) -> list[int]:
+    """Find the messages that are learnt; what opens a conversation answers nobody, and is not."""
+    return [
+        i
+        for i, message in enumerate(messages)
+        if i > 0 and message["role"] == "assistant" and (message["content"].strip() or message.get("tool_calls"))
+    ]
+
+
+def encode_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[str]]:
+    """Tokenize a conversation by the template; labels count what the assistant says, and how it ends its turns.
+
+    Returns:
+        Token ids, labels, and remarks for the report.
+
+    Raises:
+        Unusable: The template does not take it, or leaves no way to tell what the assistant says.
+    """
+    if _GENERATION.search(str(tokenizer.chat_template)):
+        coded: Any = _template(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        ids, counted, remarks = coded["input_ids"], [bool(value) for value in coded["assistant_masks"]], []
+    else:
+        text = _template(tokenizer, messages, tokenize=False)
+        found = [_span(tokenizer, messages, i, text) for i in _turns(messages)]
+        spans = [span for span, _ in found]
+        coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = coded["input_ids"]
+        counted = [any(_overlap(token, span) for span in spans) for token in coded["offset_mapping"]]
+        remarks = [UNINVITED] if any(uninvited for _, uninvited in found) else []
+        others = [message["content"].strip() for message in messages if message["role"] != "assistant"]
+        remarks += [LEFT_OUT] if any(other not in text for other in others) else []
+    return list(ids), [token if yes else IGNORED for token, yes in zip(ids, counted, strict=True)], remarks
+
+
+def _overlap(token: tuple[int, int], span: tuple[int, int]) -> bool:
+    """Tell whether any of a token belongs to the span; its first one may begin with what precedes, such as a space."""
+    return token[0] < span[1] and token[1] > span[0] or token[0] == token[1] and span[0] <= token[0] < span[1]
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except TemplateError as error:  # such as a template that wants roles to alternate; its text may quote the chat
+        raise Unusable(f"refused by the chat template ({type(error).__name__})") from None
+
+
+def _span(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], turn: int, text: str
+) -> tuple[tuple[int, int], bool]:
+    """Find where in `text` the assistant's `turn` begins and ends, and whether it was invited otherwise.
+
+    It begins where the template invites the assistant to speak, and ends where the conversation would if it ended
+    there. An invitation may say more than a finished turn has, such as the beginning of a thought: then the turn begins
+    where the two part. Some templates write the last turn otherwise than earlier ones (with room for thoughts, say):
+    then an earlier turn is its content and what the template puts after it.
+
+    Raises:
+        Unusable: This template leaves no way to tell.
+    """
+    invited = _template(tokenizer, messages[:turn], tokenize=False, add_generation_prompt=True)
+    until = _template(tokenizer, messages[: turn + 1], tokenize=False)
+    content = messages[turn]["content"].strip()
+    uninvited = not text.startswith(invited)
+    begin = len(os.path.commonprefix([invited, text]))
+    if uninvited:
+        before = _template(tokenizer, messages[:turn], tokenize=False)
+        at = text.find(content, len(before))
+        if not text.startswith(before) or begin < len(before) or not content or at < 0:
+            raise Unusable(REWRITTEN)
+        begin = min(begin, at)
+    if text.startswith(until):
+        return (begin, len(until)), uninvited
+    ending = content + until.rpartition(content)[2]
+    found = text.find(ending, begin) if content and content in until else -1
+    if found < 0:
+        raise Unusable(REWRITTEN)
+    return (found, found + len(ending)), uninvited

@@ -1,0 +1,51 @@
+"""Whether a model can take what its tokenizer and the configuration make of the data: asked before the first step."""
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from fl_split.config import Data
+from fl_split.data.load import Examples
+from fl_split.errors import DataError
+
+
+def check_fits(
+    model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples, config: Data
+) -> list[str]:
+    """Compare tokens with embeddings, and lengths with positions.
+
+    Returns:
+        What a person should know, though it works.
+
+    Raises:
+        DataError: A token has no embedding, or a position could have none.
+    """
+    of_tokens = _check_tokens(model.vocab_size, tokenizer, examples)
+    return [*of_tokens, *_check_positions(model, tokenizer, examples, config)]
+
+
+def _check_tokens(num_embeddings: int, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> list[str]:
+    text = f"the tokenizer has {len(tokenizer)} tokens, the model embeddings for {num_embeddings}"
+    if max(examples.train.largest_id(), tokenizer.pad_token_id) >= num_embeddings:
+        raise DataError(
+            f"{text}, and the examples use others (or padding does): take the tokenizer that belongs to the model, or "
+            "save the model again after model.resize_token_embeddings(len(tokenizer))"
+        )
+    return [f"{text}; the examples use no others"] if len(tokenizer) > num_embeddings else []
+
+
+def _check_positions(
+    model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, examples: Examples, config: Data
+) -> list[str]:
+    positions = getattr(model, "max_position_embeddings", None)
+    if positions is None:
+        return []
+    if getattr(model, "rope_parameters", None):  # goes on beyond, but was not trained to
+        longest = max(examples.train.lengths.max(), examples.heldout.lengths.max())
+        beyond = f"the longest example has {longest} tokens, more than the {positions} positions of this model"
+        return [f"{beyond}: set data.max-length to that"] if longest > positions else []
+    positions = min(positions, tokenizer.model_max_length)
+    if config.max_length > positions:
+        raise DataError(
+            f"data.max-length={config.max_length} is beyond the {positions} positions that this model has: set "
+            f"data.max-length to {positions} or less"
+        )
+    return []

@@ -1,0 +1,155 @@
+"""JSON -> rows: an object a line, or a list of objects, or objects one after another; each value as it stands.
+
+Data path: text (`lines`) -> **rows** -> examples. A line that is no JSON is one bad row; a list that breaks off ends
+the file, since nothing tells where its next row begins.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from fl_split.data.lines import HEAD, open_text, tell_encoding, undecoded
+from fl_split.data.rows import MALFORMED, NOT_UTF8, Row, Say, kind_of
+from fl_split.errors import DataError
+
+_BLANK = re.compile(r"[\s\ufeff]*")
+_LIST_OF_ROWS = re.compile(r"\[\s*(\{|$)")
+_NEAR_END = 16  # characters: an error so near to the end of what is read may be that it goes on
+
+
+def _whole_number(digits: str) -> int | float:
+    with suppress(ValueError):  # Python refuses more than some thousand digits
+        return int(digits)
+    return float(digits)
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole_number)
+
+
+def read_json(file: Path, say: Say) -> Iterator[Row]:
+    """Rows of a .json or .jsonl file; what is in it decides, not its name.
+
+    Raises:
+        DataError: It breaks off in the middle of a list.
+    """
+    with open_text(file, say) as text:
+        by_line = _is_by_line(text.read(HEAD))
+    with open_text(file, say) as text:
+        found = _by_line(file, text) if by_line else _in_stream(file, text)
+        told = False
+        for place, raw, value in found:
+            wrong = undecoded(raw)
+            if wrong and not told:
+                told = True
+                tell_encoding(file, wrong, say)
+            if isinstance(value, dict) and not wrong:
+                yield Row(place, value)
+            else:
+                yield Row(place, None, NOT_UTF8 if wrong else _fault(value))
+
+
+def _fault(value: Any) -> str:
+    return MALFORMED if value is None else f"{MALFORMED}: {kind_of(value)} instead of an object with columns"
+
+
+def _is_by_line(head: str) -> bool:
+    """Whether each line is a row, judged by a file's beginning."""
+    lines = (stripped for line in head.splitlines() if (stripped := line.strip().lstrip("\ufeff")))
+    first, second = next(lines, ""), next(lines, "")
+    try:
+        value = _DECODER.decode(first)
+    except (ValueError, RecursionError):
+        return not (_LIST_OF_ROWS.match(first) or first == "{" or second.startswith('"'))
+    return bool(second) or not isinstance(value, list)
+
+
+def _by_line(file: Path, text: TextIO) -> Iterator[tuple[str, str, Any]]:
+    for number, line in enumerate(text, 1):
+        stripped = line.strip().lstrip("\ufeff")
+        if not stripped:
+            continue
+        try:
+            value = _DECODER.decode(stripped)
+        except (ValueError, RecursionError):
+            value = None
+        yield f"{file.name} line {number}", stripped, value
+
+
+def _in_stream(file: Path, text: TextIO) -> Iterator[tuple[str, str, Any]]:
+    stream = _Stream(text)
+    try:
+        for number, (raw, value) in enumerate(stream.rows(), 1):
+            yield f"{file.name} row {number}", raw, value
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnicodeError):
+            raise
+        raise DataError(
+            f"{file} is no JSON beyond line {stream.line}: mend it there, or write an object a line (.jsonl), where "
+            "one bad line is one bad row"
+        ) from None
+
+
+class _Stream:
+    """JSON values one after another, without the whole text in memory."""
+
+    def __init__(self, text: TextIO) -> None:
+        self._text, self._buffer, self._at = text, "", 0
+        self.line = 1  # in which the newest value begins, or an error lies
+
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        """Each value with its text; of lists at the top, their items."""
+        while begin := self._peek():
+            if begin != "[":
+                yield self._value()
+                continue
+            self._skip()
+            if self._peek() == "]":
+                self._skip()
+                continue
+            yield self._value()
+            while self._peek() == ",":
+                self._skip()
+                yield self._value()
+            if self._peek() != "]":
+                raise ValueError("a list that does not end")
+            self._skip()
+
+    def _more(self) -> bool:
+        rest = self._buffer[self._at :]
+        chunk = self._text.read(max(HEAD, len(rest)))
+        self._buffer, self._at = rest + chunk, 0
+        return bool(chunk)
+
+    def _skip(self, to: int | None = None) -> None:
+        end = self._at + 1 if to is None else to
+        self.line += self._buffer.count("\n", self._at, end)
+        self._at = end
+
+    def _peek(self) -> str:
+        """The next character that is not blank; "" at the end."""
+        while True:
+            blank = _BLANK.match(self._buffer, self._at)
+            self._skip(blank.end() if blank else self._at)
+            if self._at < len(self._buffer):
+                return self._buffer[self._at]
+            if not self._more():
+                return ""
+
+    def _value(self) -> tuple[str, Any]:
+        self._peek()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._buffer, self._at)
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated") or error.pos > len(self._buffer) - _NEAR_END
+                if not cut or not self._more():
+                    self._skip(error.pos)
+                    raise
+                continue
+            if end < len(self._buffer) or not self._more():  # a number may go on
+                raw = self._buffer[self._at : end]
+                self._skip(end)
+                return raw, value

@@ -1,0 +1,247 @@
+"""Whether the bottom's gradient is tried before it is followed, and what the trial can tell."""
+
+import json
+import os
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import InProcessGrid
+from flwr.app import Context, RecordDict
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+import client_app
+import server_app
+from fl_split import demo
+from fl_split.config import Data, Lora, NodeConfig, RunConfig, Train
+from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
+from fl_split.data.load import load_examples
+from fl_split.model import adapters, slots
+from fl_split.model.loss import Batch, count_targets, example_losses, forward
+from fl_split.model.trunk import LocalTrunk, load_trunk
+from fl_split.node.trial import STEPS, Gain, Losses, explain, gain, is_due, try_bottom
+from fl_split.tools.gradcheck import Candidate, build
+
+Made = tuple[list[Batch], list[Batch]]
+
+
+@pytest.fixture(scope="module")
+def make_batches(demo_model: Path) -> Callable[[], Made]:
+    """Batches to try on, and others to measure with."""
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(demo_model))
+    node = NodeConfig(data_path=str(demo.data_folder() / "hospital-south.jsonl"))
+    train = load_examples(Data.model_validate({"max-length": 48}), node, tokenizer, 0).train
+
+    def make() -> Made:
+        measured = list(heldout_batches([train[i] for i in range(32)], tokenizer, 8))
+        others = [train[i] for i in range(32, 112)]
+        return list(islice(training_batches(others, tokenizer, 8, 0, 0), STEPS)), measured
+
+    return make
+
+
+def make_model(demo_model: Path, kind: str) -> PeftModel:
+    return build(demo_model, 2, 2, LocalTrunk(load_trunk(demo_model, 2, 2)), Candidate(kind, 2), Lora())  # type: ignore[arg-type]
+
+
+class _Random(torch.autograd.Function):
+    """The trunk's value, and as its gradient noise of the size of the real one."""
+
+    @staticmethod
+    def forward(ctx: Any, surrogate: Tensor, trunk: Tensor) -> Tensor:
+        return trunk.view_as(trunk)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        noise = torch.randn(grads[0].shape, generator=_Random.generator)
+        return noise * grads[0].norm() / noise.norm(), None
+
+    generator = torch.Generator()
+
+
+CONFIG = Train.model_validate({"bottom-lr": 1e-3, "top-lr": 4e-3})
+
+
+def test_exact_gradient_is_a_sure_gain_and_model_and_gradients_stay_as_they_were(
+    demo_model: Path, make_batches: Callable[[], Made]
+) -> None:
+    model = make_model(demo_model, "exact")
+    before = adapters.adapter_state(model)
+    batches, measured = make_batches()
+    result = try_bottom(model, batches, measured, CONFIG)
+    assert result.is_useful
+    assert all(torch.equal(value, before[name]) for name, value in adapters.adapter_state(model).items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_random_gradient_is_not_followed(
+    demo_model: Path, make_batches: Callable[[], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "join", _Random.apply)
+    model = make_model(demo_model, "identity")
+    for seed in range(5):
+        _Random.generator.manual_seed(seed)
+        assert not try_bottom(model, *make_batches(), CONFIG).is_useful
+
+
+def test_trial_teaches_a_surrogate_nothing(demo_model: Path, make_batches: Callable[[], Made]) -> None:
+    from fl_split.node.train import make_distiller
+
+    model = make_model(demo_model, "distilled")
+    distiller = make_distiller(model, 1e-3)
+    try_bottom(model, *make_batches(), CONFIG)
+    assert not distiller._gradients
+    assert slots.trunk_calls_of(model.get_base_model()).distiller is distiller
+
+
+def test_losses_of_examples_add_up_to_the_batches(demo_model: Path, make_batches: Callable[[], Made]) -> None:
+    model = make_model(demo_model, "identity").eval()
+    for batch in make_batches()[1][:2]:
+        with torch.no_grad():
+            sums, counts = example_losses(model, batch)
+            whole, _ = forward(model, batch, 1)
+        assert counts.sum() == count_targets(batch)
+        torch.testing.assert_close(sums.sum(), whole)
+
+
+def test_error_covers_the_truth_in_nine_of_ten_trials() -> None:
+    """Against 5,000 examples of which a trial sees 64; lengths and falls as uneven as in real text."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(4, 200, (5000,), generator=generator).double()
+    falls = (0.02 + 0.2 * torch.randn(5000, generator=generator).exp() * 0.3) * targets
+    falls -= 0.3 * targets * (torch.rand(5000, generator=generator) < 0.3)
+    truth = (falls.sum() / targets.sum()).item()
+    covered = 0
+    for _ in range(100):
+        some = torch.randperm(5000, generator=generator)[:64]
+        before: Losses = (falls[some], targets[some])
+        found = gain(before, (torch.zeros(64), targets[some]))
+        covered += abs(found.mean - truth) <= 2 * found.error
+    assert 90 <= covered < 100  # and is not merely wide
+
+
+def test_trials_become_rarer() -> None:
+    assert [n for n in range(1, 300) if is_due(n)] == [1, 4, 16, 64, 256]
+
+
+def test_gain_has_to_be_sure_and_to_matter() -> None:
+    assert not Gain().is_useful
+    assert Gain(0.021, 0.01, 0.2).is_useful and not Gain(0.021, 0.01, 0.22).is_useful
+    assert Gain(0.021, 0.01, -1.0).is_useful and not Gain(0.019, 0.01).is_useful and not Gain(-1.0, 0.01).is_useful
+
+
+def test_explanation_says_what_was_measured_and_what_would_help() -> None:
+    text = explain(Gain(-0.01, 0.02, 0.3), "identity")
+    assert (
+        "raised the loss on other examples by 0.0100 (standard error 0.0200), the top alone lowered it by 0.3000"
+        in text
+        and "exact gradient" in text
+    )
+    assert "lowered" in explain(Gain(0.01, 0.02), "blocks")
+
+
+# -------------------------------------------------------------------------------------------------- whole rounds
+
+
+def run(tmp_path: Path, name: str, **changes: Any) -> list[dict[str, Any]]:
+    """One node's rounds on the demo, in this process; the metrics of each."""
+    config = {
+        **RunConfig().to_flat(),
+        "num-server-rounds": 2,
+        "train.steps": 3,
+        "train.bottom-lr": 4e-3,
+        "train.top-lr": 4e-3,
+        "data.max-length": 48,
+        "data.holdout": 0.05,
+        "aggregation.min-nodes": 1,
+        "data.path": str(demo.data_folder() / "hospital-south.jsonl"),
+        "run.dir": str(tmp_path),
+        "run.name": name,
+        **changes,
+    }
+    grid = InProcessGrid(client_app.app, 1, config)
+    server_app.app(grid=grid, context=Context(1, 1, {}, RecordDict(), config))
+    lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if "partition-id" in entry]
+
+
+def exported(tmp_path: Path, name: str) -> dict[str, Tensor]:
+    return load_file(tmp_path / name / "nodes" / "0" / "adapter" / "adapter_model.safetensors")
+
+
+def test_bottom_that_fails_its_trial_leaves_the_run_that_never_had_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, "none", **{"surrogate.kind": "none"})
+    monkeypatch.setattr(slots, "join", _Random.apply)
+    rounds = run(tmp_path, "random", **{"surrogate.kind": "identity"})
+    assert [entry["bottom-trained"] for entry in rounds] == [0, 0]
+    assert "the bottom is not trained: in a trial of 10 steps" in caplog.text
+    none, random = exported(tmp_path, "none"), exported(tmp_path, "random")
+    tops = {name for name in random if ".layers.0." not in name and ".layers.1." not in name}
+    assert tops == none.keys()
+    assert all(torch.equal(none[name], random[name]) for name in tops)  # bit for bit
+    assert all(not random[name].any() for name in random.keys() - tops if ".lora_B." in name)
+
+
+@pytest.mark.parametrize("kind", ["blocks", "distilled"])
+def test_useful_bottom_trains_without_another_trial(tmp_path: Path, kind: str) -> None:
+    rounds = run(tmp_path, "x", **{"surrogate.kind": kind, "train.steps": 20})
+    assert [entry["bottom-trained"] for entry in rounds] == [1, 1]
+    assert rounds[0]["bottom-gain"] > 2 * rounds[0]["bottom-gain-error"] > 0
+    assert rounds[1]["bottom-gain"] == rounds[0]["bottom-gain"]  # of the same trial
+    assert any(value.any() for name, value in exported(tmp_path, "x").items() if ".layers.0." in name and "_B." in name)
+
+
+def test_surrogate_that_learns_goes_on_learning_while_the_bottom_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fl_split.node.trial._SURE", 1e9)
+    rounds = run(tmp_path, "x", **{"surrogate.kind": "distilled"})
+    assert [entry["bottom-trained"] for entry in rounds] == [0, 0]
+    state = next((tmp_path / "x" / "nodes" / "0" / "state").glob("*/round-0002/surrogate-optimizer.safetensors"))
+    assert any(value.any() for value in load_file(state).values())
+    assert all(not v.any() for name, v in exported(tmp_path, "x").items() if ".layers.0." in name and "_B." in name)
+
+
+def test_too_few_examples_to_try_train_no_bottom_unless_told_to(
+    tmp_path: Path, jsonl: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"question": f"How many tablets on day {i}?", "answer": f"{i} tablets."} for i in range(20)]
+    few = {"model.name": str(demo.model_folder()), "data.path": str(jsonl(rows)), "num-server-rounds": 1}
+    assert run(tmp_path, "few", **few)[0]["bottom-trained"] == 0
+    assert "are too few to try whether surrogate.kind='blocks' gives it a useful gradient" in caplog.text
+    assert run(tmp_path, "told", **few, **{"surrogate.check": False})[0]["bottom-trained"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------- a real model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["identity", "blocks"])
+def test_on_a_real_model_the_heldout_loss_does_not_rise_because_of_the_bottom(tmp_path: Path, kind: str) -> None:
+    """FL_SPLIT_MODEL: a pretrained decoder's folder; FL_SPLIT_DATA: a file of questions and answers."""
+    model, data = os.environ.get("FL_SPLIT_MODEL"), os.environ.get("FL_SPLIT_DATA")
+    if not model or not data:
+        pytest.skip("needs a pretrained model and data: set FL_SPLIT_MODEL and FL_SPLIT_DATA")
+    setting = {
+        "model.name": model,
+        "data.path": data,
+        "data.max-length": 80,
+        "data.holdout": 0.05,
+        "train.steps": 10,
+        "train.bottom-lr": 1e-3,
+        "train.top-lr": 2e-3,
+        "trunk.wire-dtype": "float32",
+    }
+    losses = {
+        kind: run(tmp_path, kind, **setting, **{"surrogate.kind": kind})[-1]["heldout-loss-after"]
+        for kind in ("none", kind)
+    }
+    assert losses[kind] <= losses["none"]
