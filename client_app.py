@@ -50,6 +50,7 @@ def train(msg: Message, context: Context) -> Message:
                 run_name=str(instructions["run-name"]),
                 run_id=str(instructions["run-id"]),
                 trunk_address=str(instructions["trunk-address"]),
+                share_address=str(instructions.get("share-address", "")),
                 proximal_mu=float(instructions.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
             ),
         )

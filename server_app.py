@@ -43,7 +43,9 @@ def main(grid: Grid, context: Context) -> None:
     remaining = config.num_server_rounds - run.num_finished
 
     with ExitStack() as stack:
-        address = config.trunk.address
+        address, shares = config.trunk.address, {}
+        if config.surrogate.kind == "shares":
+            shares = {"share-address": config.trunk.share_address}
         if address == "embedded" and remaining > 0:
             ends = (config.split.bottom_layers, config.split.top_layers)
             held = hold_layers(
@@ -51,8 +53,12 @@ def main(grid: Grid, context: Context) -> None:
                 *ends,
                 config.model.torch_dtype,
             )
-            address = stack.enter_context(trunk_server.embedded(held, config=_embedded_config(config)))
+            trunk_config = _embedded_config(config)
+            address = stack.enter_context(trunk_server.embedded(held, config=trunk_config))
             logger.info("embedded trunk: %s", address)
+            if shares:
+                shares = {"share-address": stack.enter_context(trunk_server.embedded(held, config=trunk_config))}
+                logger.warning("both trunks of surrogate.kind='shares' run here: a trial, in which nothing is hidden")
         inner = flower_strategy(config.aggregation, config.dp)
         restore_server_state(inner, run.server_state())
         strategy = SplitStrategy(
@@ -75,7 +81,7 @@ def main(grid: Grid, context: Context) -> None:
                     num_rounds=remaining,
                     timeout=config.run.round_timeout,
                     train_config=ConfigRecord(
-                        {"run-name": run.root.name, "run-id": run.run_id, "trunk-address": address}
+                        {"run-name": run.root.name, "run-id": run.run_id, "trunk-address": address, **shares}
                     ),
                 )
             except PrivacyBudgetExhausted:
@@ -88,7 +94,10 @@ def _embedded_config(config: RunConfig) -> TrunkConfig:
     return TrunkConfig.model_validate(
         {
             "model": {"surrogate": config.surrogate.file},
-            "server": {"exact-gradient": config.trunk.exact_gradient},
+            "server": {
+                "exact-gradient": config.trunk.exact_gradient,
+                "gradient-shares": config.surrogate.kind == "shares",
+            },
             "metrics": {"enabled": False},
         }
     )

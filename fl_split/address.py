@@ -13,6 +13,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def is_local(address: str) -> bool:
+    """Whether ``host:port`` is on this machine."""
+    return address.startswith("unix:") or is_loopback(address.rpartition(":")[0].rpartition("/")[2])
+
+
 def split_address(address: str) -> list[str]:
     """``a:1, b:2`` -> its parts.
 

@@ -25,7 +25,7 @@ Tensors = Literal["both", "a-only", "b-only"]
 StrategyName = Literal[
     "fedavg", "fedavgm", "fedadam", "fedprox", "fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"
 ]
-Kind = Literal["none", "identity", "blocks", "distilled", "matched", "exact"]
+Kind = Literal["none", "identity", "blocks", "distilled", "matched", "streamed", "shares", "exact"]
 Combine = Literal["mean", "svd", "stack", "exact"]
 Task = Literal["causal-lm", "sequence-classification"]
 Partitioner = Literal["", "iid", "column", "dirichlet", "pathological", "linear", "exponential"]
@@ -76,7 +76,8 @@ class Surrogate(_Section):
     kind: Kind = Field(
         "blocks",
         description="`blocks`: kept trunk layers; `distilled`: those, trained on the way; `matched`: published by the "
-        "trunk; `identity`; `none`: the bottom stays frozen; `exact`: dL/dh2 leaves the node",
+        "trunk; `streamed`: all trunk layers, read from disk one at a time; `identity`; `none`: the bottom stays "
+        "frozen; `shares`: dL/dh2 leaves the node as two shares, for two trunks; `exact`: dL/dh2 leaves the node",
     )
     layers: Positive = Field(2, description="trunk layers kept on the node, for `blocks` and `distilled`")
     check: bool = Field(
@@ -91,6 +92,12 @@ class Surrogate(_Section):
         0,
         description="while a surrogate is trained on the node: at every so many micro-batches ask the trunk about "
         "randomly shifted hidden states, too, and fit the surrogate's slope to the answer; 0: never",
+    )
+
+    mask_std: Annotated[float, Field(ge=1, le=4096)] = Field(
+        30.0,
+        description="of `shares`: standard deviation c of the mask, where a sequence's gradient is 1: one trunk learns "
+        "at most 0.72 / c^2 bits of it; rounding grows with c",
     )
 
     @property
@@ -208,6 +215,11 @@ class TrunkService(_Section):
     address: str = Field(
         "embedded",
         description="`embedded`: started for the run; or host:port, several with commas; a node's own comes first",
+    )
+    share_address: str = Field(
+        "",
+        description="of `surrogate.kind = shares`: a second trunk, of another operator, as `trunk.address`; a node's "
+        "own comes first",
     )
     wire_dtype: Literal["bfloat16", "float32", "int8"] = Field("bfloat16", description="of hidden states on the wire")
     in_flight: Positive = Field(
@@ -353,6 +365,7 @@ class RunConfig(_Section):
             raise ValueError(
                 "surrogate.kind='exact' makes gradients leave the nodes: for that, set trunk.exact-gradient=true too"
             )
+        _check_shares(self.surrogate.kind == "shares", self.trunk, self.model)
         if not embedded and not self.trunk.address.rpartition(":")[2].isdigit():
             raise ValueError(f"trunk.address={self.trunk.address!r}: expected 'embedded' or host:port")
         return self
@@ -425,6 +438,23 @@ def _check_aggregation(aggregation: Aggregation, dp: Dp) -> None:
         )
 
 
+def _check_shares(wanted: bool, trunk: TrunkService, model: Model) -> None:
+    embedded = trunk.address == "embedded"
+    if not wanted and trunk.share_address:
+        raise ValueError(
+            f"trunk.share-address={trunk.share_address!r} is for surrogate.kind='shares': set that, or leave it empty"
+        )
+    if wanted and (not trunk.share_address or embedded != (trunk.share_address == "embedded")):
+        raise ValueError(
+            f"surrogate.kind='shares' needs two trunks of different operators: trunk.address={trunk.address!r} and "
+            f"trunk.share-address={trunk.share_address!r}; expected host:port twice, or 'embedded' twice to try it out"
+        )
+    if wanted and embedded and model.dtype != "float32":
+        raise ValueError(f"surrogate.kind='shares' needs trunks in float32: model.dtype={model.dtype!r}")
+    if wanted and not embedded and not trunk.share_address.rpartition(":")[2].isdigit():
+        raise ValueError(f"trunk.share-address={trunk.share_address!r}: expected host:port")
+
+
 def _check_task(task: Task, data: Data) -> None:
     if task == "causal-lm":
         if data.labels:
@@ -495,6 +525,12 @@ class NodeConfig(BaseModel):
     trunk_token_file: str = ""
     trunk_allow_plaintext: bool = False
     allow_exact_gradient: bool = False
+    trunk_share_address: str = ""
+    trunk_share_ca: str = ""
+    trunk_share_cert: str = ""
+    trunk_share_key: str = ""
+    trunk_share_token_file: str = ""
+    allow_gradient_shares: bool = False
     lora_rank: Annotated[int, Field(ge=0, alias="lora.rank")] = 0  # 0: the run's
 
     @classmethod

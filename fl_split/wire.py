@@ -20,6 +20,7 @@ from fl_split.proto import trunk_pb2 as pb
 FLOATS: dict[pb.DType, torch.dtype] = {pb.BFLOAT16: torch.bfloat16, pb.FLOAT32: torch.float32}
 SERVICE: str = pb.DESCRIPTOR.services_by_name["Trunk"].full_name
 EXACT_SERVICE: str = pb.DESCRIPTOR.services_by_name["ExactGradient"].full_name
+SHARES_SERVICE: str = pb.DESCRIPTOR.services_by_name["GradientShares"].full_name
 REQUEST_ID = "x-request-id"  # metadata: the same in the logs of both sides
 PUSHBACK = "grpc-retry-pushback-ms"  # trailer: gRPC's own name, so that any client with a retry policy obeys it
 NAMES: dict[str, pb.DType] = {"bfloat16": pb.BFLOAT16, "float32": pb.FLOAT32, "int8": pb.INT8}
@@ -268,6 +269,21 @@ def decode_reply(reply: pb.ForwardReply, request: pb.ForwardRequest, hidden_size
 def encode_pull(packed: Packed, gradient: Tensor, dtype: pb.DType) -> pb.PullRequest:
     """What an exact gradient sends: hidden states, and dL/dh2 ``[sum(lengths), hidden]``. Not INT8."""
     return pb.PullRequest(forward=encode_request(packed, dtype), gradient=encode_rows(gradient, dtype)[0])
+
+
+def encode_shares(packed: Packed, mask: pb.Mask, rest: Tensor) -> tuple[pb.PullRequest, pb.PullRequest]:
+    """What an exact gradient in shares sends: to the first trunk, and to the second. FLOAT32 only.
+
+    Args:
+        packed: Hidden states; both get them.
+        mask: For the first.
+        rest: What the mask leaves of dL/dh2, ``[sum(lengths), hidden]``; for the second.
+    """
+    forward = encode_request(packed, pb.FLOAT32)
+    return (
+        pb.PullRequest(forward=forward, mask=mask),
+        pb.PullRequest(forward=forward, gradient=encode_rows(rest, pb.FLOAT32)[0]),
+    )
 
 
 def decode_pull(request: pb.PullRequest, limits: CallLimits) -> tuple[Packed, Tensor]:

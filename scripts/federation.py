@@ -101,7 +101,8 @@ class Federation:
     Args:
         folder: Where everything goes; made if need be. Keys that are in it from an earlier time are used again.
         data: One file, folder or pattern per node.
-        num_replicas: Of the trunk.
+        num_replicas: Of the trunk; of each, if there are two.
+        in_shares: There is a second trunk, as of another operator, for `surrogate.kind = "shares"`.
         warm: Nodes have executors with libraries loaded (`fl_split.node.executor`), not Flower's own.
         trunk: Keys of the trunk's configuration, such as ``{"model.name": "demo"}``.
         node: More keys of every node's configuration.
@@ -114,6 +115,7 @@ class Federation:
         data: Sequence[Path],
         *,
         num_replicas: int = 2,
+        in_shares: bool = False,
         warm: bool = True,
         trunk: Mapping[str, Scalar] | None = None,
         node: Mapping[str, Scalar] | None = None,
@@ -121,6 +123,9 @@ class Federation:
     ) -> None:
         self.folder, self.data, self.num_nodes = folder, list(data), len(data)
         self._warm, self._ask_again = warm, 0.0
+        self._trunks = {"trunk": "tokens.json"}  # names of keys and certificates, and of the files of tokens
+        if in_shares:
+            self._trunks["trunk-share"] = "share-tokens.json"
         self._mark = f"{folder}:{secrets.token_hex(4)}"
         self._environment = {
             **os.environ,
@@ -138,13 +143,18 @@ class Federation:
             (folder / name).mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / ".lock")
         self._make_keys()
-        ports = free_ports(1 + num_replicas + self.num_nodes)
+        of_trunks = num_replicas * len(self._trunks)
+        ports = free_ports(1 + of_trunks + self.num_nodes)
         self._superlink_port, *ports = ports
-        self.trunk_address = ",".join(f"{HOST}:{port}" for port in ports[:num_replicas])
+        places = [f"{HOST}:{port}" for port in ports[:of_trunks]]
+        self.trunk_address, self.share_address = ",".join(places[:num_replicas]), ",".join(places[num_replicas:])
         self.superlink = self._make_superlink()
-        self.replicas = [self._make_replica(i, port, trunk or {}) for i, port in enumerate(ports[:num_replicas])]
-        self.nodes = [self._make_node(i, port, node or {}) for i, port in enumerate(ports[num_replicas:])]
-        self.executors = [self._make_executor(i, port) for i, port in enumerate(ports[num_replicas:])]
+        self.replicas = [
+            self._make_replica(i, [*self._trunks][i // num_replicas], port, trunk or {})
+            for i, port in enumerate(ports[:of_trunks])
+        ]
+        self.nodes = [self._make_node(i, port, node or {}) for i, port in enumerate(ports[of_trunks:])]
+        self.executors = [self._make_executor(i, port) for i, port in enumerate(ports[of_trunks:])]
         write_atomic(
             folder / "user" / "config.toml",
             f'[superlink]\ndefault = "local-federation"\n\n[superlink.local-federation]\n'
@@ -156,13 +166,17 @@ class Federation:
     def _make_keys(self) -> None:
         if not (self._keys / "ca.crt").exists():
             make_authority(self._keys)
-            for server in ("superlink", "trunk"):
+        for server in ("superlink", *self._trunks):
+            if not (self._keys / f"{server}.crt").exists():
                 make_server_certificate(self._keys, server, [HOST])
         for i in range(self.num_nodes):
             home = self.folder / f"node-{i}"
             if not (home / "supernode").exists():
                 make_node_key(home / "supernode")
-                write_atomic(home / "trunk.token", add_token(self._keys / "tokens.json", f"node-{i}", None) + "\n")
+            for name, tokens in self._trunks.items():
+                if not (home / f"{name}.token").exists():
+                    token = add_token(self._keys / tokens, f"node-{i}", None)
+                    write_atomic(home / f"{name}.token", token + "\n")
 
     def _make_superlink(self) -> Part:
         home, keys = self.folder / "superlink", self._keys
@@ -180,14 +194,15 @@ class Federation:
         ]
         return Part("superlink", command, home, {**self._environment, "FLWR_HOME": str(home / "flwr")})
 
-    def _make_replica(self, number: int, port: int, changes: Mapping[str, Scalar]) -> Part:
+    def _make_replica(self, number: int, name: str, port: int, changes: Mapping[str, Scalar]) -> Part:
         keys = self._keys
         values: dict[str, Scalar] = {
             "server.host": HOST,
             "server.port": port,
-            "security.cert": str(keys / "trunk.crt"),
-            "security.key": str(keys / "trunk.key"),
-            "security.tokens": str(keys / "tokens.json"),
+            "server.gradient-shares": len(self._trunks) > 1,
+            "security.cert": str(keys / f"{name}.crt"),
+            "security.key": str(keys / f"{name}.key"),
+            "security.tokens": str(keys / self._trunks[name]),
             "metrics.port": 0,
             **changes,
         }
@@ -205,8 +220,15 @@ class Federation:
             "trunk-address": self.trunk_address,
             "trunk-ca": str(self._keys / "ca.crt"),
             "trunk-token-file": str(home / "trunk.token"),
-            **changes,
         }
+        if self.share_address:
+            values |= {
+                "trunk-share-address": self.share_address,
+                "trunk-share-ca": str(self._keys / "ca.crt"),
+                "trunk-share-token-file": str(home / "trunk-share.token"),
+                "allow-gradient-shares": True,
+            }
+        values |= changes
         write_atomic(home / "node.toml", "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
         command = [
             BIN / "flower-supernode",
@@ -269,7 +291,7 @@ class Federation:
 
     def replica_serves(self, number: int) -> bool:
         """Whether a replica of the trunk would answer calls."""
-        address = self.trunk_address.split(",")[number]
+        address = [*self.trunk_address.split(","), *self.share_address.split(",")][number]
         try:
             return ping(address, Credentials(ca=str(self._keys / "ca.crt")), 2.0)[0] == "SERVING"
         except FLSplitError:
@@ -365,6 +387,7 @@ class Federation:
         return {
             "run.dir": str(self.folder / "server"),
             "trunk.address": self.trunk_address,
+            **({"trunk.share-address": self.share_address, "surrogate.kind": "shares"} if self.share_address else {}),
             "aggregation.min-nodes": self.num_nodes,
             **changes,
         }

@@ -48,6 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", default="~/fl-split/local-federation", help="where everything goes")
     parser.add_argument("--nodes", type=int, default=3, help="institutions of the demo (default: 3)")
     parser.add_argument("--replicas", type=int, default=2, help="of the trunk (default: 2)")
+    parser.add_argument(
+        "--operators",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="2: a second trunk, and gradients in shares (default: 1)",
+    )
     parser.add_argument("--data", help="a pattern of .jsonl, .csv or .parquet files: one node for each file")
     parser.add_argument("--model", default="demo", help="demo, an absolute or ~ path, or a Hugging Face id")
     parser.add_argument("--bottom-layers", type=int, default=2, help="of run and trunk (default: 2)")
@@ -75,7 +82,14 @@ def _run(options: argparse.Namespace, folder: Path, data: list[Path]) -> int:
     split = {"bottom-layers": options.bottom_layers, "top-layers": options.top_layers}
     trunk = {"model.name": options.model, **{f"model.{key}": value for key, value in split.items()}}
     print(f"folder: {folder}\nstarting a SuperLink, {options.replicas} trunk replicas and {len(data)} SuperNodes ...")
-    with Federation(folder, data, num_replicas=options.replicas, warm=not options.cold, trunk=trunk) as federation:
+    with Federation(
+        folder,
+        data,
+        num_replicas=options.replicas,
+        in_shares=options.operators == 2,
+        warm=not options.cold,
+        trunk=trunk,
+    ) as federation:
         if options.stay:
             print(f"up. In another shell:\n  export FLWR_HOME={folder}/user FLWR_DISABLE_UPDATE_CHECK=1")
             pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in federation.run_config({}).items())

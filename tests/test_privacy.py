@@ -58,7 +58,10 @@ def tapped_trunk(folder: Path, sent: Sent) -> Iterator[str]:
             channel.close()
 
 
-def test_only_hidden_states_reach_the_trunk(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["blocks", "streamed"])
+def test_only_hidden_states_reach_the_trunk(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     sent: Sent = []
     outputs: list[Tensor] = []  # of the last bottom layer, packed as on the wire
     start = TrunkCalls.start
@@ -70,7 +73,7 @@ def test_only_hidden_states_reach_the_trunk(demo_model: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(TrunkCalls, "start", spy)
     with tapped_trunk(demo_model, sent) as address:
-        run_once(tmp_path, **{"trunk.address": address, "trunk.in-flight": 1})
+        run_once(tmp_path, **{"trunk.address": address, "trunk.in-flight": 1, "surrogate.kind": kind})
 
     tokens = private_tokens(demo_model)
     requests = [message for method, message in sent if method.endswith("/Forward")]
@@ -91,6 +94,25 @@ def test_only_hidden_states_reach_the_trunk(demo_model: Path, tmp_path: Path, mo
         "metadata x-request-id",
     }
     assert all(message == b"" for method, message in sent if method.endswith("/Describe"))
+
+
+def test_two_trunks_of_a_run_in_shares_get_hidden_states_and_noise(
+    demo_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = {"surrogate.kind": "shares", "trunk.share-address": "embedded", "surrogate.mask-std": 100.0}
+    grid = run_once(tmp_path, **keys)
+    assert [set(m.content["config"]) for m in grid.instructions] == [
+        {"run-name", "run-id", "trunk-address", "share-address", "server-round"}
+    ] * 2
+    places = {(m.content["config"]["trunk-address"], m.content["config"]["share-address"]) for m in grid.instructions}
+    ((first, second),) = places
+    assert first != second
+    for reply in grid.replies.values():
+        sequences = 4 * RunConfig().train.batch_size  # of two steps, and twice of the descent ratio
+        bits = reply.content["metrics"]["share-leak-bits"]
+        assert 0 < bits < 1.05 * sequences * 0.7214 / 100**2
+    assert "only while the two operators do not collude" in caplog.text
+    assert "in which nothing is hidden" in caplog.text
 
 
 def private_tokens(folder: Path) -> list[bytes]:

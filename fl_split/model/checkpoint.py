@@ -28,6 +28,7 @@ _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "u
 _SAMPLED_ROWS = 16
 
 Needs = Callable[[str], bool]  # whether a party needs a weight, by its name in the checkpoint
+Place = tuple[Path, str]  # a file of a checkpoint, and a weight's name in it
 
 
 def node_needs(
@@ -37,7 +38,8 @@ def node_needs(
 
     def needs(config: PretrainedConfig) -> Needs:
         cut = Boundaries.of(examine(config, AutoModel), bottom_layers, top_layers)
-        held = {*cut.bottom, *cut.top, *kept_layers(surrogate, layers, cut.first, cut.end)}
+        kept = cut.trunk if surrogate == "streamed" else kept_layers(surrogate, layers, cut.first, cut.end)
+        held = {*cut.bottom, *cut.top, *kept}
         return lambda key: (layer := _layer_of(key, cut.layers_name)) is None or layer in held
 
     return needs
@@ -137,24 +139,10 @@ def weights_digest(folder: Path, layers_name: str, layers: range) -> str | None:
     Returns:
         None if the checkpoint's files for these layers are not here.
     """
-    index = folder / INDEX
-    if index.is_file():  # files may hold parts of a layer: a digest of what is here would be another one
-        files = json.loads(index.read_text())["weight_map"]
-        needed = {file for key, file in files.items() if _layer_of(key, layers_name) in layers}
-        if not all((folder / file).is_file() for file in needed):
-            return None
-    pattern = re.compile(rf"(?:^|\.){re.escape(layers_name)}\.(\d+)\.(.+)$")
+    if missing_files(folder, layers_name, layers):  # a digest of what is here would be another one
+        return None
     digest, seen = hashlib.sha256(), set()
-    places: dict[tuple[int, str], tuple[Path, str]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as tensors:
-                for key in tensors.keys():
-                    if (match := pattern.search(key)) and int(match[1]) in layers:
-                        places[int(match[1]), match[2]] = (file, key)
-        except SafetensorError as error:
-            raise SplitError(f"{file} is not a complete safetensors file: fetch it again") from error
-    for (layer, name), (file, key) in sorted(places.items()):
+    for (layer, name), (file, key) in sorted(layer_places(folder, layers_name, layers).items()):
         seen.add(layer)
         with safe_open(file, "pt") as tensors:
             rows = tensors.get_slice(key)
@@ -165,6 +153,35 @@ def weights_digest(folder: Path, layers_name: str, layers: range) -> str | None:
                 sample: torch.Tensor = rows[i]
                 digest.update(sample.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest() if seen == set(layers) else None
+
+
+def missing_files(folder: Path, layers_name: str, layers: range) -> list[str]:
+    """Names of the checkpoint's files that hold weights of these layers and are not here."""
+    index = folder / INDEX
+    if not index.is_file():
+        return []
+    files = json.loads(index.read_text())["weight_map"]
+    needed = {file for key, file in files.items() if _layer_of(key, layers_name) in layers}
+    return sorted(file for file in needed if not (folder / file).is_file())
+
+
+def layer_places(folder: Path, layers_name: str, layers: range) -> dict[tuple[int, str], Place]:
+    """Where the weights of some layers lie, by layer and by name in it.
+
+    Raises:
+        SplitError: A file is damaged.
+    """
+    pattern = re.compile(rf"(?:^|\.){re.escape(layers_name)}\.(\d+)\.(.+)$")
+    places: dict[tuple[int, str], Place] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as tensors:
+                for key in tensors.keys():
+                    if (match := pattern.search(key)) and int(match[1]) in layers:
+                        places[int(match[1]), match[2]] = (file, key)
+        except SafetensorError as error:
+            raise SplitError(f"{file} is not a complete safetensors file: fetch it again") from error
+    return places
 
 
 def _files_needed(folder: Path, needs: Callable[[PretrainedConfig], Needs] | None) -> list[str]:

@@ -28,6 +28,7 @@ from fl_split.model.family import Anatomy, Hole, ancestors, examine
 from fl_split.model.generation import Streams
 from fl_split.model.loading import Boundaries, boundaries_of, ignore_in_checkpoint, list_of_layers, load_around_holes
 from fl_split.model.slots import Trunk, TrunkCalls, TrunkSlot
+from fl_split.model.streamed import read_places, stream_layer
 from fl_split.model.surrogate import kept_layers
 from fl_split.model.thin import read_thin_layers, thin_layer
 
@@ -85,9 +86,13 @@ def load_ends(
         torch.manual_seed(seed)
         model, left_out = _load_without([i for i in cut.trunk if i not in kept], folder, config, anatomy, head, dtype)
     layers, calls = list_of_layers(model.base_model, anatomy), TrunkCalls(trunk, surrogate, Streams(config.model_type))
+    streamed = surrogate == "streamed"
+    places = read_places(folder, cut.layers_name, left_out, config.model_type) if streamed else {}
     thin = read_thin_layers(matched) if matched is not None else {}
     for i in cut.trunk:
         layer = thin_layer(left_out[i].to(dtype), thin[i]).to(dtype) if i in thin else layers[i]
+        if streamed:
+            layer = stream_layer(left_out[i], model, anatomy.as_tuple, places[i], dtype)
         layers[i] = TrunkSlot(layer, anatomy.as_tuple, calls, i, cut)
     _listen(model.base_model, anatomy, calls)
     calls.streams.watch(model)

@@ -45,12 +45,15 @@ class Trunk(Protocol):
 
 
 class ExactTrunk(Trunk, Protocol):
-    """A trunk that also gives gradients, for ``surrogate.kind = "exact"``."""
+    """A trunk that also gives gradients, for ``surrogate.kind`` `exact` and `shares`."""
 
     def vjp(
         self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, gradient: Tensor
     ) -> Tensor:
-        """Pull dL/dh2 back to dL/dh1; shapes as in `start`. Both leave the node, **so the promise is broken**."""
+        """Pull dL/dh2 back to dL/dh1; shapes as in `start`.
+
+        **Both leave the node, so the promise is broken**; unless they leave in shares (`node.shares`).
+        """
         ...
 
 
@@ -110,7 +113,7 @@ class TrunkCalls:
         mine.pending = mine.start = mine.surrogate = mine.probe = mine.distiller = None
         if self.kind == "none" or not start.requires_grad:
             return hidden_states
-        if self.kind == "exact":
+        if self.kind in ("exact", "shares"):
             trunk, h1 = cast(ExactTrunk, self.trunk), start.detach()
             return join_exact(start, hidden_states, lambda gradient: trunk.vjp(h1, mask, positions, gradient))
         return join(surrogate, hidden_states)
@@ -124,7 +127,7 @@ class TrunkSlot(Hole):
 
     def __init__(self, layer: nn.Module, as_tuple: bool, calls: TrunkCalls, index: int, cut: Boundaries) -> None:
         super().__init__(layer, as_tuple)
-        self.kept = None if isinstance(layer, Hole) else layer
+        self.kept = None if type(layer) is Hole else layer
         self.calls, self.index, self.first, self.last = calls, index, index == cut.first, index == cut.end - 1
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 import logging
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,15 +20,19 @@ from fl_split.model.packing import check_packing
 from fl_split.model.slots import Trunk
 from fl_split.node.expected import Expected
 from fl_split.node.replicas import Credentials
+from fl_split.node.shares import SharesTrunk, Sides
 from fl_split.node.trunk_cache import CachedTrunk
 from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.plan.fits_here import check_room
+from fl_split.shares import leak_bits
 
 logger = logging.getLogger(__name__)
 
 
 def check_consent(config: RunConfig, node: NodeConfig) -> None:
     """Refuse exact gradients without the institution's own word, where there is one (a simulation cannot ask)."""
+    if config.surrogate.kind == "shares":
+        _check_consent_to_shares(config, node)
     if config.surrogate.kind != "exact":
         return
     if (node.data_path or node.out_dir) and not node.allow_exact_gradient:
@@ -53,6 +58,21 @@ def check_demo_data(config: RunConfig, node: NodeConfig) -> None:
         raise ConfigError(
             f"{text}, for model.name='demo', not {config.model.name!r}: set data.path, or data-path in --node-config"
         )
+
+
+def _check_consent_to_shares(config: RunConfig, node: NodeConfig) -> None:
+    if (node.data_path or node.out_dir) and not node.allow_gradient_shares:
+        raise ConfigError(
+            "this run has surrogate.kind='shares', which sends hidden states to two trunks, and to each a share of "
+            "dL/dh2, the gradient of this node's private loss: to allow it, set allow-gradient-shares=true in "
+            "--node-config; else use another surrogate.kind"
+        )
+    logger.warning(
+        "surrogate.kind='shares': hidden states go to two trunks, and to each a share of dL/dh2, the gradient of this "
+        "node's private loss. Alone, a share says at most %.2g bits of a sequence's. This holds only while the two "
+        "operators do not collude: together they have the gradient",
+        leak_bits(config.surrogate.mask_std),
+    )
 
 
 def warn_of_room(config: RunConfig, node: NodeConfig) -> None:
@@ -95,13 +115,49 @@ def connect(
         wire_dtype=config.trunk.wire_dtype,
         timeout_s=config.trunk.timeout_s,
         in_flight=config.trunk.in_flight,
-        credentials=Credentials(
-            node.trunk_ca, node.trunk_cert, node.trunk_key, node.trunk_token_file, node.trunk_allow_plaintext
-        ),
+        credentials=_credentials(node),
     )
     stack.enter_context(connection)
     connection.connect()
     return connection, expected
+
+
+def connect_shares(
+    config: RunConfig, node: NodeConfig, folder: Path, addresses: tuple[str, str], stack: ExitStack
+) -> SharesTrunk:
+    """Reach the two trunks that a gradient's shares go to; arguments and errors as of `connect`.
+
+    Raises:
+        ConfigError: The two are not apart.
+    """
+    places = (node.trunk_address or addresses[0], node.trunk_share_address or addresses[1])
+    credentials = (
+        _credentials(node),
+        Credentials(node.trunk_share_ca, node.trunk_share_cert, node.trunk_share_key, node.trunk_share_token_file),
+    )
+    sides = Sides(places, credentials)
+    expected = Expected.from_checkpoint(folder, config.split.bottom_layers, config.split.top_layers)
+    first, second = (
+        stack.enter_context(
+            TrunkConnection(
+                place,
+                expected,
+                wire_dtype=config.trunk.wire_dtype,
+                timeout_s=config.trunk.timeout_s,
+                in_flight=config.trunk.in_flight,
+                credentials=own,
+                meet=partial(sides.meet, side),
+            )
+        )
+        for side, (place, own) in enumerate(zip(places, credentials, strict=True))
+    )
+    return SharesTrunk(first, second, config.surrogate.mask_std)
+
+
+def _credentials(node: NodeConfig) -> Credentials:
+    return Credentials(
+        node.trunk_ca, node.trunk_cert, node.trunk_key, node.trunk_token_file, node.trunk_allow_plaintext
+    )
 
 
 def with_cache(

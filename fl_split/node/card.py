@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
 
 from fl_split.config import Data, Model, NodeConfig, RunConfig
+from fl_split.data.examples import template_of
 from fl_split.data.load import Examples
 from fl_split.files import write_atomic
 
 RECIPE = "fl-split.json"
-Framing = Literal["prompt", "messages", "text"]
+PLAIN = "{prompt}\n"
 
 
 def base_name(model: Model, folder: Path) -> str:
@@ -49,12 +51,19 @@ Trained with fl-split on the first {config.split.bottom_layers} and last {config
 """
 
 
-def write_recipe(folder: Path, config: RunConfig) -> None:
+def write_recipe(folder: Path, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Note beside an adapter how to ask it; names and formats only, nothing of an example."""
-    recipe = {"framing": framing_of(config.data), "dtype": config.model.dtype, "wire-dtype": config.trunk.wire_dtype}
+    recipe = {
+        "framing": framing_of(config.data, tokenizer),
+        "dtype": config.model.dtype,
+        "wire-dtype": config.trunk.wire_dtype,
+    }
     write_atomic(folder / RECIPE, json.dumps(recipe, indent=2) + "\n")
 
 
-def framing_of(data: Data) -> Framing:
-    """How a run frames its examples."""
-    return "messages" if data.messages else "text" if data.text else "prompt"
+def framing_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> str:
+    """How a run writes what comes before an answer: ``text``, ``chat``, or a text with ``{prompt}``."""
+    if data.text:
+        return "text"
+    template = "chat" if data.messages else template_of(data, tokenizer)
+    return PLAIN if template == "plain" else template.partition("{response}")[0]

@@ -28,6 +28,7 @@ class RoundMetrics:
     evaluate_s: float  # scoring on held-out examples, before and after training
     trunk_forward_s: float  # summed over the calls of training
     activation_bytes: int  # sent to the trunk
+    share_leak_bits: float  # that one of two trunks could learn of gradients, at most; `surrogate.kind = shares`
     cached_sequences: int  # for which the trunk was not asked
     rounds_missed: int  # since this node's last
 

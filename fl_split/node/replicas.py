@@ -14,10 +14,10 @@ from typing import Any
 
 import grpc
 
-from fl_split.address import is_loopback, split_address
+from fl_split.address import is_local, split_address
 from fl_split.errors import ConfigError
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.proto.trunk_pb2_grpc import ExactGradientStub, TrunkStub
+from fl_split.proto.trunk_pb2_grpc import ExactGradientStub, GradientSharesStub, TrunkStub
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),  # replies are checked against their requests
@@ -60,6 +60,10 @@ class Credentials:
             )
         return (("authorization", f"Bearer {token}"),) if token else ()
 
+    def is_plain(self, address: str) -> bool:
+        """Whether a connection to this address has no TLS."""
+        return not (self.ca or self.cert) and (is_local(address) or self.allow_plaintext)
+
     def channel(self, address: str) -> grpc.Channel:
         """A channel to one address; connects when it is used.
 
@@ -68,9 +72,7 @@ class Credentials:
         """
         if bool(self.cert) != bool(self.key):
             raise ConfigError("trunk-cert and trunk-key belong together: set both, or neither")
-        host = address.rpartition(":")[0].rpartition("/")[2]
-        local = is_loopback(host) or address.startswith("unix:")
-        if not (self.ca or self.cert) and (local or self.allow_plaintext):
+        if self.is_plain(address):
             return grpc.insecure_channel(address, options=_OPTIONS)
         credentials = grpc.ssl_channel_credentials(
             root_certificates=_read("trunk-ca", self.ca) if self.ca else None,
@@ -95,6 +97,7 @@ class Replica:
     surrogate: Any = field(init=False)
     decode: Any = field(init=False)
     pull: Any = field(init=False)
+    share: Any = field(init=False)
 
     def __post_init__(self) -> None:
         """Look up the methods."""
@@ -102,6 +105,7 @@ class Replica:
         self.describe, self.forward, self.surrogate = stub.Describe, stub.Forward, stub.Surrogate
         self.decode = stub.Decode
         self.pull = ExactGradientStub(self.channel).Pull
+        self.share = GradientSharesStub(self.channel).Share
 
 
 class Replicas:

@@ -32,6 +32,7 @@ from fl_split.node.build import (
     check_consent,
     check_demo_data,
     connect,
+    connect_shares,
     find_model,
     warn_of_room,
     with_cache,
@@ -40,6 +41,7 @@ from fl_split.node.card import base_name, card_text, write_recipe
 from fl_split.node.evaluate import Scores, evaluate, scores_before
 from fl_split.node.metrics import RoundMetrics, heldout_metrics
 from fl_split.node.received import receive
+from fl_split.node.shares import SharesTrunk
 from fl_split.node.state import NodeFolder, SavedRound
 from fl_split.node.train import RoundSettings, Trained, train_round
 from fl_split.node.trial import LEAST, MEASURED, STEPS, Gain, explain, is_due, try_bottom
@@ -68,6 +70,7 @@ class Instructions:
     run_name: str  # folder of the run
     run_id: str  # identity of the run: state of another run of the same name is left alone
     trunk_address: str  # where the server says that the trunk is
+    share_address: str = ""  # and the second one, of `surrogate.kind = shares`
     proximal_mu: float = 0.0  # weight of FedProx's term
 
 
@@ -136,8 +139,14 @@ class Round:
             warn_of_room(config, node)
         examples = load_examples(config.data, node, tokenizer, config.train.seed, store=home / "examples")
         check_fits(AutoConfig.from_pretrained(base), tokenizer, examples, config.data)
-        connection, expected = connect(config, node, base, instructions.trunk_address, stack)
-        trunk = with_cache(config, connection, expected, home, stack)
+        trunk: Trunk
+        if config.surrogate.kind == "shares":
+            addresses = (instructions.trunk_address, instructions.share_address)
+            trunk = connect_shares(config, node, base, addresses, stack)
+            connection = trunk.first
+        else:
+            connection, expected = connect(config, node, base, instructions.trunk_address, stack)
+            trunk = with_cache(config, connection, expected, home, stack)
         model = build_model(config, node.lora(config.lora), base, connection, trunk, tokenizer.pad_token_id)
         optimizer, distiller, surrogate = train.make_optimizer(model, config.train), None, config.surrogate
         if surrogate.is_trained:
@@ -265,11 +274,12 @@ class Round:
         card = card_text(config, self.node, server_round, heldout_metrics(outcome.heldout), self.examples)
         base = base_name(config.model, self.base)
         adapters.export(self.model, self.folder.adapter, base, config.model.revision, card)
-        write_recipe(self.folder.adapter, config)
+        write_recipe(self.folder.adapter, config, self.tokenizer)
 
     def reply(self, outcome: Outcome) -> RoundResult:
         """What leaves the node: the shared part of the adapter, and numbers."""
         how, trained, examples = self.config.aggregation, outcome.trained, self.examples
+        shares = self.trunk if isinstance(self.trunk, SharesTrunk) else None
         metrics = RoundMetrics(
             partition_id=self.node.partition_id,
             num_examples=len(examples.train),
@@ -288,7 +298,8 @@ class Round:
             train_s=trained.seconds,
             evaluate_s=outcome.evaluate_s,
             trunk_forward_s=outcome.trunk_forward_s,
-            activation_bytes=self.connection.bytes_sent,
+            activation_bytes=(shares or self.connection).bytes_sent,
+            share_leak_bits=shares.leak_bits if shares else 0.0,
             cached_sequences=self.trunk.hits if isinstance(self.trunk, CachedTrunk) else 0,
             rounds_missed=self.instructions.server_round - 1 - self.saved.number,
         )

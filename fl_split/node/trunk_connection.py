@@ -57,6 +57,7 @@ class TrunkConnection:
         timeout_s: float = 120,
         in_flight: int = 4,
         credentials: Credentials = Credentials(),  # noqa: B008  # frozen
+        meet: Callable[[str], None] | None = None,
     ) -> None:
         """Prepare channels and threads; nothing is sent before `connect` or the first call.
 
@@ -69,6 +70,7 @@ class TrunkConnection:
                 one that hangs does not use them up.
             in_flight: Calls at the same time, at most.
             credentials: TLS and token.
+            meet: For gradient shares: looks at an address whenever it is checked, and raises if it must get none.
 
         Raises:
             ConfigError: An address or credentials that cannot be used.
@@ -77,6 +79,7 @@ class TrunkConnection:
         self.address = address
         self._expected, self.timeout_s, self.hidden_size = expected, timeout_s, expected.hidden_size
         self.wire_dtype: pb.DType = wire.NAMES[wire_dtype]
+        self._meet = meet
         self._metadata = credentials.metadata()
         self._replicas = Replicas(address, credentials)
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="trunk-call")
@@ -165,9 +168,9 @@ class TrunkConnection:
             self.bytes_received += received_bytes
             self.forward_s += seconds
 
-    def tokens_per_call(self) -> int:
-        """Tokens in one message, at most."""
-        aim = _CALL_BYTES // wire.bytes_per_token(self.wire_dtype, self.hidden_size)
+    def tokens_per_call(self, dtype: pb.DType | None = None) -> int:
+        """Tokens in one message of a dtype, at most; by default of the connection's."""
+        aim = _CALL_BYTES // wire.bytes_per_token(self.wire_dtype if dtype is None else dtype, self.hidden_size)
         return max(1, min([aim, *(about.max_tokens for about in self._replicas.descriptions)]))
 
     def _call(self, packed: wire.Packed) -> Tensor:
@@ -223,6 +226,12 @@ class TrunkConnection:
             return
         reply = replica.describe(pb.DescribeRequest(), timeout=left_s, metadata=metadata)
         self._expected.check(reply, replica.address, self.wire_dtype)
+        if self._meet is not None:
+            self._check_for_shares(reply, replica.address)
+            try:
+                self._meet(replica.address)
+            except TrunkUnavailable as error:
+                raise _NoHandshake from error
         with self._lock:
             self.trunk_id = self.trunk_id or reply.trunk_id
         if reply.trunk_id != self.trunk_id:
@@ -231,6 +240,18 @@ class TrunkConnection:
                 f"one that this node began with ({self.trunk_id.hex()}): start all replicas with the same [model]"
             )
         replica.description, replica.checked = reply, True
+
+    def _check_for_shares(self, reply: pb.DescribeReply, address: str) -> None:
+        if not reply.gradient_shares:
+            raise TrunkRefused(
+                f"the trunk at {address} does not offer gradient shares: its operator has to start it with "
+                "server.gradient-shares=true; or use another surrogate.kind"
+            )
+        if reply.compute_dtype != "float32" or reply.quantization:
+            raise TrunkMismatch(
+                f"the trunk at {address} computes in {_precision(reply)}: surrogate.kind='shares' needs float32, since "
+                "the two trunks' answers are large and nearly cancel"
+            )
 
     def _put_off(self, replica: Replica, error: grpc.RpcError, seconds: float) -> bool:
         """Tell whether asking again may help, and if so leave this replica alone for a while."""
@@ -318,17 +339,30 @@ class TrunkConnection:
         rows = torch.cat([packed.rows, wire.pack(gradient, attention_mask)[0].to(packed.rows)], 1)
         both = wire.Packed(rows, packed.lengths, packed.positions)  # cut together
         size = max(1, self.tokens_per_call() // 2)
-        calls = [self._threads.submit(self._pull, part) for part in wire.cut(both, size)]
+        calls = [self._threads.submit(self._pull, self._exact(part), "pull") for part in wire.cut(both, size)]
         pulled = torch.cat([call.result() for call in calls]).to(device=gradient.device, dtype=gradient.dtype)
         return wire.unpack(pulled, attention_mask, hidden_states.shape[0])
 
-    def _pull(self, both: wire.Packed) -> Tensor:
+    def _exact(self, both: wire.Packed) -> pb.PullRequest:
         dtype = self.wire_dtype if self.wire_dtype != pb.INT8 else pb.BFLOAT16
         rows, gradient = both.rows.chunk(2, 1)
-        request = wire.encode_pull(wire.Packed(rows, both.lengths, both.positions), gradient, dtype)
+        return wire.encode_pull(wire.Packed(rows, both.lengths, both.positions), gradient, dtype)
 
+    @property
+    def tokens_per_share(self) -> int:
+        """Tokens whose hidden states and share of a gradient one call may hold."""
+        return max(1, self.tokens_per_call(pb.FLOAT32) // 2)
+
+    def share(self, request: pb.PullRequest) -> "Future[Tensor]":
+        """Send one share of a gradient to this trunk, or the mask's seed; the future as of `start`.
+
+        A call that was lost is made again with this same request, by a replica of this connection.
+        """
+        return self._threads.submit(self._pull, request, "share")
+
+    def _pull(self, request: pb.PullRequest, method: str) -> Tensor:
         def pull(replica: Replica, left_s: float, metadata: Any) -> pb.PullReply:
-            reply: pb.PullReply = replica.pull(request, timeout=left_s, metadata=metadata)
+            reply: pb.PullReply = getattr(replica, method)(request, timeout=left_s, metadata=metadata)
             self.check_origin(reply)
             return reply
 
@@ -391,6 +425,16 @@ class _AnotherTrunk(grpc.RpcError):  # type: ignore[misc]
 
     def code(self) -> grpc.StatusCode:
         return _Code.ABORTED
+
+
+class _NoHandshake(grpc.RpcError):  # type: ignore[misc]
+    """A replica whose certificate cannot be looked at. As good as lost."""
+
+    def code(self) -> grpc.StatusCode:
+        return _Code.UNAVAILABLE
+
+    def details(self) -> str:
+        return "handshake"
 
 
 def _precision(about: pb.DescribeReply) -> str:

@@ -26,7 +26,7 @@ from fl_split.errors import ConfigError, DataError, TrunkUnavailable
 from fl_split.model.checkpoint import node_needs, read_config, resolve_model
 from fl_split.model.ends import load_ends
 from fl_split.model.loading import boundaries_of
-from fl_split.node.card import RECIPE, Framing
+from fl_split.node.card import PLAIN, RECIPE
 from fl_split.node.expected import Expected
 from fl_split.node.replicas import Credentials, Replicas
 from fl_split.node.trunk_connection import TrunkConnection
@@ -48,7 +48,7 @@ class Tuned:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     connection: TrunkConnection
-    framing: Framing
+    framing: str  # see `card.framing_of`
     name: str
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
@@ -62,7 +62,7 @@ class Tuned:
         if not messages or not all(isinstance(m.get("content"), str) and m.get("role") for m in messages):
             raise DataError("expected messages with a role and a text as content")
         tokenizer = self.tokenizer
-        if self.framing == "messages":
+        if self.framing == "chat":
             try:
                 coded: Any = tokenizer.apply_chat_template(
                     [dict(m) for m in messages], add_generation_prompt=True, tokenize=True, return_dict=True
@@ -70,7 +70,8 @@ class Tuned:
             except TemplateError as error:  # its text may quote the chat
                 raise DataError(f"the chat template refuses these messages ({type(error).__name__})") from None
             return cast(list[int], coded["input_ids"])
-        return self.encode_text(messages[-1]["content"] + ("\n" if self.framing == "prompt" else ""))
+        framing = "{prompt}" if self.framing == "text" else self.framing
+        return self.encode_text(framing.replace("{prompt}", messages[-1]["content"]))
 
     def encode_text(self, text: str) -> list[int]:
         """Tokens of a text as it is, to be gone on with."""
@@ -148,7 +149,7 @@ def load_tuned(
         connection.close()
         raise
     logger.warning(NOTICE.format(address=trunk_address))
-    framing = recipe.get("framing", "messages" if tokenizer.chat_template else "prompt")
+    framing = recipe.get("framing", "chat" if tokenizer.chat_template else PLAIN)
     return Tuned(model, tokenizer, connection, framing, folder.name)
 
 

@@ -7,6 +7,7 @@ and takes one training step there (`step_memory`).
 import copy
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from fl_split.model.loading import Boundaries
 from fl_split.model.surrogate import kept_layers
 from fl_split.plan.step_memory import layers_of, on_meta, step_on_meta
 from fl_split.proto import trunk_pb2 as pb
+from fl_split.shares import SEED_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "T
 class Memory:
     """A node's memory while it trains, in bytes; without the process itself, `PROCESS_BYTES`."""
 
-    weights: int  # frozen: its layers, embeddings and head, and its surrogate
+    weights: int  # frozen: its layers, embeddings and head, and its surrogate, of a streamed one the largest layer
     training: int  # adapters, their gradients and AdamW's two moments; a distilled surrogate's too
     activations: int  # all other tensors of a step, as many as are alive at once
 
@@ -117,6 +119,7 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     sizes = [_num_params(layer) for layer in layers_of(model, anatomy)]
     outside = _num_params(model) - sum(sizes)
     own = [*cut.bottom, *kept, *cut.top]
+    streamed = cut.trunk if kind == "streamed" else ()  # in memory one at a time
     kept_params = sum(sizes[i] for i in kept)
     training, activations = _step(model, config, anatomy, cut, kept, run)
     if run.surrogate.is_trained:
@@ -127,20 +130,31 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     if getattr(config, "tie_word_embeddings", False) and run.task == "causal-lm":
         head = outside
     passes = 3 if run.train.activation_checkpointing else 2  # through the node's layers: one more forward pass
+
+    def flop(layers: Iterable[int], passes: int) -> int:
+        return sum(2 * passes * sizes[i] + (passes + 1) * attention for i in layers)
+
     lengths = [run.data.max_length] * run.train.batch_size
     wire_dtype = wire.NAMES[run.trunk.wire_dtype]
     calls = 1 + 1 / run.surrogate.probe_every if run.surrogate.is_trained and run.surrogate.probe_every else 1
-    pulled = pull_bytes(lengths, wire_dtype, config.hidden_size) if run.surrogate.kind == "exact" else (0, 0)
+    pulled = {
+        "exact": lambda: pull_bytes(lengths, wire_dtype, config.hidden_size),
+        "shares": lambda: share_bytes(lengths, config.hidden_size),
+    }.get(kind, lambda: (0, 0))()
     return Plan(
         bottom_layers=len(cut.bottom),
         top_layers=len(cut.top),
         trunk_layers=len(cut.trunk),
-        node=Memory((outside + sum(sizes[i] for i in own)) * dtype.itemsize, training, activations),
+        node=Memory(
+            (outside + sum(sizes[i] for i in own) + max((sizes[i] for i in streamed), default=0)) * dtype.itemsize,
+            training,
+            activations,
+        ),
         trunk_weights=sum(sizes[i] for i in cut.trunk) * dtype.itemsize,
         full_weights=(outside + sum(sizes)) * dtype.itemsize,
         request_bytes=round(calls * request_bytes(lengths, wire_dtype, config.hidden_size)) + pulled[0],
         reply_bytes=round(calls * reply_bytes(lengths, wire_dtype, config.hidden_size)) + pulled[1],
-        node_flop=tokens * (4 * head + 2 * passes * sum(sizes[i] for i in own) + (passes + 1) * attention * len(own)),
+        node_flop=tokens * (4 * head + flop(own, passes) + flop(streamed, 3)),
         trunk_flop=calls * tokens * (2 * sum(sizes[i] for i in cut.trunk) + attention * len(cut.trunk)),
         accumulation=run.train.accumulation,
         in_flight=run.trunk.in_flight,
@@ -192,6 +206,15 @@ def pull_bytes(lengths: list[int], dtype: pb.DType, hidden_size: int) -> tuple[i
     rows = torch.zeros(sum(lengths), hidden_size)
     request = wire.encode_pull(wire.Packed(rows, lengths, None), rows, dtype)
     return request.ByteSize(), wire.encode_pull_reply(rows, dtype, bytes(16)).ByteSize()
+
+
+def share_bytes(lengths: list[int], hidden_size: int) -> tuple[int, int]:
+    """Bytes of both requests and both replies of an exact gradient in shares."""
+    rows = torch.zeros(sum(lengths), hidden_size)
+    mask = pb.Mask(seed=bytes(SEED_BYTES), std=1.0, step=1.0)
+    sent = wire.encode_shares(wire.Packed(rows, lengths, None), mask, rows)
+    reply = wire.encode_pull_reply(rows, pb.FLOAT32, bytes(16))
+    return sum(request.ByteSize() for request in sent), 2 * reply.ByteSize()
 
 
 def _outliers(dtype: pb.DType, hidden_size: int) -> list[int]:

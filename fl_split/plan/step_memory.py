@@ -7,6 +7,7 @@ within one operation, such as a matrix kernel's own buffers.
 
 import copy
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fl_split.model.ends import checkpoint_activations, stop_dropout
 from fl_split.model.family import Anatomy, Hole
 from fl_split.model.loading import Boundaries
 from fl_split.model.loss import Batch, forward
+from fl_split.model.streamed import StreamedLayer
 
 _ATTENTION = "fl_split_live"  # stands in for a fused kernel on the meta device
 
@@ -64,7 +66,9 @@ def step_on_meta(
     """
     layers = layers_of(model, anatomy)
     for i in cut.trunk:
-        if i not in kept:
+        if run.surrogate.kind == "streamed":
+            layers[i] = StreamedLayer(layers[i], anatomy.as_tuple, partial(_weights, layers[i]))
+        elif i not in kept:
             layers[i] = Hole(layers[i], anatomy.as_tuple)
     model.boundaries, model.head_modules = cut, anatomy.head if run.task == "sequence-classification" else ()
     if run.train.activation_checkpointing:
@@ -77,7 +81,7 @@ def step_on_meta(
         batch: Batch = {"input_ids": ids, "labels": ids[:, 0] if run.task == "sequence-classification" else ids}
         if run.train.activation_checkpointing:  # a mask spares it that look, but some families look at the mask
             batch["attention_mask"] = torch.ones_like(ids)
-        live = _Live(adapted)
+        live = _Live(adapted, *(layer.shell for layer in layers if isinstance(layer, StreamedLayer)))
         waits: list[int] = []  # what a micro-batch holds while it waits for the trunk
         layers[cut.end].register_forward_pre_hook(lambda *_: waits.append(live.num_bytes))
         with live:
@@ -86,14 +90,18 @@ def step_on_meta(
     return 4 * trained, live.peak + waiting * waits[0]
 
 
+def _weights(layer: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+
+
 class _Live(TorchDispatchMode):
     """Counts the bytes of all tensors made while it is active and not yet gone, each storage once."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, *modules: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.num_bytes = self.peak = 0
         self._known: dict[int, Any] = {
-            t.untyped_storage()._cdata: None for t in (*model.parameters(), *model.buffers())
+            t.untyped_storage()._cdata: None for m in modules for t in (*m.parameters(), *m.buffers())
         }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

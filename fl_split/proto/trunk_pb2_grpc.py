@@ -307,3 +307,82 @@ class ExactGradient(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class GradientSharesStub(object):
+    """Opt-in on both sides, off by default, and of use only with a second trunk of another operator: each computes the
+    vector-Jacobian product of one share of dL/dh2, which looks like noise, and the node adds the two.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Share = channel.unary_unary(
+                '/fl_split.GradientShares/Share',
+                request_serializer=fl__split_dot_proto_dot_trunk__pb2.PullRequest.SerializeToString,
+                response_deserializer=fl__split_dot_proto_dot_trunk__pb2.PullReply.FromString,
+                _registered_method=True)
+
+
+class GradientSharesServicer(object):
+    """Opt-in on both sides, off by default, and of use only with a second trunk of another operator: each computes the
+    vector-Jacobian product of one share of dL/dh2, which looks like noise, and the node adds the two.
+    """
+
+    def Share(self, request, context):
+        """As ExactGradient.Pull, in FLOAT32 only: `gradient` is a share, or there is a `mask` to make one of.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_GradientSharesServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Share': grpc.unary_unary_rpc_method_handler(
+                    servicer.Share,
+                    request_deserializer=fl__split_dot_proto_dot_trunk__pb2.PullRequest.FromString,
+                    response_serializer=fl__split_dot_proto_dot_trunk__pb2.PullReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'fl_split.GradientShares', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('fl_split.GradientShares', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class GradientShares(object):
+    """Opt-in on both sides, off by default, and of use only with a second trunk of another operator: each computes the
+    vector-Jacobian product of one share of dL/dh2, which looks like noise, and the node adds the two.
+    """
+
+    @staticmethod
+    def Share(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fl_split.GradientShares/Share',
+            fl__split_dot_proto_dot_trunk__pb2.PullRequest.SerializeToString,
+            fl__split_dot_proto_dot_trunk__pb2.PullReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

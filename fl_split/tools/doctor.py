@@ -26,7 +26,7 @@ from fl_split.model.checkpoint import read_config, weights_digest
 from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries, check_quantized
 from fl_split.model.loss import IGNORED
-from fl_split.node.build import check_demo_data, connect, find_model
+from fl_split.node.build import check_demo_data, connect, connect_shares, find_model
 from fl_split.plan.fits_here import Check, check_room
 from fl_split.plan.plan import PROCESS_BYTES, auto_class, choose_split
 from fl_split.plan.versions import check_versions
@@ -87,6 +87,11 @@ def _model(config: RunConfig) -> tuple[str, tuple[RunConfig, Path]]:
         weights_digest(folder, cut.layers_name, range(cut.end, cut.num_layers)) is None
     ):
         raise SplitError(_lacking(folder))
+    if config.surrogate.kind == "streamed" and weights_digest(folder, cut.layers_name, cut.trunk) is None:
+        raise SplitError(
+            f"the checkpoint in {folder} lacks the trunk's layers, which surrogate.kind='streamed' reads from it: put "
+            "the whole checkpoint there, or use another surrogate.kind"
+        )
     if config.task == "causal-lm":
         check_causal_config(about)
     text = f"{about.model_type}, {len(cut.bottom)} + {len(cut.trunk)} + {len(cut.top)} layers, in {folder}"
@@ -253,6 +258,11 @@ def _trunk(config: RunConfig, own: NodeConfig, folder: Path) -> tuple[str, None]
     if address == "embedded":
         return "embedded: the run starts it", None
     trunk = config.trunk.model_copy(update={"timeout_s": min(config.trunk.timeout_s, _PATIENCE_S)})
+    config = config.model_copy(update={"trunk": trunk})
     with ExitStack() as stack:
-        connect(config.model_copy(update={"trunk": trunk}), own, folder, address, stack)
+        if config.surrogate.kind == "shares":
+            connect_shares(config, own, folder, (address, trunk.share_address), stack)
+            second = own.trunk_share_address or trunk.share_address
+            return f"{address} and {second} answer, hold this run's layers, are apart and let this node in", None
+        connect(config, own, folder, address, stack)
     return f"{address} answers, holds this run's layers and lets this node in", None

@@ -23,6 +23,7 @@ from fl_split.model.checkpoint import resolve_model
 from fl_split.model.ends import load_ends
 from fl_split.model.loss import Batch, accumulate
 from fl_split.model.slots import Trunk
+from fl_split.model.streamed import StreamedLayer
 from fl_split.model.thin import read_card
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node.expected import Expected
@@ -87,6 +88,7 @@ def check_model(
         Candidate("identity"),
         *(Candidate("blocks", k) for k in layers),
         *(Candidate("matched", matched=file) for file in matched),
+        Candidate("streamed"),
         Candidate("exact"),
     ]
     lora, state = adapters.read_export(adapter) if adapter else (Lora(), None)
@@ -136,8 +138,11 @@ def bottom_gradient(model: PeftModel, batches: Sequence[Batch]) -> Tensor:
 
 
 def surrogate_params(model: PeftModel) -> int:
-    """Count the weights that a node holds beyond its ends: those of its surrogate."""
-    return sum(p.numel() for name, p in model.named_parameters() if adapters.part_of(model, name) == "trunk")
+    """Count the weights that a node holds beyond its ends: those of its surrogate; streamed: of its largest layer."""
+    streamed = [module.shell for module in model.modules() if isinstance(module, StreamedLayer)]
+    largest = max((sum(p.numel() for p in layer.parameters()) for layer in streamed), default=0)
+    held = sum(p.numel() for name, p in model.named_parameters() if adapters.part_of(model, name) == "trunk")
+    return held + largest
 
 
 def gradcheck(

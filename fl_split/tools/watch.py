@@ -48,6 +48,7 @@ def describe(address: str, credentials: Credentials, timeout_s: float = 5.0) -> 
         "exact-gradient": reply.exact_gradient,
         "generation": f"{reply.decode.cache_bytes // 10**6} MB" if reply.HasField("decode") else "none",
         "cache-bytes-per-token": reply.decode.bytes_per_token,
+        "gradient-shares": reply.gradient_shares,
         "surrogate": reply.surrogate_digest.hex() or "none",
         "version": reply.version,
     }

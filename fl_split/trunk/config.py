@@ -53,6 +53,11 @@ class Server(_Section):
     exact_gradient: bool = Field(
         False, description="also serve exact gradients: nodes that ask for them send dL/dh2, which breaks the promise"
     )
+    gradient_shares: bool = Field(
+        False,
+        description="also serve shares of gradients: each says nothing as long as this operator and that of the other "
+        "trunk do not collude",
+    )
     drain_s: Seconds = Field(30.0, description="seconds that calls get to finish after SIGTERM")
 
 
@@ -141,6 +146,13 @@ class TrunkConfig(_Section):
     def _check_together(self) -> Self:
         if self.model.tensor_parallel and self.server.exact_gradient:
             raise ValueError("model.tensor-parallel and server.exact-gradient do not work together: set one of them")
+        if self.server.gradient_shares and (
+            self.model.dtype != "float32" or self.model.quantization or self.model.tensor_parallel
+        ):
+            raise ValueError(
+                "server.gradient-shares=true needs model.dtype='float32', no model.quantization and no "
+                "model.tensor-parallel: two trunks' answers are large and nearly cancel, so only rounding would be left"
+            )
         if self.limits.queue_tokens < self.limits.max_tokens:
             raise ValueError(
                 f"limits.queue-tokens={self.limits.queue_tokens} is less than limits.max-tokens="

@@ -17,6 +17,7 @@ from fl_split import wire
 from fl_split.errors import WireError
 from fl_split.model.trunk import pull_back
 from fl_split.proto import trunk_pb2 as pb
+from fl_split.shares import MAX_STD, SEED_BYTES, mask, step_of
 
 Fields = Mapping[int, Any]  # of a message: its tensors, None for bytes, or the fields of a message in it
 Decode = Callable[[bytes, wire.CallLimits], tuple[pb.DType, wire.Packed]]
@@ -51,6 +52,33 @@ def decode_pull(data: bytes, limits: wire.CallLimits) -> tuple[pb.DType, wire.Pa
     request = pb.PullRequest.FromString(data)
     packed, gradient = wire.decode_pull(request, limits)
     return request.forward.dtype, wire.Packed(torch.cat([packed.rows, gradient], 1), packed.lengths, packed.positions)
+
+
+def decode_share(data: bytes, limits: wire.CallLimits) -> tuple[pb.DType, wire.Packed]:
+    """A PullRequest with one share of a gradient, or with the mask that it is made of; as `decode_pull`.
+
+    Raises:
+        DecodeError: It is none.
+        WireError: See `wire.decode_pull`; or the mask is none.
+    """
+    check_sizes(data, limits, _PULL)
+    request = pb.PullRequest.FromString(data)
+    if request.forward.dtype != pb.FLOAT32:
+        raise WireError(f"forward.dtype={request.forward.dtype}: shares travel as FLOAT32")
+    if not request.HasField("mask"):
+        return decode_pull(data, limits)
+    if request.gradient:
+        raise WireError("gradient and mask are both there: expected one of them")
+    seed, std, step = request.mask.seed, request.mask.std, request.mask.step
+    if len(seed) != SEED_BYTES:
+        raise WireError(f"mask.seed has {len(seed)} bytes: expected {SEED_BYTES}")
+    if not 1 <= std <= MAX_STD:
+        raise WireError(f"mask.std={std:g}: expected 1 to {MAX_STD:g}")
+    if step != step_of(std):
+        raise WireError(f"mask.step={step:g}: expected {step_of(std):g} for this mask.std")
+    packed = wire.decode_request(request.forward, limits)
+    rows = torch.cat([packed.rows, mask(seed, std, step, *packed.rows.shape)], 1)
+    return pb.FLOAT32, wire.Packed(rows, packed.lengths, packed.positions)
 
 
 def check_sizes(data: bytes, limits: wire.CallLimits, tensors: Fields) -> None:

@@ -33,6 +33,7 @@ from fl_split.trunk.messages import (
     Decode,
     decode_forward,
     decode_pull,
+    decode_share,
     encode_forward,
     encode_pull,
     in_thread_if,
@@ -70,7 +71,8 @@ class TrunkServer:
         self.port = 0
         self._description = held.describe(config.limits)
         self._description.exact_gradient = config.server.exact_gradient
-        if config.server.exact_gradient:  # a message holds two tensors
+        self._description.gradient_shares = config.server.gradient_shares
+        if config.server.exact_gradient or config.server.gradient_shares:  # a message holds two tensors
             self._description.max_message_bytes += config.limits.max_tokens * 4 * held.hidden_size
         self._published = Published(config.model.surrogate, self._description)
         self._limits = wire.CallLimits(
@@ -128,6 +130,15 @@ class TrunkServer:
                 "their private loss, to this trunk"
             )
             server.add_generic_rpc_handlers((self._handlers(wire.EXACT_SERVICE, {"Pull": self._pull}),))
+        if self._config.server.gradient_shares:
+            torch.set_float32_matmul_precision("highest")  # no TF32: the two shares' answers nearly cancel
+            torch.backends.cudnn.allow_tf32 = False
+            logger.warning(
+                "gradient shares are on (server.gradient-shares): nodes that use them send one of two shares of "
+                "dL/dh2, the gradient of their private loss, to this trunk; it says nothing only while this operator "
+                "and that of the other trunk do not collude"
+            )
+            server.add_generic_rpc_handlers((self._handlers(wire.SHARES_SERVICE, {"Share": self._share}),))
         server.add_generic_rpc_handlers(tuple(self._health.handlers()))
         return server
 
@@ -251,6 +262,10 @@ class TrunkServer:
 
     async def _decode(self, call: "Call") -> None:
         await self._decoder.serve(call, self._limits)
+
+    async def _share(self, call: "Call") -> bytes:
+        dtype, rows = await self._run(call, self._puller, decode_share)
+        return await in_thread_if(rows.nbytes, encode_pull, rows, dtype, self._description.trunk_id)
 
     async def _run(self, call: "Call", batcher: Batcher, decode: Decode) -> tuple[pb.DType, Tensor]:
         async with self._gate.reading(call.caller):

@@ -99,6 +99,21 @@ def test_whole_checkpoint_is_fetched_for_those_who_need_it_and_where_it_is_one_f
     assert layers_in(resolve_model("owner/model", "", trunk_needs(1, 2))) == layers_in(repo)
 
 
+def test_a_streamed_surrogate_needs_the_trunks_files_as_well(tmp_path: Path, hub: Hub) -> None:
+    repo = in_shards(next(f for f in DECODERS if f.name == "llama"), tmp_path)
+    hub(repo, tmp_path / "node")
+    folder = resolve_model("owner/model", "", node_needs(1, 2, "identity", 1))
+    trunk = LocalTrunk(load_trunk(repo, 1, 2))
+    with pytest.raises(SplitError, match=r"lacks \d+ files of them, such as model-.*: fetch the whole checkpoint"):
+        load_ends(folder, 1, 2, trunk, surrogate="streamed")
+    keys = {"model.name": str(folder), "split.bottom-layers": 1, "run.dir": str(tmp_path)}
+    config = RunConfig.from_flat({**keys, "surrogate.kind": "streamed"})
+    model = next(check for check in diagnose(config, NodeConfig()) if check.name == "model")
+    assert model.status == "fail" and "lacks the trunk's layers, which surrogate.kind='streamed' reads" in model.text
+    assert layers_in(resolve_model("owner/model", "", node_needs(1, 2, "streamed", 1))) == layers_in(repo)
+    load_ends(folder, 1, 2, trunk, surrogate="streamed")
+
+
 def test_doctor_fetches_what_the_node_needs_and_no_more(tmp_path: Path, hub: Hub) -> None:
     repo = in_shards(next(f for f in DECODERS if f.name == "llama"), tmp_path)
     hub(repo, tmp_path / "node")

@@ -208,7 +208,7 @@ class CountingTrunk(LocalTrunk):
         return super().start(*args)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["none", "identity", "blocks", "distilled", "exact"])
+@pytest.mark.parametrize("kind", ["none", "identity", "blocks", "distilled", "streamed", "exact"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_activation_checkpointing_gives_equal_gradients_and_calls_the_trunk_once(
     checkpoint: Callable[[str], Path], family: str, kind: str

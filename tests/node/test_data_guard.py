@@ -79,7 +79,7 @@ def test_data_that_grows_is_told_and_the_base_scored_on_the_same_rows_as_the_res
 
 def test_a_run_of_a_version_that_held_out_other_rows_is_refused(tmp_path: Path) -> None:
     folder = NodeFolder(tmp_path, "run")
-    folder.save(SavedRound(1, {"a": torch.ones(1)}, falls=[0.0], heldout_id=b"12345678"))
+    folder.save(SavedRound(1, {"a": torch.ones(1)}, heldout_id=b"12345678"))
     saved = folder.load_before(2)
     assert saved is not None and saved.heldout_id == b"12345678"
     (numbers,) = tmp_path.rglob("numbers.safetensors")

@@ -23,13 +23,15 @@ def test_keys_are_these_and_no_others() -> None:
         evaluate_s=18.0,
         trunk_forward_s=19.0,
         activation_bytes=20,
-        cached_sequences=21,
-        rounds_missed=22,
+        share_leak_bits=21.0,
+        cached_sequences=22,
+        rounds_missed=23,
     )
     keys = (
         "partition-id num-examples weight bad-rows truncated-examples truncated-tokens train-loss heldout-loss-base "
         "heldout-macro-f1-base heldout-loss-after bottom-trained bottom-gain bottom-gain-error top-gain train-tokens "
-        "tokens-per-s train-s evaluate-s trunk-forward-s activation-bytes cached-sequences rounds-missed"
+        "tokens-per-s train-s evaluate-s trunk-forward-s activation-bytes share-leak-bits cached-sequences "
+        "rounds-missed"
     )
-    numbers = [*range(1, 11), 1, *range(12, 23)]
+    numbers = [*range(1, 11), 1, *range(12, 24)]
     assert metrics.record() == dict(zip(keys.split(), numbers, strict=True))

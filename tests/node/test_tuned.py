@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 
 import fl_split
 from fl_split.cli import app
-from fl_split.config import Lora, RunConfig
+from fl_split.config import Data, Lora, RunConfig
 from fl_split.errors import ConfigError, DataError, TrunkUnavailable
 from fl_split.model import adapters
 from fl_split.model.ends import load_ends
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node import answers
 from fl_split.node.answers import Sampling, answer, answer_file, until_stop
-from fl_split.node.card import write_recipe
+from fl_split.node.card import framing_of, write_recipe
 from fl_split.node.tuned import Tuned, load_tuned
 from fl_split.trunk import server
 from fl_split.trunk.layers import hold_layers
@@ -40,7 +40,9 @@ def adapter(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     adapters.export(model, folder, str(demo_model), "", "a card")
-    write_recipe(folder, RunConfig.from_flat({"trunk.wire-dtype": "float32"}))
+    write_recipe(
+        folder, RunConfig.from_flat({"trunk.wire-dtype": "float32"}), AutoTokenizer.from_pretrained(demo_model)
+    )
     return folder
 
 
@@ -134,9 +136,11 @@ def test_text_is_passed_on_up_to_a_stop_string(pieces: list[str], stop: list[str
 def test_framing_is_that_of_the_training(tuned: Tuned) -> None:
     turns = [{"role": "user", "content": "first"}, {"role": "user", "content": "second"}]
     assert tuned.encode(turns) == tuned.encode_text("second\n")  # it was trained on single questions
+    tuned.framing = "Q: {prompt} A:"
+    assert tuned.encode(turns) == tuned.encode_text("Q: second A:")
     tuned.framing = "text"
     assert tuned.encode(turns) == tuned.encode_text("second")
-    tuned.framing = "messages"
+    tuned.framing = "chat"
     tuned.tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
     )
@@ -147,6 +151,23 @@ def test_framing_is_that_of_the_training(tuned: Tuned) -> None:
         tuned.encode(turns)
     with pytest.raises(DataError, match="expected messages"):
         tuned.encode([])
+
+
+@pytest.mark.parametrize(
+    ("data", "chat", "framing"),
+    [
+        ({}, "", "{prompt}\n"),
+        ({}, "{{ 1 }}", "chat"),
+        ({"template": "plain"}, "{{ 1 }}", "{prompt}\n"),
+        ({"template": "Q: {prompt} A: {response}!"}, "", "Q: {prompt} A: "),
+        ({"messages": "chat"}, "{{ 1 }}", "chat"),
+        ({"text": "note"}, "{{ 1 }}", "text"),
+    ],
+)
+def test_recipe_says_how_examples_were_written(demo_model: Path, data: dict[str, str], chat: str, framing: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    tokenizer.chat_template = chat or None
+    assert framing_of(Data.model_validate(data), tokenizer) == framing
 
 
 # ---------------------------------------------------------------------------------------------------------- files

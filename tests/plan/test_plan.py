@@ -80,7 +80,7 @@ def test_bytes_weights_and_activations_are_those_of_a_real_step(checkpoint: Call
 
 def peak_of_a_step(folder: Path, run: RunConfig) -> int:
     """Most bytes that a real step has from torch's allocator at once, the adapters' gradients left out."""
-    client = load_ends(folder, 2, 2, Echo("bfloat16"), surrogate="blocks", surrogate_layers=1)
+    client = load_ends(folder, 2, 2, Echo("bfloat16"), surrogate=run.surrogate.kind, surrogate_layers=1)
     if run.train.activation_checkpointing:
         checkpoint_activations(client)
     model = adapters.attach(client, run.lora, train_bottom=True, seed=0).train()
@@ -97,13 +97,30 @@ def peak_of_a_step(folder: Path, run: RunConfig) -> int:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("keys", [{}, {"train.activation-checkpointing": True}], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"train.activation-checkpointing": True}, {"surrogate.kind": "streamed"}],
+    ids=["plain", "checkpointing", "streamed"],
+)
 def test_activations_are_those_of_a_real_step(
     checkpoint: Callable[[str], Path], family: str, keys: dict[str, Any]
 ) -> None:
     folder, run = checkpoint(family), run_config(**keys)
     planned, real = make_plan(AutoConfig.from_pretrained(folder), run).node.activations, peak_of_a_step(folder, run)
     assert abs(planned - real) / real < 0.1
+
+
+def test_a_streamed_surrogate_holds_one_layer_and_costs_the_time_of_all(checkpoint: Callable[[str], Path]) -> None:
+    config = AutoConfig.from_pretrained(checkpoint("llama"))
+    none, one, streamed = (
+        make_plan(config, run_config(**{"surrogate.kind": kind})) for kind in ("identity", "blocks", "streamed")
+    )
+    assert streamed.node.weights == one.node.weights > none.node.weights
+    boundaries = 2 * BATCH * LENGTH * config.hidden_size * 4  # of two trunk layers
+    assert none.node.activations < streamed.node.activations < one.node.activations + boundaries
+    ratio = (streamed.node_flop - none.node_flop) / (one.node_flop - none.node_flop)
+    assert 2 * 4 / 3 < ratio < 2 * 3 / 2  # two layers of three passes, one of two; attention is more when run again
+    assert streamed.request_bytes == none.request_bytes
 
 
 def test_activation_checkpointing_leaves_less_to_hold(checkpoint: Callable[[str], Path]) -> None:

@@ -21,6 +21,7 @@ from fl_split.plan import fits_here, versions
 from fl_split.plan.fits_here import check_room
 from fl_split.plan.versions import check_versions
 from fl_split.tools.doctor import diagnose, show_examples
+from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.layers import hold_layers
 from fl_split.trunk.server import embedded
 
@@ -62,6 +63,19 @@ def test_what_a_run_would_fail_for_fails_here(jsonl: Callable[..., Path], tmp_pa
     assert SECRET not in str(found)
     assert statuses(RunConfig.from_flat({**base, "model.name": "/nowhere"}))["model"][0] == "fail"
     assert "leave no trunk" in statuses(RunConfig.from_flat({**base, "split.top-layers": 6}))["model"][1]
+
+
+def test_two_trunks_of_a_run_in_shares_are_both_asked(tmp_path: Path, demo_model: Path) -> None:
+    keys = {"run.dir": str(tmp_path), "surrogate.kind": "shares", "data.max-length": 64, "trunk.timeout-s": 1.0}
+    shares = TrunkConfig.model_validate({"server": {"gradient-shares": True}, "metrics": {"enabled": False}})
+    held = hold_layers(demo_model, 2, 2)
+    with embedded(held, config=shares) as one, embedded(held, config=shares) as other:
+        run = RunConfig.from_flat({**keys, "trunk.address": one, "trunk.share-address": other})
+        assert f"{one} and {other} answer" in statuses(run, max_rows=20)["trunk"][1]
+        lone = RunConfig.from_flat({**keys, "trunk.address": one, "trunk.share-address": "127.0.0.1:1"})
+        assert "no trunk answers at 127.0.0.1:1" in statuses(lone, max_rows=20)["trunk"][1]
+        same = NodeConfig(trunk_share_address=one)
+        assert "one operator would have both shares" in statuses(run, same, max_rows=20)["trunk"][1]
 
 
 def test_weights_or_tokenizer_that_are_not_there_fail(

@@ -387,9 +387,11 @@ def test_command_line_fits_a_surrogate_and_compares_it_with_the_others(demo_mode
     )
     assert checked.exit_code == 0, checked.output
     rows = {row["surrogate"]: row for row in map(json.loads, checked.stdout.splitlines())}
-    assert set(rows) == {"identity", "blocks-1", "surrogate.safetensors", "exact"}
-    assert rows["exact"]["gradient cosine"] == pytest.approx(1, abs=1e-5)
+    assert set(rows) == {"identity", "blocks-1", "surrogate.safetensors", "streamed", "exact"}
+    for kind in ("streamed", "exact"):
+        assert rows[kind]["gradient cosine"] == pytest.approx(1, abs=1e-5)
     assert rows["identity"]["extra MB on the node"] == 0 < rows["surrogate.safetensors"]["extra MB on the node"]
+    assert rows["streamed"]["extra MB on the node"] == rows["blocks-1"]["extra MB on the node"]
 
 
 def test_command_line_names_what_is_wrong(tmp_path: Path) -> None:
