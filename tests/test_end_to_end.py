@@ -74,6 +74,8 @@ def test_demo_run_trains_each_node_and_exports_its_adapter(run: Run, tmp_path: P
     full = AutoModelForCausalLM.from_pretrained(demo_model)
     adapted = PeftModel.from_pretrained(full, tmp_path / "x" / "nodes" / "0" / "adapter")
     card = (tmp_path / "x" / "nodes" / "0" / "adapter" / "README.md").read_text()
+    recipe = json.loads((tmp_path / "x" / "nodes" / "0" / "adapter" / "fl-split.json").read_text())
+    assert recipe == {"framing": "{prompt}\n", "dtype": "float32", "wire-dtype": "bfloat16"}
     assert "| rounds | 2 of 2, 15 steps each |" in card
     assert adapted.peft_config["default"].layers_pattern == "layers"
 

@@ -13,13 +13,13 @@ from fl_split.trunk.layers import hold_layers
 
 
 def test_every_method_of_the_proto_is_served(checkpoint: Callable[[str], Path]) -> None:
-    config = TrunkConfig.model_validate({"server": {"exact-gradient": True}})
+    config = TrunkConfig.model_validate({"server": {"exact-gradient": True, "gradient-shares": True}})
     names = [
         f"/{service.full_name}/{method.name}"
         for service in pb.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     ]
-    assert len(names) == 4
+    assert len(names) == 6
     held = hold_layers(checkpoint("llama"), 2, 2)
     with server.embedded(held, config=config) as address, grpc.insecure_channel(address) as channel:
         for name in names:
