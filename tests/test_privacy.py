@@ -102,7 +102,7 @@ def test_two_trunks_of_a_run_in_shares_get_hidden_states_and_noise(
     keys = {"surrogate.kind": "shares", "trunk.share-address": "embedded", "surrogate.mask-std": 100.0}
     grid = run_once(tmp_path, **keys)
     assert [set(m.content["config"]) for m in grid.instructions] == [
-        {"run-name", "run-id", "trunk-address", "share-address", "server-round"}
+        {"run-name", "run-id", "trunk-address", "share-address", "server-round", "run-config"}
     ] * 2
     places = {(m.content["config"]["trunk-address"], m.content["config"]["share-address"]) for m in grid.instructions}
     ((first, second),) = places

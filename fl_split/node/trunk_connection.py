@@ -426,12 +426,18 @@ class _AnotherTrunk(grpc.RpcError):  # type: ignore[misc]
     def code(self) -> grpc.StatusCode:
         return _Code.ABORTED
 
+    def details(self) -> str:
+        return "a reply of another trunk"
+
 
 class _NoHandshake(grpc.RpcError):  # type: ignore[misc]
     """A replica whose certificate cannot be looked at. As good as lost."""
 
     def code(self) -> grpc.StatusCode:
         return _Code.UNAVAILABLE
+
+    def details(self) -> str:
+        return "no handshake"
 
     def details(self) -> str:
         return "handshake"

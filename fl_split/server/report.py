@@ -93,7 +93,7 @@ def _warn(node: dict[str, Any]) -> None:
         )
     if node["bottom-gain-error"] and not node["bottom-trained"]:
         logger.warning(
-            "%s: the bottom was not trained, since its gradient was of no sure use in a trial (%.4f, standard error %.4f); "
+            "%s: the bottom was not trained, since a trial of its gradient won too little (%.4f, standard error %.4f): "
             "see docs/surrogates.md for what would help",
             name,
             node["bottom-gain"],

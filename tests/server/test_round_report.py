@@ -19,7 +19,8 @@ def node(number: int, **changes: Any) -> dict[str, Any]:
         "round": 1, "node": 900 + number, "name": "", "partition-id": number, "num-examples": 100 * (number + 1),
         "train-loss": 3.0, "heldout-loss-base": 4.0, "heldout-loss-shared": 4.0, "heldout-loss-before": 4.0,
         "heldout-loss-after": 3.0 + number, "bottom-gain": 0.5, "tokens-per-s": 50.0, "activation-bytes": 2_000_000,
-        "bad-rows": 2, "train-tokens": 10, "adapter": f"/nodes/{number}", "bottom-trained": 1, "bottom-gain-error": 0.1, **changes,
+        "bad-rows": 2, "train-tokens": 10, "adapter": f"/nodes/{number}", "bottom-trained": 1,
+        "bottom-gain-error": 0.1, **changes,
     }  # fmt: skip
 
 
@@ -78,8 +79,8 @@ def test_the_operator_is_warned_of_nodes_that_training_made_worse_and_of_bottoms
     folder: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
     record(folder, node(0), node(1, name="b", **{"heldout-loss-after": 6.16, "bottom-trained": 0}))
-    worse, stuck = caplog.messages
+    worse, stuck = (record.message for record in caplog.records if record.levelname == "WARNING")
     assert worse.startswith("node 1 (b): the held-out loss after training (6.160) is above the base model's (4.000)")
     assert stuck.startswith(
-        "node 1 (b): the bottom was not trained, since its gradient was of no sure use in a trial (0.5000, standard"
+        "node 1 (b): the bottom was not trained, since a trial of its gradient won too little (0.5000"
     )

@@ -45,7 +45,7 @@ def test_a_plan_fits_eighty_columns() -> None:
         ),
         (
             {"identity": 0.2, "blocks-2": 0.5},
-            "The best is blocks-2; a run tries it before it is followed (surrogate.check).",
+            "The best is blocks-2; a run tries it before it is followed",
         ),
     ],
 )
