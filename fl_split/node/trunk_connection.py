@@ -437,9 +437,6 @@ class _NoHandshake(grpc.RpcError):  # type: ignore[misc]
         return _Code.UNAVAILABLE
 
     def details(self) -> str:
-        return "no handshake"
-
-    def details(self) -> str:
         return "handshake"
 
 
