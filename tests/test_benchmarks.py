@@ -18,6 +18,10 @@ CASES = {  # script: (arguments, a figure that it writes)
     "bench_federation": (["--bench", BENCH, "--jobs", "1", "--work", "{tmp}"], "heldout-loss/both"),
     "bench_generate": ([], "decode-ratio/local"),
     "bench_memory": (["--work", "{tmp}"], "client-peak-over-share"),
+    "bench_real": (
+        ["--model", f"{BENCH}/llama-7m", "--data", f"{BENCH}/medquad/niddk.jsonl", "--kinds", "none", "exact"],
+        "heldout-loss/2+2/exact",
+    ),
     "bench_rounds": (["--only", "start", "deployment", "simulation"], "round-overhead-s/simulation"),
     "bench_trunk": (["--bench", BENCH, "--only", "bytes"], "heldout-loss/float32"),
 }
@@ -25,7 +29,7 @@ CASES = {  # script: (arguments, a figure that it writes)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "script", [pytest.param(s, marks=[needs_bench] if "--bench" in CASES[s][0] else []) for s in CASES]
+    "script", [pytest.param(s, marks=[needs_bench] if {"--bench", "--data"} & set(CASES[s][0]) else []) for s in CASES]
 )
 def test_quick_run_writes_its_figures(script: str, tmp_path: Path) -> None:
     arguments, figure = CASES[script]
