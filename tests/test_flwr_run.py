@@ -104,10 +104,8 @@ def run_to_the_end(environment: dict[str, str], app: Path, **config: Any) -> dic
 def app(tmp_path: Path) -> Path:
     """A copy of the app, as a user's checkout."""
     target = tmp_path / "app"
-    target.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "server_app.py", "client_app.py"):
-        shutil.copy(ROOT / name, target)
-    shutil.copytree(ROOT / "fl_split", target / "fl_split", ignore=shutil.ignore_patterns("__pycache__"))
+    own = shutil.ignore_patterns(".git", ".venv", "*_cache", "__pycache__", "shared", "*.fab", "*.egg-info")
+    shutil.copytree(ROOT, target, ignore=own)
     return target
 
 

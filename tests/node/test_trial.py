@@ -25,6 +25,7 @@ from fl_split.data.load import load_examples
 from fl_split.model import adapters, slots
 from fl_split.model.loss import Batch, count_targets, example_losses, forward
 from fl_split.model.trunk import LocalTrunk, load_trunk
+from fl_split.node.train import RoundSettings, make_distiller, make_optimizer, train_round
 from fl_split.node.trial import STEPS, Gain, Losses, explain, gain, is_due, try_bottom
 from fl_split.tools.gradcheck import Candidate, build
 
@@ -65,7 +66,7 @@ class _Random(torch.autograd.Function):
     generator = torch.Generator()
 
 
-CONFIG = Train.model_validate({"bottom-lr": 1e-3, "top-lr": 4e-3})
+CONFIG = Train.model_validate({"bottom-lr": 8e-3, "top-lr": 1.6e-2})
 
 
 def test_exact_gradient_is_a_sure_gain_and_model_and_gradients_stay_as_they_were(
@@ -85,14 +86,15 @@ def test_random_gradient_is_not_followed(
 ) -> None:
     monkeypatch.setattr(slots, "join", _Random.apply)
     model = make_model(demo_model, "identity")
+    batches, measured = make_batches()
+    # the demo's base model is so sure of the wrong that almost any change helps: let the top learn first
+    train_round(model, make_optimizer(model, CONFIG), iter(batches * 3), CONFIG, RoundSettings(trains_bottom=False))
     for seed in range(5):
         _Random.generator.manual_seed(seed)
-        assert not try_bottom(model, *make_batches(), CONFIG).is_useful
+        assert not try_bottom(model, batches, measured, CONFIG).is_useful
 
 
 def test_trial_teaches_a_surrogate_nothing(demo_model: Path, make_batches: Callable[[], Made]) -> None:
-    from fl_split.node.train import make_distiller
-
     model = make_model(demo_model, "distilled")
     distiller = make_distiller(model, 1e-3)
     try_bottom(model, *make_batches(), CONFIG)
@@ -127,7 +129,7 @@ def test_error_covers_the_truth_in_nine_of_ten_trials() -> None:
 
 
 def test_trials_become_rarer() -> None:
-    assert [n for n in range(1, 300) if is_due(n)] == [1, 4, 16, 64, 256]
+    assert [n for n in range(1, 40) if is_due(n)] == [1, 2, 4, 8, 16, 32]
 
 
 def test_gain_has_to_be_sure_and_to_matter() -> None:
@@ -192,10 +194,10 @@ def test_bottom_that_fails_its_trial_leaves_the_run_that_never_had_one(
 
 @pytest.mark.parametrize("kind", ["blocks", "distilled"])
 def test_useful_bottom_trains_without_another_trial(tmp_path: Path, kind: str) -> None:
-    rounds = run(tmp_path, "x", **{"surrogate.kind": kind, "train.steps": 20})
-    assert [entry["bottom-trained"] for entry in rounds] == [1, 1]
+    rounds = run(tmp_path, "x", **{"surrogate.kind": kind, "train.steps": 20, "num-server-rounds": 3})
+    assert rounds[0]["bottom-trained"] == 1
     assert rounds[0]["bottom-gain"] > 2 * rounds[0]["bottom-gain-error"] > 0
-    assert rounds[1]["bottom-gain"] == rounds[0]["bottom-gain"]  # of the same trial
+    assert rounds[2]["bottom-gain"] == rounds[1]["bottom-gain"] != rounds[0]["bottom-gain"]  # the third has no trial
     assert any(value.any() for name, value in exported(tmp_path, "x").items() if ".layers.0." in name and "_B." in name)
 
 
