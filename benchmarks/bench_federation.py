@@ -4,7 +4,7 @@
 
 DIR holds a model folder (the only one with a config.json) and ``medquad/<institution>.jsonl``, one node each. Every
 mode trains the same nodes on the same batches for the same rounds, through the code of a node's round and a real trunk
-on loopback, without Flower's messages around it. Two losses on each node's own held-out examples: of its adapter as it
+on loopback, without Flower's messages around it, and without the trial of the surrogate: both ends train. Two losses on each node's own held-out examples: of its adapter as it
 has trained it, and of what it gets from the server after the last round, before it trains on.
 
 Each mode has its learning rate swept with seed 0 (least mean loss as trained), then runs at its own best rate with all
@@ -67,6 +67,7 @@ class Setting:
             "train.scheduler": "linear",
             "train.seed": task.seed,
             "surrogate.kind": self.surrogate,
+            "surrogate.check": False,  # every mode trains both ends, or those that share both would share nothing more
             "num-server-rounds": self.rounds,
             "run.dir": str(work),
             "run.name": task.mode,
