@@ -4,8 +4,9 @@
 
 DIR holds a model folder (the only one with a config.json) and ``medquad/<institution>.jsonl``, one node each. Every
 mode trains the same nodes on the same batches for the same rounds, through the code of a node's round and a real trunk
-on loopback, without Flower's messages around it, and without the trial of the surrogate: both ends train. Two losses on each node's own held-out examples: of its adapter as it
-has trained it, and of what it gets from the server after the last round, before it trains on.
+on loopback, without Flower's messages around it, and without the surrogate's trial: both ends train. Two losses on each
+node's own held-out examples: of its adapter as it has trained it, and of what it gets from the server after the last
+round, before it trains on.
 
 Each mode has its learning rate swept with seed 0 (least mean loss as trained), then runs at its own best rate with all
 seeds; a seed sets adapters, order and held-out examples. The mixed modes give nodes ranks 4, 8, 16, 8;
