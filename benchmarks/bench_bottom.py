@@ -71,6 +71,7 @@ class Setting:
     texts: Path
     steps: int
     work: Path
+    own_texts: int = 8192  # sequences that the model writes itself, to fit on
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def public_text(setting: Setting, files: list[Path] | None) -> torch.Tensor:
     if files:
         return read_text(files, setting.model, MAX_LENGTH)
     text = read_text([python_documentation(setting.work / "documentation.txt")], setting.model, MAX_LENGTH)
-    text = torch.cat([text, sample_text(setting.model, 8192, MAX_LENGTH)])
+    text = torch.cat([text, sample_text(setting.model, setting.own_texts, MAX_LENGTH)])
     return text[torch.randperm(len(text), generator=torch.Generator().manual_seed(0))]
 
 
@@ -308,7 +309,8 @@ def main() -> None:
     options.bench = options.bench.resolve()
     model = next(options.bench.glob("*/config.json")).parent
     options.work.mkdir(parents=True, exist_ok=True)
-    setting = Setting(model, options.bench / "medquad", options.steps, options.work)
+    own_texts = 64 if options.quick else Setting.own_texts
+    setting = Setting(model, options.bench / "medquad", options.steps, options.work, own_texts)
     files = {k: fit_surrogate(setting, options.text, k, options.fit_steps) for k in options.layers}
     matched = [Candidate("matched", k, file) for k, file in files.items()]
     none, exact = Method(Candidate("none")), Method(Candidate("exact"))
