@@ -71,7 +71,8 @@ class Setting:
     texts: Path
     steps: int
     work: Path
-    own_texts: int = 8192  # sequences that the model writes itself, to fit on
+    public: int = 8192  # sequences to fit on, of each source at most
+    heldout: int | None = None  # examples at most, of an institution
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def run(setting: Setting, task: Task) -> float:
     torch.manual_seed(task.seed)  # of the probes
     batches = training_batches(private.train, tokenizer, BATCH, task.seed, 0)
     train.train_round(model, optimizer, batches, config)
-    return evaluate(model, heldout_batches(private.heldout, tokenizer, 16))["loss"]
+    return evaluate(model, heldout_batches(private.heldout[: setting.heldout], tokenizer, 16))["loss"]
 
 
 class Runs:
@@ -186,7 +187,7 @@ def public_text(setting: Setting, files: list[Path] | None) -> torch.Tensor:
     if files:
         return read_text(files, setting.model, MAX_LENGTH)
     text = read_text([python_documentation(setting.work / "documentation.txt")], setting.model, MAX_LENGTH)
-    text = torch.cat([text, sample_text(setting.model, setting.own_texts, MAX_LENGTH)])
+    text = torch.cat([text[: setting.public], sample_text(setting.model, setting.public, MAX_LENGTH)])
     return text[torch.randperm(len(text), generator=torch.Generator().manual_seed(0))]
 
 
@@ -301,7 +302,7 @@ def main() -> None:
     if not options.bench.is_dir():
         parser.error(f"--bench {options.bench} is not a folder")
     if options.quick:
-        options.steps, options.seeds, options.fit_steps, options.institutions = 10, 1, 20, options.institutions[:1]
+        options.steps, options.seeds, options.fit_steps, options.institutions = 3, 1, 10, options.institutions[:1]
     rates = options.rates[1:2] if options.quick else options.rates
 
     torch.set_num_threads(1)
@@ -309,8 +310,8 @@ def main() -> None:
     options.bench = options.bench.resolve()
     model = next(options.bench.glob("*/config.json")).parent
     options.work.mkdir(parents=True, exist_ok=True)
-    own_texts = 64 if options.quick else Setting.own_texts
-    setting = Setting(model, options.bench / "medquad", options.steps, options.work, own_texts)
+    fewer = {"public": 64, "heldout": 16} if options.quick else {}
+    setting = Setting(model, options.bench / "medquad", options.steps, options.work, **fewer)
     files = {k: fit_surrogate(setting, options.text, k, options.fit_steps) for k in options.layers}
     matched = [Candidate("matched", k, file) for k, file in files.items()]
     none, exact = Method(Candidate("none")), Method(Candidate("exact"))

@@ -52,6 +52,7 @@ class Setting:
     rounds: int
     steps: int  # per round
     surrogate: str
+    holdout: float = 0.06
 
     @property
     def name(self) -> str:
@@ -61,7 +62,7 @@ class Setting:
         values: dict[str, Scalar] = {
             "model.name": str(self.model),
             "data.max-length": 96,
-            "data.holdout": 0.06,
+            "data.holdout": self.holdout,
             "train.steps": self.steps,
             "train.bottom-lr": task.rate,
             "train.top-lr": task.rate,
@@ -273,6 +274,7 @@ def main() -> None:
         options.rounds,
         options.steps,
         options.surrogate,
+        0.02 if options.quick else Setting.holdout,
     )
     runs, modes = Runs(setting, options.work, options.jobs), options.modes
     runs.do(Task(mode, 0, rate) for rate in options.rates for mode in modes)

@@ -49,7 +49,7 @@ def bench_overload(setting: Any) -> Figures:
     process = Server(folder, 1, 1, f"security.tokens={tokens}", "limits.queue-tokens=16384")
     try:
         load = _Load(process, bearers, requests, answers)
-        return asyncio.run(load.run(10.0 if setting.quick else 120.0))
+        return asyncio.run(load.run(4.0 if setting.quick else 120.0))
     finally:
         process.stop()
 
@@ -187,7 +187,7 @@ def bench_soak(setting: Any) -> Figures:
     folder = random_model(setting.work / "soak", 256, 8)
     expected = Expected.from_checkpoint(folder, 2, 2)
     local = LocalTrunk(hold_layers(folder, 2, 2).model)
-    seconds = 30.0 if setting.quick else 180.0
+    seconds = 10.0 if setting.quick else 180.0
     stop = threading.Event()
     with ExitStack() as stack:
         replicas = [Server(folder, 2, 2, "limits.queue-tokens=8192") for _ in range(3)]
@@ -206,7 +206,7 @@ def bench_soak(setting: Any) -> Figures:
         for thread in threads:
             thread.start()
         try:
-            losses = _train(folder, client, lambda step, started: time.monotonic() - started < seconds)
+            losses = _train(folder, client, lambda step, started: step < 2 or time.monotonic() - started < seconds)
         finally:
             stop.set()
             for thread in threads:
