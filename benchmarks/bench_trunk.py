@@ -224,7 +224,7 @@ def bench_hiding(setting: Setting) -> Figures:
         far = stack.enter_context(TrunkConnection(line.address, expected))
         far.connect()
         print("\nseconds a step: measured (formula)")
-        for key, batch, seq in (("latency-hiding", 4, 96), ("latency-hiding-small", 1, 16)):
+        for key, batch, seq in (("latency-hiding", 4, 32 if setting.quick else 96), ("latency-hiding-small", 1, 16)):
             figures |= _hidden(key, folder, near, far, (batch, seq), 1 if setting.quick else 15)
     return figures
 
@@ -295,13 +295,15 @@ def bench_bytes(setting: Setting) -> Figures:
     held, expected = hold_layers(folder, 2, 2), Expected.from_checkpoint(folder, 2, 2)
     about = {"steps": 3 if setting.quick else 200, "bottom-lr": 8e-3, "top-lr": 1.6e-2, "scheduler": "linear"}
     config, tokenizer = Train.model_validate(about), prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
+    data = Data(path=str(texts), max_length=96)
+    loaded = {seed: load_examples(data, NodeConfig(), tokenizer, seed) for seed in range(setting.seeds)}
     figures: Figures = {}
     ratios: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
 
     def trained(trunk: Trunk, seed: int) -> tuple[int, Callable[[], float]]:
         """Tokens of a training, and its held-out loss, which asks the trunk once more."""
-        examples = load_examples(Data(path=str(texts), max_length=96), NodeConfig(), tokenizer, seed)
+        examples = loaded[seed]
         heldout = heldout_batches(examples.heldout[: 16 if setting.quick else None], tokenizer, 16)
         client = load_ends(folder, 2, 2, trunk, surrogate="blocks", surrogate_layers=2)
         model = adapters.attach(client, Lora(), train_bottom=True, seed=seed)
@@ -310,7 +312,7 @@ def bench_bytes(setting: Setting) -> Figures:
         return done.num_tokens, lambda: evaluate(model, heldout)["loss"]
 
     codes: dict[str, Code] = {"float32": Tensor.float, "int8": _int8, "int8-per-token": _int8_per_token}
-    for seed in range(setting.seeds):
+    for seed in loaded:
         for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"), ("int8", "int8")):
             with ExitStack() as stack:
                 port = int(stack.enter_context(server.embedded(held)).rpartition(":")[2])
