@@ -343,7 +343,7 @@ def main() -> None:
 
     losses = {c: [runs.loss(Task(c, i, s, best[c])) for i, s in pairs] for c in kinds}
     private, tokenizer = examples(setting, first, 0)
-    batches = list(islice(training_batches(private.train, tokenizer, BATCH, 0, 0), 6))
+    batches = list(islice(training_batches(private.train, tokenizer, BATCH, 0, 0), 3 if options.quick else 6))
     candidates = list(dict.fromkeys(c.candidate for c in kinds if c is not none))
     agreement = {row.candidate: row for row in gradcheck(model, BOTTOM, TOP, batches, candidates)}
     slower = step_times(setting, kinds, batches)
