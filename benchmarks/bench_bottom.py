@@ -71,6 +71,8 @@ class Setting:
     texts: Path
     steps: int
     work: Path
+    public: int = 8192  # sequences to fit on, of each source at most
+    heldout: int | None = None  # examples at most, of an institution
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def run(setting: Setting, task: Task) -> float:
     torch.manual_seed(task.seed)  # of the probes
     batches = training_batches(private.train, tokenizer, BATCH, task.seed, 0)
     train.train_round(model, optimizer, batches, config)
-    return evaluate(model, heldout_batches(private.heldout, tokenizer, 16))["loss"]
+    return evaluate(model, heldout_batches(private.heldout[: setting.heldout], tokenizer, 16))["loss"]
 
 
 class Runs:
@@ -185,7 +187,7 @@ def public_text(setting: Setting, files: list[Path] | None) -> torch.Tensor:
     if files:
         return read_text(files, setting.model, MAX_LENGTH)
     text = read_text([python_documentation(setting.work / "documentation.txt")], setting.model, MAX_LENGTH)
-    text = torch.cat([text, sample_text(setting.model, 8192, MAX_LENGTH)])
+    text = torch.cat([text[: setting.public], sample_text(setting.model, setting.public, MAX_LENGTH)])
     return text[torch.randperm(len(text), generator=torch.Generator().manual_seed(0))]
 
 
@@ -300,7 +302,7 @@ def main() -> None:
     if not options.bench.is_dir():
         parser.error(f"--bench {options.bench} is not a folder")
     if options.quick:
-        options.steps, options.seeds, options.fit_steps, options.institutions = 10, 1, 20, options.institutions[:1]
+        options.steps, options.seeds, options.fit_steps, options.institutions = 3, 1, 10, options.institutions[:1]
     rates = options.rates[1:2] if options.quick else options.rates
 
     torch.set_num_threads(1)
@@ -308,7 +310,8 @@ def main() -> None:
     options.bench = options.bench.resolve()
     model = next(options.bench.glob("*/config.json")).parent
     options.work.mkdir(parents=True, exist_ok=True)
-    setting = Setting(model, options.bench / "medquad", options.steps, options.work)
+    fewer = {"public": 64, "heldout": 16} if options.quick else {}
+    setting = Setting(model, options.bench / "medquad", options.steps, options.work, **fewer)
     files = {k: fit_surrogate(setting, options.text, k, options.fit_steps) for k in options.layers}
     matched = [Candidate("matched", k, file) for k, file in files.items()]
     none, exact = Method(Candidate("none")), Method(Candidate("exact"))
@@ -340,7 +343,7 @@ def main() -> None:
 
     losses = {c: [runs.loss(Task(c, i, s, best[c])) for i, s in pairs] for c in kinds}
     private, tokenizer = examples(setting, first, 0)
-    batches = list(islice(training_batches(private.train, tokenizer, BATCH, 0, 0), 6))
+    batches = list(islice(training_batches(private.train, tokenizer, BATCH, 0, 0), 3 if options.quick else 6))
     candidates = list(dict.fromkeys(c.candidate for c in kinds if c is not none))
     agreement = {row.candidate: row for row in gradcheck(model, BOTTOM, TOP, batches, candidates)}
     slower = step_times(setting, kinds, batches)

@@ -4,8 +4,9 @@
 
 DIR holds a model folder (the only one with a config.json) and ``medquad/<institution>.jsonl``, one node each. Every
 mode trains the same nodes on the same batches for the same rounds, through the code of a node's round and a real trunk
-on loopback, without Flower's messages around it. Two losses on each node's own held-out examples: of its adapter as it
-has trained it, and of what it gets from the server after the last round, before it trains on.
+on loopback, without Flower's messages around it, and without the surrogate's trial: both ends train. Two losses on each
+node's own held-out examples: of its adapter as it has trained it, and of what it gets from the server after the last
+round, before it trains on.
 
 Each mode has its learning rate swept with seed 0 (least mean loss as trained), then runs at its own best rate with all
 seeds; a seed sets adapters, order and held-out examples. The mixed modes give nodes ranks 4, 8, 16, 8;
@@ -51,6 +52,7 @@ class Setting:
     rounds: int
     steps: int  # per round
     surrogate: str
+    holdout: float = 0.06
 
     @property
     def name(self) -> str:
@@ -60,13 +62,14 @@ class Setting:
         values: dict[str, Scalar] = {
             "model.name": str(self.model),
             "data.max-length": 96,
-            "data.holdout": 0.06,
+            "data.holdout": self.holdout,
             "train.steps": self.steps,
             "train.bottom-lr": task.rate,
             "train.top-lr": task.rate,
             "train.scheduler": "linear",
             "train.seed": task.seed,
             "surrogate.kind": self.surrogate,
+            "surrogate.check": False,  # every mode trains both ends, or those that share both would share nothing more
             "num-server-rounds": self.rounds,
             "run.dir": str(work),
             "run.name": task.mode,
@@ -271,6 +274,7 @@ def main() -> None:
         options.rounds,
         options.steps,
         options.surrogate,
+        0.02 if options.quick else Setting.holdout,
     )
     runs, modes = Runs(setting, options.work, options.jobs), options.modes
     runs.do(Task(mode, 0, rate) for rate in options.rates for mode in modes)

@@ -79,7 +79,7 @@ class Case:
         torch.manual_seed(0)
         config = copy.deepcopy(self.model)
         if quick:
-            config.num_hidden_layers, config.vocab_size = 8, 4000
+            config.num_hidden_layers, config.vocab_size, config.hidden_size = 6, 4000, 384
         model = AutoModelForCausalLM.from_config(config).to(self.run.model.torch_dtype)
         model.save_pretrained(folder, max_shard_size="200MB")
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -75,7 +75,10 @@ def bench_overhead(setting: Setting) -> Figures:
     figures: Figures = {}
     tables: dict[str, Figures] = {}
     with server.embedded(held) as address:
-        for name, batch, seq, repeats in (("large", 8, 256, 3 if setting.quick else 7), ("small", 1, 32, 30)):
+        shapes = [("large", 8, 256, 7), ("small", 1, 32, 30)]
+        if setting.quick:
+            shapes = [("large", 2, 96, 2), ("small", 1, 32, 5)]
+        for name, batch, seq, repeats in shapes:
             hidden_states = torch.randn(batch, seq, 768)
             for dtype in ("bfloat16", "float32", "int8"):
                 with TrunkConnection(address, expected, wire_dtype=dtype) as client:
@@ -146,7 +149,8 @@ def bench_throughput(setting: Setting) -> Figures:
         for client in clients:
             client.connect()
         for callers in (1, 4, 16) if setting.quick else (1, 2, 4, 8, 16):
-            calls = [[_ragged(generator) for _ in range(max(2, 24 // callers))] for _ in range(callers)]
+            each = max(1, 8 // callers) if setting.quick else max(2, 24 // callers)
+            calls = [[_ragged(generator) for _ in range(each)] for _ in range(callers)]
             packed = [packed for own in calls for packed in own]
             num_tokens, merged = sum(len(p.rows) for p in packed), _merge(packed, 4096)
             latencies: list[float] = []
@@ -155,7 +159,7 @@ def bench_throughput(setting: Setting) -> Figures:
                     "service": lambda c=calls, seen=latencies: _call_all(clients, c, seen),
                     "limit": lambda m=merged: [held.run(h, None, None) for h in m],
                 },
-                3 if setting.quick else 5,
+                2 if setting.quick else 5,
             )
             key = f"throughput-ratio/{callers}"
             figures[key], figures[f"{key}-spread"] = ratio(times, "limit", "service")
@@ -220,8 +224,8 @@ def bench_hiding(setting: Setting) -> Figures:
         far = stack.enter_context(TrunkConnection(line.address, expected))
         far.connect()
         print("\nseconds a step: measured (formula)")
-        for key, batch, seq in (("latency-hiding", 4, 96), ("latency-hiding-small", 1, 16)):
-            figures |= _hidden(key, folder, near, far, (batch, seq), 4 if setting.quick else 15)
+        for key, batch, seq in (("latency-hiding", 4, 32 if setting.quick else 96), ("latency-hiding-small", 1, 16)):
+            figures |= _hidden(key, folder, near, far, (batch, seq), 1 if setting.quick else 15)
     return figures
 
 
@@ -289,24 +293,26 @@ def bench_bytes(setting: Setting) -> Figures:
         folder = next(path.parent for path in sorted(setting.bench.glob("*/config.json")))
         texts = setting.bench / "medquad" / "niddk.jsonl"
     held, expected = hold_layers(folder, 2, 2), Expected.from_checkpoint(folder, 2, 2)
-    about = {"steps": 10 if setting.quick else 200, "bottom-lr": 8e-3, "top-lr": 1.6e-2, "scheduler": "linear"}
+    about = {"steps": 3 if setting.quick else 200, "bottom-lr": 8e-3, "top-lr": 1.6e-2, "scheduler": "linear"}
     config, tokenizer = Train.model_validate(about), prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
+    data = Data(path=str(texts), max_length=96)
+    loaded = {seed: load_examples(data, NodeConfig(), tokenizer, seed) for seed in range(setting.seeds)}
     figures: Figures = {}
     ratios: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
 
     def trained(trunk: Trunk, seed: int) -> tuple[int, Callable[[], float]]:
         """Tokens of a training, and its held-out loss, which asks the trunk once more."""
-        examples = load_examples(Data(path=str(texts), max_length=96), NodeConfig(), tokenizer, seed)
+        examples = loaded[seed]
+        heldout = heldout_batches(examples.heldout[: 16 if setting.quick else None], tokenizer, 16)
         client = load_ends(folder, 2, 2, trunk, surrogate="blocks", surrogate_layers=2)
         model = adapters.attach(client, Lora(), train_bottom=True, seed=seed)
         batches = training_batches(examples.train, tokenizer, config.batch_size, seed, 0)
         done = train.train_round(model, train.make_optimizer(model, config), batches, config)
-        heldout = heldout_batches(examples.heldout, tokenizer, 16)
         return done.num_tokens, lambda: evaluate(model, heldout)["loss"]
 
     codes: dict[str, Code] = {"float32": Tensor.float, "int8": _int8, "int8-per-token": _int8_per_token}
-    for seed in range(setting.seeds):
+    for seed in loaded:
         for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"), ("int8", "int8")):
             with ExitStack() as stack:
                 port = int(stack.enter_context(server.embedded(held)).rpartition(":")[2])
@@ -406,7 +412,9 @@ SECTIONS: dict[str, Callable[[Any], Figures]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", type=Path, help="folder of a trained model and texts")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats; each section within about 20 seconds")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer repeats, small shapes, short loads: the shape of the table"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="trainings per wire dtype, for held-out losses")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--json", type=Path, help="write the figures here, added to those in it")

@@ -43,7 +43,7 @@ def bench_fuzz(setting: Any) -> dict[str, float]:
     for kind in kinds:
         if {_decoded(kind, seed) for seed in kind.seeds} != {"taken"}:
             raise RuntimeError(f"{kind.path}: messages that are to be mutated are refused as they are")
-    num_messages = 10_000 if setting.quick else 120_000
+    num_messages = 3_000 if setting.quick else 120_000
     outcomes: Counter[str] = Counter()
     slowest = 0.0
     for i in range(1000):  # what is allocated once
@@ -61,7 +61,7 @@ def bench_fuzz(setting: Any) -> dict[str, float]:
         "fuzz/refused-share": outcomes["refused"] / num_messages,
         "fuzz/slowest-s": slowest,
         "fuzz/memory-growth-mib": resident_mib() - before,
-        **_fuzz_server(setting.work, rng, kinds, 600 if setting.quick else 6000),
+        **_fuzz_server(setting.work, rng, kinds, 300 if setting.quick else 6000),
     }
 
 

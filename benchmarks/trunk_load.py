@@ -49,7 +49,7 @@ def bench_overload(setting: Any) -> Figures:
     process = Server(folder, 1, 1, f"security.tokens={tokens}", "limits.queue-tokens=16384")
     try:
         load = _Load(process, bearers, requests, answers)
-        return asyncio.run(load.run(10.0 if setting.quick else 120.0))
+        return asyncio.run(load.run(4.0 if setting.quick else 120.0))
     finally:
         process.stop()
 
@@ -183,14 +183,14 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 0.01, "int8": 0.01}
 
 
 def bench_soak(setting: Any) -> Figures:
-    """Training and mixed traffic over three replicas that are killed (-9) at random: answers, calls and steps."""
+    """Training and mixed traffic over replicas that are killed (-9) at random: answers, calls and steps."""
     folder = random_model(setting.work / "soak", 256, 8)
     expected = Expected.from_checkpoint(folder, 2, 2)
     local = LocalTrunk(hold_layers(folder, 2, 2).model)
-    seconds = 30.0 if setting.quick else 180.0
-    stop = threading.Event()
+    seconds = 10.0 if setting.quick else 180.0
+    stop, dtypes = threading.Event(), (1 if setting.quick else 2) * list(TOLERANCES)
     with ExitStack() as stack:
-        replicas = [Server(folder, 2, 2, "limits.queue-tokens=8192") for _ in range(3)]
+        replicas = [Server(folder, 2, 2, "limits.queue-tokens=8192") for _ in range(2 if setting.quick else 3)]
         for replica in replicas:
             stack.callback(lambda r=replica: r.process.kill())
         address = ",".join(replica.address for replica in replicas)
@@ -198,7 +198,7 @@ def bench_soak(setting: Any) -> Figures:
         client.connect()
         works: list[Callable[[Counter[str]], None]] = [
             *(partial(_churn, replica, expected, seed, stop) for seed, replica in enumerate(replicas)),
-            *(partial(_traffic, address, expected, local, dtype, stop) for dtype in 2 * list(TOLERANCES)),
+            *(partial(_traffic, address, expected, local, dtype, stop) for dtype in dtypes),
             partial(_nuisance, replicas, stop),
         ]
         counts = [Counter[str]() for _ in works]
@@ -206,7 +206,7 @@ def bench_soak(setting: Any) -> Figures:
         for thread in threads:
             thread.start()
         try:
-            losses = _train(folder, client, lambda step, started: time.monotonic() - started < seconds)
+            losses = _train(folder, client, lambda step, started: step < 2 or time.monotonic() - started < seconds)
         finally:
             stop.set()
             for thread in threads:
