@@ -37,7 +37,10 @@ def explain(error: grpc.RpcError, address: str) -> str:
     if re.search(r"handshake|ssl|tls", details, re.IGNORECASE):
         return "TLS handshake failed: check trunk-ca, trunk-cert and trunk-key (--ca, --cert, --key)"
     if re.search(r"socket closed|reset", details, re.IGNORECASE):
-        return "it closed the connection, as one does that wants TLS: set trunk-ca (--ca) to the operator's ca.crt"
+        return (
+            "it closed the connection: it was stopped just now, or it wants TLS: set trunk-ca (--ca) to the operator's "
+            "ca.crt"
+        )
     if "refused" in details.lower():
         return (
             f"nothing listens on this port of {host!r}: an institution checks trunk-address and asks the operator; the "
