@@ -140,15 +140,19 @@ def load_examples(
             logger.warning(GROWN, report.num_rows, earlier["num_rows"])
         if kept:
             kept.finish(asdict(report))
-    heldout = _is_heldout(examples.keys, config.holdout, report.forced)
-    train, held = np.flatnonzero(~heldout), np.flatnonzero(heldout)
-    evaluated = held[np.argsort(examples.keys[held], kind="stable")][: config.holdout_max]
-    parts = Examples(examples.take(train), examples.take(evaluated), report, len(held))
+    parts = _divide(examples, report, config)
     _log(parts, config)
     return parts
 
 
 # --------------------------------------------------------------------------------------------------------- sides
+
+
+def _divide(examples: Prepared, report: Report, config: Data) -> Examples:
+    heldout = _is_heldout(examples.keys, config.holdout, report.forced)
+    train, held = np.flatnonzero(~heldout), np.flatnonzero(heldout)
+    evaluated = held[np.argsort(examples.keys[held], kind="stable")][: config.holdout_max]
+    return Examples(examples.take(train), examples.take(evaluated), report, len(held))
 
 
 def _key(seed: int, content: str) -> int:

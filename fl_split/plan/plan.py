@@ -134,13 +134,7 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     def flop(layers: Iterable[int], passes: int) -> int:
         return sum(2 * passes * sizes[i] + (passes + 1) * attention for i in layers)
 
-    lengths = [run.data.max_length] * run.train.batch_size
-    wire_dtype = wire.NAMES[run.trunk.wire_dtype]
-    calls = 1 + 1 / run.surrogate.probe_every if run.surrogate.is_trained and run.surrogate.probe_every else 1
-    pulled = {
-        "exact": lambda: pull_bytes(lengths, wire_dtype, config.hidden_size),
-        "shares": lambda: share_bytes(lengths, config.hidden_size),
-    }.get(kind, lambda: (0, 0))()
+    sent, received = _message_bytes(run, config.hidden_size)
     return Plan(
         bottom_layers=len(cut.bottom),
         top_layers=len(cut.top),
@@ -152,12 +146,31 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
         ),
         trunk_weights=sum(sizes[i] for i in cut.trunk) * dtype.itemsize,
         full_weights=(outside + sum(sizes)) * dtype.itemsize,
-        request_bytes=round(calls * request_bytes(lengths, wire_dtype, config.hidden_size)) + pulled[0],
-        reply_bytes=round(calls * reply_bytes(lengths, wire_dtype, config.hidden_size)) + pulled[1],
+        request_bytes=sent,
+        reply_bytes=received,
         node_flop=tokens * (4 * head + flop(own, passes) + flop(streamed, 3)),
-        trunk_flop=calls * tokens * (2 * sum(sizes[i] for i in cut.trunk) + attention * len(cut.trunk)),
+        trunk_flop=_num_calls(run) * tokens * (2 * sum(sizes[i] for i in cut.trunk) + attention * len(cut.trunk)),
         accumulation=run.train.accumulation,
         in_flight=run.trunk.in_flight,
+    )
+
+
+def _num_calls(run: RunConfig) -> float:
+    """Forward calls of a micro-batch, probes on average."""
+    return 1 + 1 / run.surrogate.probe_every if run.surrogate.is_trained and run.surrogate.probe_every else 1
+
+
+def _message_bytes(run: RunConfig, hidden_size: int) -> tuple[int, int]:
+    """What a micro-batch of full-length examples sends and receives."""
+    lengths, dtype = [run.data.max_length] * run.train.batch_size, wire.NAMES[run.trunk.wire_dtype]
+    pulled = {
+        "exact": lambda: pull_bytes(lengths, dtype, hidden_size),
+        "shares": lambda: share_bytes(lengths, hidden_size),
+    }.get(run.surrogate.kind, lambda: (0, 0))()
+    calls = _num_calls(run)
+    return (
+        round(calls * request_bytes(lengths, dtype, hidden_size)) + pulled[0],
+        round(calls * reply_bytes(lengths, dtype, hidden_size)) + pulled[1],
     )
 
 
