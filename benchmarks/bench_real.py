@@ -314,9 +314,7 @@ def table(bench: Bench) -> Figures:
                 losses.setdefault(kind, {})[f"{name}/{seed}"] = figures[
                     "/".join(("heldout-loss", at, name, seed, kind, rate))
                 ]
-        print(
-            f"{split}: kind, rates, runs, held-out loss, gap closed, cosine at start / middle / end, node MB, step MB, s"
-        )
+        print(f"{split}: kind, rates, runs, held-out loss, gap closed, cosine at start / middle / end, MB, MB a step, s")
         none, exact = losses.get(alone(split), {}), losses.get("exact", {})
         for kind, own in sorted(losses.items(), key=lambda item: -mean(item[1].values())):
             key, common = f"{split}/{kind}", none.keys() & exact.keys() & own.keys()
