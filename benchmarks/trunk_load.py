@@ -188,7 +188,8 @@ def bench_soak(setting: Any) -> Figures:
     expected = Expected.from_checkpoint(folder, 2, 2)
     local = LocalTrunk(hold_layers(folder, 2, 2).model)
     seconds = 10.0 if setting.quick else 180.0
-    stop, dtypes = threading.Event(), (1 if setting.quick else 2) * list(TOLERANCES)
+    stop, answered = threading.Event(), threading.Event()
+    dtypes = (1 if setting.quick else 2) * list(TOLERANCES)
     with ExitStack() as stack:
         replicas = [Server(folder, 2, 2, "limits.queue-tokens=8192") for _ in range(2 if setting.quick else 3)]
         for replica in replicas:
@@ -197,9 +198,9 @@ def bench_soak(setting: Any) -> Figures:
         client = stack.enter_context(TrunkConnection(address, expected, wire_dtype="float32", timeout_s=120))
         client.connect()
         works: list[Callable[[Counter[str]], None]] = [
-            *(partial(_churn, replica, expected, seed, stop) for seed, replica in enumerate(replicas)),
             *(partial(_traffic, address, expected, local, dtype, stop) for dtype in dtypes),
             partial(_nuisance, replicas, stop),
+            *(partial(_churn, replica, expected, seed, stop, answered) for seed, replica in enumerate(replicas)),
         ]
         counts = [Counter[str]() for _ in works]
         threads = [threading.Thread(target=work, args=(mine,)) for work, mine in zip(works, counts, strict=True)]
@@ -209,7 +210,10 @@ def bench_soak(setting: Any) -> Figures:
             losses = _train(folder, client, lambda step, started: step < 2 or time.monotonic() - started < seconds)
         finally:
             stop.set()
-            for thread in threads:
+            for thread in threads[: -len(replicas)]:
+                thread.join()
+            answered.set()
+            for thread in threads[-len(replicas) :]:
                 thread.join()
         retries = client.num_retries
     undisturbed = _train(folder, local, lambda step, started: step < len(losses))
@@ -232,8 +236,18 @@ def bench_soak(setting: Any) -> Figures:
     }
 
 
-def _churn(replica: Server, expected: Expected, seed: int, stop: threading.Event, counts: Counter[str]) -> None:
-    """Let a replica serve for a while, kill it, start it again; nothing keeps all of them from being dead at once."""
+def _churn(
+    replica: Server,
+    expected: Expected,
+    seed: int,
+    stop: threading.Event,
+    answered: threading.Event,
+    counts: Counter[str],
+) -> None:
+    """Let a replica serve for a while, kill it, start it again; nothing keeps all of them from being dead at once.
+
+    The last start serves until `answered`: a server ends with the thread that started it.
+    """
     rng = random.Random(seed)
     while not stop.wait(rng.uniform(1.0, 8.0)):
         replica.kill()
@@ -244,6 +258,7 @@ def _churn(replica: Server, expected: Expected, seed: int, stop: threading.Event
             with TrunkConnection(replica.address, expected, timeout_s=1) as probe, suppress(TrunkUnavailable):
                 probe.connect()
                 break
+    answered.wait()
 
 
 def _traffic(
