@@ -317,54 +317,55 @@ def where(split: str, kind: str) -> str:
 def best_rates(figures: Mapping[str, Any], split: str, kind: str, file: str) -> str:
     """Of a kind's rates, those of the lowest loss on the first file and seed; empty: none was run."""
     prefix = f"heldout-loss/{where(split, kind)}/{file}/0/{kind}/"
-    return min(
-        ((loss, key.removeprefix(prefix)) for key, loss in figures.items() if key.startswith(prefix)), default=(0, "")
-    )[1]
+    tried = [(loss, key.removeprefix(prefix)) for key, loss in figures.items() if key.startswith(prefix)]
+    return min(tried, default=(0.0, ""))[1]
+
+
+def runs_of(figures: Mapping[str, Any], split: str, kind: str, file: str) -> dict[str, Figures]:
+    """A kind's runs at its best rates: figures by file and seed."""
+    found: dict[str, Figures] = {}
+    rates = best_rates(figures, split, kind, file)
+    for key, value in figures.items():
+        name, *at = key.split("/")
+        if len(at) == 5 and at[0] == where(split, kind) and at[3:] == [kind, rates]:
+            found.setdefault(f"{at[1]}/{at[2]}", {})[name] = value
+    return found
+
+
+def summary(bench: Bench, split: str, kind: str) -> Figures:
+    """What is said of a kind in a split, without the split's and the kind's names."""
+    file = bench.options.data[0].stem
+    own, none, exact = (runs_of(bench.figures, split, name, file) for name in (kind, alone(split), "exact"))
+    (memory, sent), (base_memory, base_sent) = (bench.costs(split, name) for name in (kind, alone(split)))
+    names = ("heldout-loss", "share-leak-bits", *(f"cosine-{when}" for when in ("start", "middle", "end")))
+    said = {name: mean(numbers) for name in names if (numbers := [run[name] for run in own.values() if name in run])}
+    asked = [run["step-s-recorded"] for run in none.values() if run.get("step-s-recorded", 0) > 0]
+    seconds = [run["step-s"] - run.get("step-s-recorded", 0) for run in own.values()]
+    said["step-s"] = mean(seconds) + (mean(asked) if kind.startswith("none") else 0)  # as if each had asked the trunk
+    said |= {"runs": len(own), "node-mb": memory, "step-mb": sent}
+    said |= {"memory-ratio": memory / base_memory, "bytes-ratio": sent / base_sent}
+    if common := none.keys() & exact.keys() & own.keys():
+        gain, whole = (sum(none[r]["heldout-loss"] - runs[r]["heldout-loss"] for r in common) for runs in (own, exact))
+        said |= {"loss-won": gain / len(common), "gap-closed": gain / whole}
+    return said
 
 
 def table(bench: Bench) -> Figures:
     """Print a row per split and kind, at its best rates; return what is said in it."""
-    figures, file, said = bench.figures, bench.options.data[0].stem, {}
-    ran = [key.split("/") for key in figures if key.startswith("heldout-loss/") and key.count("/") == 5]
-    for split in sorted({parts[1] for parts in ran} - {"any"}):
-        kinds = sorted({parts[4] for parts in ran if parts[1] in (split, "any")})
-        losses: dict[str, Figures] = {}  # of a kind, by file and seed
-        rates = {kind: best_rates(figures, split, kind, file) for kind in kinds}
-        for _, at, name, seed, kind, rate in ran:
-            if at == where(split, kind) and rate == rates[kind]:
-                losses.setdefault(kind, {})[f"{name}/{seed}"] = figures[
-                    "/".join(("heldout-loss", at, name, seed, kind, rate))
-                ]
+    said: Figures = {}
+    ran = {(at[1], at[4]) for key in bench.figures if len(at := key.split("/")) == 6 and at[0] == "heldout-loss"}
+    for split in sorted({split for split, _ in ran} - {"any"}):
         print(f"{split}: kind, rates, runs, held-out loss, gap closed, cosine at start, middle, end, MB, MB a step, s")
-        none, exact = losses.get(alone(split), {}), losses.get("exact", {})
-        for kind, own in sorted(losses.items(), key=lambda item: -mean(item[1].values())):
-            key, common = f"{split}/{kind}", none.keys() & exact.keys() & own.keys()
-            memory, sent = bench.costs(split, kind)
-            base_memory, base_sent = bench.costs(split, alone(split))
-            said |= {f"heldout-loss/{key}": mean(own.values()), f"runs/{key}": len(own), f"node-mb/{key}": memory}
-            said |= {
-                f"step-mb/{key}": sent,
-                f"memory-ratio/{key}": memory / base_memory,
-                f"bytes-ratio/{key}": sent / base_sent,
-            }
-            if common:
-                gain, whole = (sum(none[run] - other[run] for run in common) for other in (own, exact))
-                said[f"gap-closed/{key}"] = gain / whole
-            for name in ("step-s", "cosine-start", "cosine-middle", "cosine-end", "share-leak-bits"):
-                found = [figures.get(f"{name}/{where(split, kind)}/{run}/{kind}/{rates[kind]}") for run in own]
-                if numbers := [number for number in found if number is not None]:
-                    said[f"{name.replace('-', f'/{key}/', 1) if name.startswith('cosine') else f'{name}/{key}'}"] = (
-                        mean(numbers)
-                    )
-            cosines = [
-                f"{said[f'cosine/{key}/{when}']:.3f}"
-                for when in ("start", "middle", "end")
-                if f"cosine/{key}/{when}" in said
-            ]
-            gap = said.get(f"gap-closed/{key}", float("nan"))
+        rows = {kind: summary(bench, split, kind) for at, kind in ran if at in (split, "any")}
+        for kind, row in sorted(rows.items(), key=lambda item: -item[1]["heldout-loss"]):
+            for name, value in row.items():
+                what, _, when = name.partition("-") if "cosine" in name else (name, "", "")
+                said["/".join(filter(None, (what, split, kind, when)))] = value
+            rates = best_rates(bench.figures, split, kind, bench.options.data[0].stem)
+            cosines = " / ".join(f"{value:.3f}" for name, value in row.items() if "cosine" in name)
             print(
-                f"  {kind:10} {rates[kind]:10} {len(own)}  {mean(own.values()):.4f}  {gap:6.2f}"
-                f"  {' / '.join(cosines):21}  {memory:6.0f}  {sent:5.2f}  {said[f'step-s/{key}']:5.2f}"
+                f"  {kind:10} {rates:10} {row['runs']}  {row['heldout-loss']:.4f}  {row.get('gap-closed', 0):6.2f}"
+                f"  {cosines:21}  {row['node-mb']:6.0f}  {row['step-mb']:5.2f}  {row['step-s']:5.2f}"
             )
     return said
 
@@ -382,14 +383,14 @@ def plot(figures: Mapping[str, Any], out: Path) -> None:
         panels, ("node-mb", "step-mb"), ("weights and training on the node, MB", "MB on the wire, a step"), strict=True
     ):
         for split, marker in zip(splits, "osD^v", strict=False):
-            names = [kind for other, kind in said if other == split]
-            points = [(figures[f"{cost}/{split}/{kind}"], figures[f"heldout-loss/{split}/{kind}"]) for kind in names]
+            names = [kind for other, kind in said if other == split and f"loss-won/{split}/{kind}" in figures]
+            points = [(figures[f"{cost}/{split}/{kind}"], -figures[f"loss-won/{split}/{kind}"]) for kind in names]
             axes.scatter(*zip(*points, strict=True), marker=marker, label=split)
             for kind, point in zip(names, points, strict=True):
                 axes.annotate(kind, point, xytext=(4, 3), textcoords="offset points", fontsize=7)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("held-out loss")
+    panels[0].set_ylabel("held-out loss, less that of the top alone")
     panels[0].legend(title="bottom + top")
     figure.savefig(out, dpi=120)
 

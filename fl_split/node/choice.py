@@ -100,7 +100,7 @@ def choose(config: RunConfig, node: NodeConfig, folder: Path, clock: Clock | Non
     why_not = _no_streamed(config, node, folder)
     if not why_not:
         if clock is None:
-            return Choice("streamed", f"the whole checkpoint is on this disk; if a round takes at most {limit:g} s")
+            return Choice("streamed", f"the whole checkpoint is on this disk, if a round takes at most {limit:g} s")
         try:
             seconds = clock(config.with_kind("streamed"))
         except SplitError:

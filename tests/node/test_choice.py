@@ -69,9 +69,10 @@ def test_layers_from_the_disk_where_they_are_there_and_fast_enough(checkpoint: C
     assert late.kind == "blocks"
     assert late.why.startswith("with 'streamed' the steps of a round would take about 3 s, more than 2.95 s")
     untimed = chosen(folder, clock=None)
-    assert str(untimed) == (
-        "surrogate.kind='auto' is 'streamed' here: the whole checkpoint is on this disk; if a round takes at most 1800 s"
+    assert str(untimed).startswith(
+        "surrogate.kind='auto' is 'streamed' here: the whole checkpoint is on this disk, if "
     )
+    assert untimed.why.endswith("if a round takes at most 1800 s")
 
 
 def test_checkpoint_without_the_trunk_leaves_blocks(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -132,9 +133,7 @@ def test_run_times_a_step_once_and_keeps_to_its_choice(
 ) -> None:
     loaded: list[str] = []
     load = ends.load_ends
-    monkeypatch.setattr(
-        "fl_split.node.build.load_ends", lambda *a, **k: loaded.append(k["surrogate"]) or load(*a, **k)
-    )
+    monkeypatch.setattr("fl_split.node.build.load_ends", lambda *a, **k: loaded.append(k["surrogate"]) or load(*a, **k))
     caplog.set_level("INFO")
     run_app(tmp_path, **{"surrogate.kind": "auto"})
     assert loaded == ["streamed"] * 6  # of each of two nodes: once to time it, and in two rounds
