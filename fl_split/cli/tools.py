@@ -160,7 +160,7 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
     """Show what splits of a model cost in memory, bytes and time, from its configuration alone."""
-    from fl_split.config import RunConfig, read_values
+    from fl_split.config import AUTO, RunConfig, read_values
     from fl_split.plan.plan import Link, rows_of
 
     link = Link(bandwidth_mbps * 1e6, latency_ms / 1e3, node_tflops * 1e12, trunk_tflops * 1e12)
@@ -168,9 +168,12 @@ def plan_command(
         values = read_values(config, run_config or [])
         if model:
             values |= {"model.name": model, "model.revision": revision}
-        rows = rows_of(RunConfig.from_flat(values), split or [], link)
+        run = RunConfig.from_flat(values)
+        rows = rows_of(run, split or [], link)
     if as_json:
         for row in rows:
             print(json.dumps(row))
         return
     print(columns(rows))
+    if run.surrogate.kind == "auto":
+        print(f"surrogate.kind=auto, planned as blocks: {AUTO.replace('`', '')}")
