@@ -436,15 +436,14 @@ RunFile = Annotated[Path | None, typer.Option("--config", help="TOML file of a r
 RunValues = Annotated[
     list[str] | None, typer.Option("--run-config", "-c", help="key=value of a run, as for flwr run; may be repeated")
 ]
+NodeValues = Annotated[list[str] | None, typer.Option(help="key=value of this node, as for flower-supernode")]
 
 
 @app.command("doctor")
 def doctor_command(
     config: RunFile = None,
     run_config: RunValues = None,
-    node_config: Annotated[
-        list[str] | None, typer.Option(help="key=value of this node, as for flower-supernode")
-    ] = None,
+    node_config: NodeValues = None,
     rows: Annotated[int, typer.Option(min=2, help="look at the first rows of the data")] = 10_000,
     show: Annotated[int, typer.Option(min=0, help="print so many examples as the model sees them")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
@@ -468,6 +467,40 @@ def doctor_command(
             print(*show_examples(run, own, show), sep="\n\n")
     if failed:
         raise typer.Exit(1)
+
+
+@app.command("audit")
+def audit_command(
+    config: RunFile = None,
+    run_config: RunValues = None,
+    node_config: NodeValues = None,
+    adapter: Annotated[Path | None, typer.Option(help="adapter folder of a run: what is sent with it")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="of this node's data")] = 16,
+    tokens: Annotated[int, typer.Option(min=2, help="of each example, from its beginning")] = 64,
+    canaries: Annotated[int, typer.Option(min=0, help="invented records to look for")] = 8,
+    noise: Annotated[float, typer.Option(min=0, help="show what noise of this relative size would hide")] = 0.0,
+    passes: Annotated[int, typer.Option(min=1, help="in which an example is sent, each with other noise")] = 1,
+    text: Annotated[list[Path] | None, typer.Option(help="public text in UTF-8 to attack with")] = None,
+    out: Annotated[Path, typer.Option(help="page to write; the figures go beside it, as .json")] = Path("audit.html"),
+    as_json: Annotated[bool, typer.Option("--json", help="print the figures as one JSON object")] = False,
+) -> None:
+    """Attack this node's own hidden states: how much of its text the trunk's operator could read. Sends nothing."""
+    from fl_split.config import NodeConfig, RunConfig, read_values
+    from fl_split.files import write_atomic
+    from fl_split.tools.audit.audit import Setting, audit
+    from fl_split.tools.audit.page import page, summary
+
+    _log_to_stderr()
+    with _errors():
+        run = RunConfig.from_flat(read_values(config, run_config or []))
+        own = NodeConfig.from_flat({"partition-id": 0, **read_values(None, node_config or [])})
+        report = audit(run, own, Setting(adapter, noise, passes, examples, tokens, canaries, tuple(text or ())))
+        write_atomic(out, page(report))
+        write_atomic(out.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(report))
+        return
+    print(report["verdict"], *(f"{value:>14}  {text}" for text, value in summary(report)), out.resolve(), sep="\n")
 
 
 @app.command("report")
