@@ -171,6 +171,11 @@ class Data(_Section):
         0.1, description="part held out for evaluation, never trained on; a row's side depends on nothing but the row"
     )
     holdout_max: Positive = Field(500, description="examples of the held-out part that are evaluated, at most")
+    samples: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="held-out prompts that a node answers after each round; the texts stay in its folder, exact match "
+        "and ROUGE-L are metrics",
+    )
     bad_rows: Literal["skip", "refuse"] = Field(
         "skip", description="rows that are empty, malformed or too long to learn from: leave out and count, or stop"
     )
@@ -537,6 +542,8 @@ def _check_data(data: Data) -> None:
     if data.template != "auto" and (data.text or data.messages):
         key = "data.text" if data.text else "data.messages"
         raise ValueError(f"data.template={data.template!r} is for data.prompt and data.response, and {key} is set")
+    if data.samples and data.labels:
+        raise ValueError("data.samples is for language models: with data.labels, set data.samples=0")
     if data.packing and data.labels:
         raise ValueError("data.packing=true is for language models: with data.labels, set data.packing=false")
 
