@@ -117,6 +117,12 @@ class TrunkConnection:
 
         return _gather(calls, unpack)
 
+    @property
+    def offers_streams(self) -> bool:
+        """Whether every replica that was checked keeps keys and values for generation."""
+        found = self._replicas.descriptions
+        return bool(found) and all(about.HasField("decode") for about in found)
+
     def open(self, packed: wire.Packed, room: int) -> tuple[DecodeStream, Tensor]:
         """Begin a generation stream with its first step; see `generation.StreamingTrunk.open`.
 
