@@ -191,9 +191,9 @@ def main() -> None:
         layers = AutoConfig.from_pretrained(folder).num_hidden_layers
         first, *others = (depth for depth in options.depths if depth + TOP < layers)
         try:
+            bench.defences(first)
             for depth in [] if options.quick else others:
                 bench.plain(depth)
-            bench.defences(first)
         finally:  # what was measured, if somebody stops it
             write(options.json, {**bench.figures, **about(0)}, keep=True)
 
