@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from fl_split.cli.options import Bottom, Model, Revision, RunFile, RunValues, Top, columns, errors, log_to_stderr
+from fl_split.cli.options import (
+    Bottom,
+    Model,
+    NodeValues,
+    Revision,
+    RunFile,
+    RunValues,
+    Top,
+    columns,
+    errors,
+    log_to_stderr,
+)
 
 app = typer.Typer()
 surrogate = typer.Typer(no_args_is_help=True, help="What gives the bottom its gradient.")
@@ -92,9 +103,7 @@ def gradcheck_command(
 def doctor_command(
     config: RunFile = None,
     run_config: RunValues = None,
-    node_config: Annotated[
-        list[str] | None, typer.Option(help="key=value of this node, as for flower-supernode")
-    ] = None,
+    node_config: NodeValues = None,
     rows: Annotated[int, typer.Option(min=2, help="look at the first rows of the data")] = 10_000,
     show: Annotated[int, typer.Option(min=0, help="print so many examples as the model sees them")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
@@ -160,7 +169,7 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
     """Show what splits of a model cost in memory, bytes and time, from its configuration alone."""
-    from fl_split.config import RunConfig, read_values
+    from fl_split.config import AUTO, RunConfig, read_values
     from fl_split.plan.plan import Link, rows_of
 
     link = Link(bandwidth_mbps * 1e6, latency_ms / 1e3, node_tflops * 1e12, trunk_tflops * 1e12)
@@ -168,9 +177,12 @@ def plan_command(
         values = read_values(config, run_config or [])
         if model:
             values |= {"model.name": model, "model.revision": revision}
-        rows = rows_of(RunConfig.from_flat(values), split or [], link)
+        run = RunConfig.from_flat(values)
+        rows = rows_of(run, split or [], link)
     if as_json:
         for row in rows:
             print(json.dumps(row))
         return
     print(columns(rows))
+    if run.surrogate.kind == "auto":
+        print(f"surrogate.kind=auto, planned as blocks: {AUTO.replace('`', '')}")

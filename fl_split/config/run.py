@@ -15,6 +15,7 @@ from fl_split.config.sections import (
     Aggregation,
     Data,
     Dp,
+    Kind,
     Lora,
     Model,
     Positive,
@@ -100,10 +101,19 @@ class RunConfig(Section):
             raise ValueError(
                 "surrogate.kind='exact' makes gradients leave the nodes: for that, set trunk.exact-gradient=true too"
             )
-        _check_shares(self.surrogate.kind == "shares", self.trunk, self.model)
+        _check_shares(self.has_shares, self.surrogate.kind, self.trunk, self.model)
         if not embedded and not self.trunk.address.rpartition(":")[2].isdigit():
             raise ValueError(f"trunk.address={self.trunk.address!r}: expected 'embedded' or host:port")
         return self
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether nodes may send gradients in shares, to a second trunk."""
+        return self.surrogate.kind == "shares" or (self.surrogate.kind == "auto" and self.trunk.share_address != "")
+
+    def with_kind(self, kind: Kind) -> "RunConfig":
+        """The configuration of a node that has settled what gives its bottom a gradient."""
+        return self.model_copy(update={"surrogate": self.surrogate.model_copy(update={"kind": kind})})
 
     def with_rates(self) -> "RunConfig":
         """The configuration with numbers for rates that are ``auto``: what suits the demo's model wrecks a real one."""
@@ -199,11 +209,12 @@ def _check_personal(aggregation: Aggregation, dp: Dp, lora: Lora) -> None:
             raise ValueError(f"aggregation.personal=true does not go with {given}: {reason}")
 
 
-def _check_shares(wanted: bool, trunk: TrunkService, model: Model) -> None:
+def _check_shares(wanted: bool, kind: str, trunk: TrunkService, model: Model) -> None:
     embedded = trunk.address == "embedded"
     if not wanted and trunk.share_address:
         raise ValueError(
-            f"trunk.share-address={trunk.share_address!r} is for surrogate.kind='shares': set that, or leave it empty"
+            f"trunk.share-address={trunk.share_address!r} is for surrogate.kind='shares' or 'auto', not "
+            f"{kind!r}: set one of them, or leave it empty"
         )
     if wanted and (not trunk.share_address or embedded != (trunk.share_address == "embedded")):
         raise ValueError(

@@ -37,11 +37,13 @@ from fl_split.node.build import (
     check_demo_data,
     connect,
     connect_shares,
+    fetch_matched,
     find_model,
     warn_of_room,
     with_cache,
 )
 from fl_split.node.card import base_name, card_text, write_recipe
+from fl_split.node.choice import settle
 from fl_split.node.evaluate import Scores, evaluate, scores_before
 from fl_split.node.metrics import RoundMetrics, heldout_metrics
 from fl_split.node.progress import Progress
@@ -145,10 +147,13 @@ class Round:
         base = find_model(config)
         tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(base))
         home = node.folder(config, instructions.run_name)
-        if instructions.server_round == 1:
-            warn_of_room(config, node)
         examples = load_examples(config.data, node, tokenizer, config.train.seed, store=home / "examples")
         check_fits(AutoConfig.from_pretrained(base), tokenizer, examples, config.data)
+        folder = NodeFolder(home, instructions.run_id)
+        config = settle(config, node, base, tokenizer, examples, folder.choice)
+        check_consent(config, node)
+        if instructions.server_round == 1:
+            warn_of_room(config, node)
         trunk: Trunk
         if config.surrogate.kind == "shares":
             addresses = (instructions.trunk_address, instructions.share_address)
@@ -157,11 +162,11 @@ class Round:
         else:
             connection, expected = connect(config, node, base, instructions.trunk_address, stack)
             trunk = with_cache(config, connection, expected, home, stack)
-        model = build_model(config, node.lora(config.lora), base, connection, trunk, tokenizer.pad_token_id)
+        matched = fetch_matched(config, connection)
+        model = build_model(config, node.lora(config.lora), base, trunk, tokenizer.pad_token_id, matched)
         optimizer, distiller, surrogate = train.make_optimizer(model, config.train), None, config.surrogate
         if surrogate.is_trained:
             distiller = train.make_distiller(model, surrogate.distill_lr, surrogate.probe_every)
-        folder = NodeFolder(home, instructions.run_id)
         return cls(
             config=config,
             node=node,
@@ -193,7 +198,8 @@ class Round:
         return (
             f"{len(self.examples.train)} examples to train on and {len(self.examples.heldout)} held out, of "
             f"{self.node.data_path or config.data.path}; model {config.model.name}; trains "
-            f"{'bottom and top' if config.surrogate.trains_bottom else 'the top'}, "
+            f"{'bottom and top' if config.surrogate.trains_bottom else 'the top'} "
+            f"(surrogate.kind={config.surrogate.kind!r}), "
             f"{sum(p.numel() for p in trained):,} weights of rank {self.node.lora(config.lora).rank}, "
             "rates {:g} and {:g}".format(*config.train.rates)
         )

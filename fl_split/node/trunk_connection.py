@@ -28,8 +28,8 @@ from fl_split.model.thin import read_card
 from fl_split.node.call_errors import LOST, AnotherTrunk, NoHandshake, translate
 from fl_split.node.decode_stream import DecodeStream
 from fl_split.node.expected import Expected
-from fl_split.node.published import fetch_published
 from fl_split.node.replicas import Credentials, Replica, Replicas
+from fl_split.node.surrogate_file import fetch_published
 from fl_split.node.trouble import explain
 from fl_split.proto import trunk_pb2 as pb
 

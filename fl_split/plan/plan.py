@@ -22,7 +22,7 @@ from fl_split.model.checkpoint import read_config
 from fl_split.model.family import Anatomy, examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.surrogate import kept_layers
-from fl_split.plan.step_memory import layers_of, on_meta, step_on_meta
+from fl_split.plan.step_memory import key_value_bytes, layers_of, on_meta, step_on_meta
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.shares import SEED_BYTES
 
@@ -68,6 +68,7 @@ class Plan:
     node: Memory
     trunk_weights: int  # bytes, in the run's `model.dtype`
     full_weights: int  # bytes of the whole model, for comparison
+    token_bytes: int  # what the trunk keeps of one token of an answer, in the run's `model.dtype`
     request_bytes: int  # of one micro-batch of full-length examples, probes on average
     reply_bytes: int
     node_flop: float  # of one micro-batch, forward and backward
@@ -112,7 +113,8 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
         config.num_labels, config.pad_token_id = len(run.data.label_names), config.pad_token_id or 0
     anatomy = examine(config, auto_class(run))
     cut = Boundaries.of(anatomy, run.split.bottom_layers, run.split.top_layers)
-    kind = "blocks" if run.surrogate.kind == "matched" else run.surrogate.kind  # thin layers, of as many layers' size
+    kind = run.surrogate.planned
+    kind = "blocks" if kind == "matched" else kind  # thin layers, of as many layers' size
     kept = kept_layers(kind, run.surrogate.layers, cut.first, cut.end)
     dtype = run.model.torch_dtype
     model = on_meta(config, anatomy, dtype)
@@ -121,6 +123,7 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     own = [*cut.bottom, *kept, *cut.top]
     streamed = cut.trunk if kind == "streamed" else ()  # in memory one at a time
     kept_params = sum(sizes[i] for i in kept)
+    token_bytes = key_value_bytes(model, cut.trunk) if run.task == "causal-lm" else 0
     training, activations = _step(model, config, anatomy, cut, kept, run)
     if run.surrogate.is_trained:
         training += 3 * kept_params * dtype.itemsize
@@ -146,6 +149,7 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
         ),
         trunk_weights=sum(sizes[i] for i in cut.trunk) * dtype.itemsize,
         full_weights=(outside + sum(sizes)) * dtype.itemsize,
+        token_bytes=token_bytes,
         request_bytes=sent,
         reply_bytes=received,
         node_flop=tokens * (4 * head + flop(own, passes) + flop(streamed, 3)),
@@ -267,6 +271,7 @@ def rows_of(run: RunConfig, wanted: list[str], link: Link) -> list[dict[str, str
                 "activations": round(plan.node.activations / 1e9, 2),
                 "trunk GB": round(plan.trunk_weights / 1e9, 2),
                 "whole GB": round(plan.full_weights / 1e9, 2),
+                "cache B/token": plan.token_bytes,
                 "up B/token": round(plan.request_bytes / tokens, 1),
                 "down": round(plan.reply_bytes / tokens, 1),
                 "s/step": round(plan.step_s(link), 3),

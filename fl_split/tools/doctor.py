@@ -27,6 +27,7 @@ from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries, check_quantized
 from fl_split.model.loss import IGNORED
 from fl_split.node.build import check_demo_data, connect, connect_shares, find_model
+from fl_split.node.choice import choose
 from fl_split.plan.fits_here import Check, check_room
 from fl_split.plan.plan import PROCESS_BYTES, auto_class, choose_split
 from fl_split.plan.versions import check_versions
@@ -55,6 +56,10 @@ def diagnose(config: RunConfig, own: NodeConfig, max_rows: int | None = None) ->
     if found is None:
         return
     config, folder = found
+    if config.surrogate.kind == "auto":
+        choice = choose(config, own, folder)
+        yield Check("pass", "surrogate", str(choice))
+        config = config.with_kind(choice.kind)
     check, tokenizer = _try("tokenizer", lambda: _tokenizer(folder))
     yield check
     if tokenizer is not None and tokenizer.eos_token is None:
@@ -182,6 +187,8 @@ def _check_node(
         yield Check("warn", "rows", f"{report.num_bad} are left out: {bad}; correct them, or accept their loss")
     for note in report.all_notes():
         yield Check("warn", "rows", note)
+    if report.unread:
+        yield Check("pass", "columns", report.unread_columns())
     yield from _check_copies(examples)
     yield _check_lengths(examples, config.data.max_length)
     if report.template:

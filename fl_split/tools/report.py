@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fl_split.config import RunConfig
-from fl_split.server.run_folder import read_entries, read_run
+from fl_split.files import read_entries
+from fl_split.server.run_folder import read_run
 from fl_split.tools.charts import Chart, Line, draw, look, steps_of
 
 Entry = Mapping[str, Any]
