@@ -277,6 +277,11 @@ class Aggregation(Section):
     share_head: bool = Field(
         False, description="share a classifier's head with the top; it shows how frequent each label is on a node"
     )
+    personal: bool = Field(
+        False,
+        description="each node's adapter trains as if nothing were shared; what the others' makes better is added to "
+        "it, as far as it does so on the node's own examples",
+    )
     tensors: Tensors = Field(
         "both",
         description="of the shared adapters: `both`; `a-only`: B stays private (FedSA-LoRA); `b-only`: A stays as it "

@@ -1,7 +1,7 @@
 """The numbers that a node gives away about a round: all of them, and under which keys."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fl_split.node.evaluate import Scores
 
@@ -33,6 +33,7 @@ class RoundMetrics:
     cached_sequences: int  # for which the trunk was not asked
     rounds_missed: int  # since this node's last
     exported_round: int  # whose adapter is the export: see `train.keep`
+    worth: Mapping[str, float] = field(default_factory=dict)  # of `aggregation.personal`, by key: `node.personal`
 
     def record(self) -> dict[str, int | float]:
         """The numbers by their keys."""
@@ -41,7 +42,7 @@ class RoundMetrics:
             match name:
                 case "heldout":
                     record |= heldout_metrics(value)
-                case "samples":
+                case "samples" | "worth":
                     record |= value
                 case _:
                     record[name.replace("_", "-")] = value

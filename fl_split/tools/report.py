@@ -140,6 +140,8 @@ def _run(run: Record) -> str:
     shared = (
         f"The server gave each node {size:,.2f} MB of shared weights in all." if size else "No weights were shared."
     )
+    if worth := run.by_round("gain-over-alone"):
+        charts.append(Chart("What the others' adapters won beyond training alone", "round", "nats", worth))
     spent = {entry["round"]: entry["epsilon"] for entry in run.rounds if "epsilon" in entry}
     if spent:
         charts.append(Chart("Privacy spent", "round", "epsilon", {"epsilon": spent}))
@@ -165,6 +167,10 @@ def _quality(run: Record) -> list[dict[str, Any]]:
             "gain": _gain(base - after),
             "exported": f"round {last['exported-round']}" if "exported-round" in last else "",
         }
+        if "gain-over-alone" in last:
+            weights = ", ".join(f"{last[f'others-weight-{part}']:g} {part}" for part in ("bottom", "top"))
+            row["over training alone"] = f"{last['gain-over-alone']:+.4f} ± {last['gain-over-alone-error']:.4f}"
+            row["weight of the others"] = weights
         if run.config["aggregation.share"] == "none":
             del row["shared alone"]
         if "heldout-accuracy-after" in last:
