@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from fl_split.cli.options import Bottom, Model, Revision, RunFile, RunValues, Top, columns, errors, log_to_stderr
+from fl_split.cli.options import (
+    Bottom,
+    Model,
+    NodeValues,
+    Revision,
+    RunFile,
+    RunValues,
+    Top,
+    columns,
+    errors,
+    log_to_stderr,
+)
 
 app = typer.Typer()
 surrogate = typer.Typer(no_args_is_help=True, help="What gives the bottom its gradient.")
@@ -92,9 +103,7 @@ def gradcheck_command(
 def doctor_command(
     config: RunFile = None,
     run_config: RunValues = None,
-    node_config: Annotated[
-        list[str] | None, typer.Option(help="key=value of this node, as for flower-supernode")
-    ] = None,
+    node_config: NodeValues = None,
     rows: Annotated[int, typer.Option(min=2, help="look at the first rows of the data")] = 10_000,
     show: Annotated[int, typer.Option(min=0, help="print so many examples as the model sees them")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,

@@ -66,6 +66,8 @@ class RunConfig(Section):
         if self.run.resume and not self.run.name:
             raise ValueError("run.resume=true needs run.name: the name of the run to go on with")
         _check_aggregation(self.aggregation, self.dp)
+        if self.aggregation.personal:
+            _check_personal(self.aggregation, self.dp, self.lora)
         if self.lora.variant == "dora" and (self.aggregation.combine, self.aggregation.tensors) != ("mean", "both"):
             raise ValueError(
                 "lora.variant='dora' needs aggregation.combine='mean' and aggregation.tensors='both', not "
@@ -187,6 +189,26 @@ def _check_aggregation(aggregation: Aggregation, dp: Dp) -> None:
         )
 
 
+def _check_personal(aggregation: Aggregation, dp: Dp, lora: Lora) -> None:
+    """Refuse what `aggregation.personal` cannot keep its promise with: a node's own adapter is nobody's but its own."""
+    strategy = aggregation.strategy
+    reasons = {
+        "aggregation.share='none'": aggregation.share == "none" and "there is nothing to add to a node's own adapter",
+        f"aggregation.tensors={aggregation.tensors!r}": aggregation.tensors != "both"
+        and "half of the others' product B A is none",
+        f"aggregation.strategy={strategy!r}": strategy in ("fedavgm", "fedadam", "fedprox")
+        and "it moves nodes from where the server is, and here they never start there",
+        "aggregation.share-head=true": aggregation.share_head and "a head is no product B A",
+        "lora.variant='dora'": lora.variant == "dora" and "its update is no product B A",
+        f"aggregation.min-nodes={aggregation.min_nodes}": aggregation.min_nodes < 3
+        and dp.mode == "off"
+        and "the mean of two adapters shows each node the other's: set 3 or more, or dp.mode",
+    }
+    for given, reason in reasons.items():
+        if reason:
+            raise ValueError(f"aggregation.personal=true does not go with {given}: {reason}")
+
+
 def _check_shares(wanted: bool, kind: str, trunk: TrunkService, model: Model) -> None:
     embedded = trunk.address == "embedded"
     if not wanted and trunk.share_address:
@@ -234,5 +256,7 @@ def _check_data(data: Data) -> None:
     if data.template != "auto" and (data.text or data.messages):
         key = "data.text" if data.text else "data.messages"
         raise ValueError(f"data.template={data.template!r} is for data.prompt and data.response, and {key} is set")
+    if data.samples and data.labels:
+        raise ValueError("data.samples is for language models: with data.labels, set data.samples=0")
     if data.packing and data.labels:
         raise ValueError("data.packing=true is for language models: with data.labels, set data.packing=false")

@@ -173,6 +173,11 @@ class Data(Section):
         0.1, description="part held out for evaluation, never trained on; a row's side depends on nothing but the row"
     )
     holdout_max: Positive = Field(500, description="examples of the held-out part that are evaluated, at most")
+    samples: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="held-out prompts that a node answers after each round; the texts stay in its folder, exact match "
+        "and ROUGE-L are metrics",
+    )
     bad_rows: Literal["skip", "refuse"] = Field(
         "skip", description="rows that are empty, malformed or too long to learn from: leave out and count, or stop"
     )
@@ -271,6 +276,11 @@ class Aggregation(Section):
     share: Share = Field("none", description="adapters combined over the nodes; the rest never leaves a node")
     share_head: bool = Field(
         False, description="share a classifier's head with the top; it shows how frequent each label is on a node"
+    )
+    personal: bool = Field(
+        False,
+        description="each node's adapter trains as if nothing were shared; what the others' makes better is added to "
+        "it, as far as it does so on the node's own examples",
     )
     tensors: Tensors = Field(
         "both",

@@ -16,6 +16,7 @@ import grpc
 
 from fl_split.address import is_local, split_address
 from fl_split.errors import ConfigError
+from fl_split.node.trouble import unavailable
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.proto.trunk_pb2_grpc import ExactGradientStub, GradientSharesStub, TrunkStub
 
@@ -151,6 +152,28 @@ class Replicas:
         """Close all channels."""
         for replica in self._all:
             replica.channel.close()
+
+
+def description_of(address: str, credentials: Credentials, timeout_s: float) -> pb.DescribeReply:
+    """What a trunk says of itself: the first of its replicas that answers.
+
+    Raises:
+        TrunkUnavailable: None does, or they do not let this caller in.
+        ConfigError: As `Replicas`.
+    """
+    replicas = Replicas(address, credentials)
+    try:
+        for replica in (replicas.pick() for _ in range(len(replicas))):
+            try:
+                reply: pb.DescribeReply = replica.describe(
+                    pb.DescribeRequest(), timeout=timeout_s / len(replicas), metadata=credentials.metadata()
+                )
+                return reply
+            except grpc.RpcError as error:
+                failure = unavailable(replica.address, error)
+    finally:
+        replicas.close()
+    raise failure
 
 
 def _read(key: str, path: str) -> bytes:

@@ -4,8 +4,15 @@ import re
 
 import grpc
 
+from fl_split.errors import TrunkUnavailable
+
 _Code = grpc.StatusCode
 _CERTIFICATE = re.compile(r"CERTIFICATE_VERIFY_FAILED: ([\w ]+)")
+
+
+def unavailable(address: str, error: grpc.RpcError) -> TrunkUnavailable:
+    """The error of a trunk that did not answer a question."""
+    return TrunkUnavailable(f"no trunk answers at {address} ({error.code().name}): {explain(error, address)}")
 
 
 def explain(error: grpc.RpcError, address: str) -> str:

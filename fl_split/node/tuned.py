@@ -15,22 +15,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
-import grpc
 import torch
 from jinja2.exceptions import TemplateError
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fl_split.errors import ConfigError, DataError, TrunkUnavailable
+from fl_split.errors import ConfigError, DataError
 from fl_split.model.checkpoint import node_needs, read_config, resolve_model
 from fl_split.model.ends import load_ends
 from fl_split.model.loading import boundaries_of
 from fl_split.node.card import PLAIN, RECIPE
 from fl_split.node.expected import Expected
-from fl_split.node.replicas import Credentials, Replicas
+from fl_split.node.replicas import Credentials, description_of
 from fl_split.node.trunk_connection import TrunkConnection
-from fl_split.proto import trunk_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
@@ -122,13 +120,11 @@ def load_tuned(
     config = _adapter_config(folder)
     recipe = _recipe(folder)
     name, revision = base or str(config.base_model_name_or_path), "" if base else str(config.revision or "")
-    first, end = _split_of(trunk_address, credentials, timeout_s)
+    about = description_of(trunk_address, credentials, timeout_s)
+    first, end = about.first_layer, about.end_layer
     top = int(read_config(name, revision).num_hidden_layers) - end
     place = resolve_model(name, revision, node_needs(first, top, "none", 0))
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = _tokenizer_of(place)
     connection = TrunkConnection(
         trunk_address,
         Expected.from_checkpoint(place, first, top),
@@ -151,6 +147,14 @@ def load_tuned(
     logger.warning(NOTICE.format(address=trunk_address))
     framing = recipe.get("framing", "chat" if tokenizer.chat_template else PLAIN)
     return Tuned(model, tokenizer, connection, framing, folder.name)
+
+
+def _tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    tokenizer.padding_side = "left"  # so that all answers begin at the same column
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _adapter_config(folder: Path) -> PeftConfig:
@@ -190,23 +194,3 @@ def _check_layers(folder: Path, layers_name: str, trunk: range) -> None:
             f"the adapter in {folder} changes layer {inside[0]}, and this trunk holds layers {trunk[0]} to "
             f"{trunk[-1]}: ask a trunk that is split as the one that it was trained with"
         )
-
-
-def _split_of(address: str, credentials: Credentials, timeout_s: float) -> tuple[int, int]:
-    """The trunk's first layer and the one after its last, from the first replica that answers."""
-    replicas = Replicas(address, credentials)
-    try:
-        for replica in (replicas.pick() for _ in range(len(replicas))):
-            try:
-                about: pb.DescribeReply = replica.describe(
-                    pb.DescribeRequest(), timeout=timeout_s / len(replicas), metadata=credentials.metadata()
-                )
-                return about.first_layer, about.end_layer
-            except grpc.RpcError as error:
-                reason = error.code().name
-    finally:
-        replicas.close()
-    raise TrunkUnavailable(
-        f"no trunk answers at {address} ({reason}): start one with 'fl-split trunk serve', and check the address, the "
-        "token and the certificates"
-    )

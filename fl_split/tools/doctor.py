@@ -187,6 +187,8 @@ def _check_node(
         yield Check("warn", "rows", f"{report.num_bad} are left out: {bad}; correct them, or accept their loss")
     for note in report.all_notes():
         yield Check("warn", "rows", note)
+    if report.unread:
+        yield Check("pass", "columns", report.unread_columns())
     yield from _check_copies(examples)
     yield _check_lengths(examples, config.data.max_length)
     if report.template:
