@@ -135,7 +135,7 @@ class RunConfig(Section):
         try:
             return cls.model_validate(nested)
         except ValidationError as error:
-            raise ConfigError("wrong configuration:\n" + explain_invalid(error, KEYS)) from None
+            raise ConfigError("wrong configuration:\n" + explain_invalid(error, KEYS, cls().to_flat())) from None
 
     def to_flat(self) -> dict[str, Scalar]:
         """Inverse of `from_flat`: every key as the user writes it."""
