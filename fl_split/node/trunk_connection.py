@@ -135,8 +135,8 @@ class TrunkConnection:
             about = cast(pb.DescribeReply, replica.description)
             if not about.HasField("decode"):
                 raise TrunkRefused(
-                    f"the trunk at {replica.address} does not offer generation with a cache (limits.cache-mb=0, or its "
-                    "layers keep more than keys and values): pass use_cache=False, or ask its operator"
+                    f"the trunk at {replica.address} does not offer generation with a cache (limits.cache-mb=0, "
+                    "model.tensor-parallel, or layers that keep more than keys and values): pass use_cache=False, or ask its operator"
                 )
             stream = DecodeStream(self, replica, metadata)
             return stream, stream.begin(packed, min(room, about.max_sequence_length), left_s)

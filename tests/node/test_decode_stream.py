@@ -101,6 +101,17 @@ def test_int8_and_bfloat16_travel(folder: Path, held: HeldLayers) -> None:
                 assert model.generate(IDS * MASK, **OPTIONS).shape == (3, 33)
 
 
+def test_a_bfloat16_trunk_writes_the_bfloat16_models_tokens(demo_model: Path) -> None:
+    full: Any = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.bfloat16)
+    expected = Expected.from_checkpoint(demo_model, 2, 2)
+    with server.embedded(hold_layers(demo_model, 2, 2, torch.bfloat16)) as address:
+        with TrunkConnection(address, expected, wire_dtype="bfloat16") as connection:
+            model: Any = load_ends(demo_model, 2, 2, connection, surrogate="none", dtype=torch.bfloat16)
+            for ids in (IDS[:1], IDS[1:2, :5], IDS[2:, :1]):
+                options = {**OPTIONS, "attention_mask": torch.ones_like(ids)}
+                assert torch.equal(model.generate(ids, **options), full.generate(ids, **options))
+
+
 def test_a_long_prompt_travels_in_several_messages(
     folder: Path, held: HeldLayers, full: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
