@@ -183,6 +183,12 @@ def test_no_room_is_waited_for_and_then_named(folder: Path, held: HeldLayers) ->
             assert model.generate(ids, **options).shape == (40, 59)
 
 
+def test_what_would_never_fit_is_named_at_once(folder: Path, held: HeldLayers) -> None:
+    with serving(held, **{"cache-mb": 1}) as address, ends(folder, address) as (model, _):
+        with pytest.raises(TrunkRefused, match=r"70 answers of .. tokens, .* do not fit .*limits.cache-mb=1,.*fewer"):
+            model.generate(IDS[:1].repeat(70, 1), **{**OPTIONS, "attention_mask": None, "max_new_tokens": 50})
+
+
 def test_a_trunk_that_does_not_offer_it_is_named(folder: Path, held: HeldLayers) -> None:
     with serving(held, **{"cache-mb": 0}) as address, ends(folder, address) as (model, _):
         with pytest.raises(TrunkRefused, match=r"does not offer generation with a cache \(limits.cache-mb=0"):
