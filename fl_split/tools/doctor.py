@@ -184,6 +184,9 @@ def _check_node(
         yield Check("warn", "rows", note)
     if report.unread:
         yield Check("pass", "columns", report.unread_columns())
+    if config.data.redact or node.redact_rules:
+        found = report.say_redacted()
+        yield Check("pass" if found else "warn", "redact", f"replaced by pseudonyms: {found or 'nothing was found'}")
     yield from _check_copies(examples)
     yield _check_lengths(examples, config.data.max_length)
     if report.template:
