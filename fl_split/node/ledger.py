@@ -139,6 +139,7 @@ class Sums:
     repeated: int = 0  # whose very bytes were sent before
     told_apart: bool = True  # whether all of them could be compared
     examples: int = 0  # of the node, when it was last asked
+    redacted: dict[str, int] = field(default_factory=dict)  # what was replaced before, by kind
     torn: int = 0
     head: str = _START  # the last hash
 
@@ -194,6 +195,7 @@ def _add(sums: Sums, entry: dict[str, Any], seen: set[str]) -> None:
     key = entry["to"], entry["kind"]
     sums.rounds.add(entry["round"])
     sums.examples = entry.get("examples", sums.examples)
+    sums.redacted = entry.get("redacted", sums.redacted)
     sums.torn += entry["kind"] == "torn-line"
     if not entry["to"]:
         return

@@ -30,6 +30,7 @@ from fl_split.node.build import check_demo_data, connect, connect_shares, find_m
 from fl_split.plan.fits_here import Check, check_room
 from fl_split.plan.plan import PROCESS_BYTES, auto_class, choose_split
 from fl_split.plan.versions import check_versions
+from fl_split.tools.audit.page import NOISE
 
 T = TypeVar("T")
 
@@ -62,6 +63,9 @@ def diagnose(config: RunConfig, own: NodeConfig, max_rows: int | None = None) ->
     if tokenizer is not None:
         yield from check_data(config, own, read_config(str(folder)), tokenizer, max_rows)
     yield _try("trunk", lambda: _trunk(config, own, folder))[0]
+    yield Check(
+        "pass", "privacy", f"the trunk's operator can read what is sent, as 'fl-split audit' shows here: {NOISE}"
+    )
     yield from check_room(config, own, PROCESS_BYTES)
 
 
