@@ -1,7 +1,7 @@
 """The ClientApp: one message is one local round on one institution's data. Wiring only.
 
 What leaves the node: to the trunk, hidden states (`fl_split.wire`); to the server, the reply built at the end of
-`train`: shared adapter weights by name, numbers, and the path of the adapter on the node's own disk.
+`train`: shared adapter weights by name, numbers, and where the adapter is. All of it stands in the node's ledger.
 """
 
 import json
@@ -23,6 +23,7 @@ from flwr.clientapp.typing import ClientAppCallable  # noqa: E402
 from fl_split.config import NodeConfig, RunConfig  # noqa: E402
 from fl_split.errors import FLSplitError  # noqa: E402
 from fl_split.log import show_log  # noqa: E402
+from fl_split.node.ledger import Ledger  # noqa: E402
 from fl_split.node.received import moved  # noqa: E402
 from fl_split.node.round import Instructions, run_round  # noqa: E402
 
@@ -49,14 +50,18 @@ def train(msg: Message, context: Context) -> Message:
     received = msg.content.array_records["arrays"].to_torch_state_dict()
     show_log()
     config, name = _config(msg), f"node {context.node_config.get('partition-id', '?')}"
+    number, run_name = int(instructions["server-round"]), str(instructions["run-name"])  # type: ignore[arg-type]
+    ledger: Ledger | None = None
     try:
+        own = NodeConfig.from_flat(context.node_config)
+        ledger = Ledger(own.folder(config, run_name), number)
         result = run_round(
             config,
-            NodeConfig.from_flat(context.node_config),
+            own,
             received,
             Instructions(
-                server_round=int(instructions["server-round"]),  # type: ignore[arg-type]  # the ServerApp's own
-                run_name=str(instructions["run-name"]),
+                server_round=number,
+                run_name=run_name,
                 run_id=str(instructions["run-id"]),
                 trunk_address=str(instructions["trunk-address"]),
                 share_address=str(instructions.get("share-address", "")),
@@ -64,18 +69,26 @@ def train(msg: Message, context: Context) -> Message:
             ),
         )
     except FLSplitError as error:
-        raise type(error)(f"{name}: {error}") from None  # the text goes to the server; what led to it stays here
+        raise _answer(type(error), f"{name}: {error}", ledger) from None  # what led to it stays here
     except Exception as error:
         logger.exception("the round failed")
-        raise FLSplitError(
-            f"{name}: {type(error).__name__} on the node; its own log says more (data may be private)"
-        ) from None
+        text = f"{name}: {type(error).__name__} on the node; its own log says more (data may be private)"
+        raise _answer(FLSplitError, text, ledger) from None
     clipped = config.dp.mode != "off"  # here or on the server
     reply = RecordDict(
         {
             "arrays": ArrayRecord(moved(result.shared, received) if clipped else result.shared),
             "metrics": MetricRecord({**result.metrics}),
-            "node": ConfigRecord({"adapter": str(result.adapter), "scaling": result.scaling}),
+            "node": ConfigRecord({"adapter": result.adapter, "scaling": result.scaling}),
         }
     )
+    for name, record in reply.items():
+        ledger.note("server", {"arrays": "shared-adapter"}.get(name, name), record.count_bytes())
     return Message(reply, reply_to=msg)
+
+
+def _answer(kind: type[FLSplitError], text: str, ledger: Ledger | None) -> FLSplitError:
+    """An error whose text goes to the server."""
+    if ledger is not None:
+        ledger.note("server", "error", len(text.encode()))
+    return kind(text)

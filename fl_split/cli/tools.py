@@ -134,13 +134,21 @@ def doctor_command(
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs, <run.dir>/<run.name>; several are compared")],
     out: Annotated[Path, typer.Option(help="file to write")] = Path("report.html"),
+    privacy: Annotated[
+        bool, typer.Option("--privacy", help="what left a node, of its own folder: <out-dir>/<run.name>")
+    ] = False,
+    audit: Annotated[Path | None, typer.Option(help="for --privacy: the .json that 'fl-split audit' wrote")] = None,
 ) -> None:
-    """Write what runs came to as one HTML page."""
+    """Write what runs came to, or what left a node, as one HTML page."""
     from fl_split.files import write_atomic
+    from fl_split.tools.privacy_report import privacy_report
     from fl_split.tools.report import report
 
     with errors():
-        write_atomic(out, report(run.expanduser() for run in runs))
+        if privacy:
+            write_atomic(out, privacy_report(runs[0].expanduser(), audit))
+        else:
+            write_atomic(out, report(run.expanduser() for run in runs))
     print(out.resolve())
 
 

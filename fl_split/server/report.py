@@ -93,7 +93,7 @@ def _warn(node: dict[str, Any]) -> None:
             node["heldout-loss-after"],
             node["heldout-loss-base"],
         )
-    if node["bottom-gain-error"] and not node["bottom-trained"]:
+    if node["bottom-gain-error"] > 0 and not node["bottom-trained"]:  # nan, if the node does not say
         logger.warning(
             "%s: the bottom was not trained, since a trial of its gradient won too little (%.4f, standard error %.4f): "
             "see docs/surrogates.md for what would help",
