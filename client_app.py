@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Ray's workers put the folder that Flower's SuperLink was started in before the app's own: if that is a checkout of
@@ -15,7 +17,7 @@ from pathlib import Path
 if Path(sys.argv[0]).name == "flwr-simulation":
     os.chdir(Path(__file__).resolve().parent)
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict  # noqa: E402
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict  # noqa: E402
 from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod  # noqa: E402
 from flwr.clientapp.typing import ClientAppCallable  # noqa: E402
@@ -23,6 +25,7 @@ from flwr.clientapp.typing import ClientAppCallable  # noqa: E402
 from fl_split.config import NodeConfig, RunConfig  # noqa: E402
 from fl_split.errors import FLSplitError  # noqa: E402
 from fl_split.log import show_log  # noqa: E402
+from fl_split.node.masks import Identity, Statement, agree, digest, mask, state_key  # noqa: E402
 from fl_split.node.received import moved  # noqa: E402
 from fl_split.node.round import Instructions, run_round  # noqa: E402
 
@@ -37,19 +40,74 @@ def clip(msg: Message, context: Context, call_next: ClientAppCallable) -> Messag
     return mods[mode](msg, context, call_next) if mode in mods else call_next(msg, context)
 
 
+def conceal(msg: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Mask what leaves the node, clipped or not, if the run asks for that (``aggregation.secure``)."""
+    config = _config(msg)
+    if not config.aggregation.secure:
+        return call_next(msg, context)
+    with _explained(context):
+        node, told = NodeConfig.from_flat(context.node_config), msg.content.config_records["config"]
+        records = msg.content.config_records["keys"]
+        given = zip(*(records[name] for name in ("public", "identity", "signature")), strict=True)
+        statements = [Statement(*map(bytes, each)) for each in given]
+        received = msg.content.array_records["arrays"].to_torch_state_dict()
+        all_told = digest(received, *(str(told[name]) for name in sorted(told)))
+        secrets = agree(Identity.of(node), _folder(config, node, msg), _about(msg), statements, all_told)
+    reply = call_next(msg, context)
+    with _explained(context):
+        shared = reply.content.array_records["arrays"].to_torch_state_dict()
+        weight = int(reply.content.metric_records["metrics"]["weight"])  # type: ignore[arg-type]
+        hidden = mask(shared, weight, secrets)
+        reply.content["arrays"] = ArrayRecord({name: Array(value) for name, value in hidden.items()})
+    return reply
+
+
+@app.query("keys")
+def keys(msg: Message, context: Context) -> Message:
+    """Make this node's key of a round's masks; the public one leaves, signed."""
+    with _explained(context):
+        node = NodeConfig.from_flat(context.node_config)
+        statement = state_key(Identity.of(node), _folder(_config(msg), node, msg), _about(msg))
+    return Message(RecordDict({"key": ConfigRecord({**vars(statement)})}), reply_to=msg)
+
+
+def _about(msg: Message) -> bytes:
+    told = msg.content.config_records["config"]
+    return f"{told['run-id']!s} {told['server-round']!s}\n".encode()
+
+
+def _folder(config: RunConfig, node: NodeConfig, msg: Message) -> Path:
+    return node.folder(config, str(msg.content.config_records["config"]["run-name"]))
+
+
+@contextmanager
+def _explained(context: Context) -> Iterator[None]:
+    """Make errors safe to leave the node: their text goes to the server, what led to them stays here."""
+    name = f"node {context.node_config.get('partition-id', '?')}"
+    try:
+        yield
+    except FLSplitError as error:
+        raise type(error)(f"{name}: {error}") from None
+    except Exception as error:
+        logger.exception("the round failed")
+        raise FLSplitError(
+            f"{name}: {type(error).__name__} on the node; its own log says more (data may be private)"
+        ) from None
+
+
 def _config(msg: Message) -> RunConfig:
     """The run's configuration as the server has it: a resumed run's own, not what this start was given."""
     return RunConfig.from_flat(json.loads(str(msg.content.config_records["config"]["run-config"])))
 
 
-@app.train(mods=[clip])
+@app.train(mods=[conceal, clip])
 def train(msg: Message, context: Context) -> Message:
     """Train this node's adapters for one round; the reply holds what `aggregation.share` names, and metrics."""
     instructions = msg.content.config_records["config"]
     received = msg.content.array_records["arrays"].to_torch_state_dict()
     show_log()
-    config, name = _config(msg), f"node {context.node_config.get('partition-id', '?')}"
-    try:
+    config = _config(msg)
+    with _explained(context):
         result = run_round(
             config,
             NodeConfig.from_flat(context.node_config),
@@ -63,13 +121,6 @@ def train(msg: Message, context: Context) -> Message:
                 proximal_mu=float(instructions.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
             ),
         )
-    except FLSplitError as error:
-        raise type(error)(f"{name}: {error}") from None  # the text goes to the server; what led to it stays here
-    except Exception as error:
-        logger.exception("the round failed")
-        raise FLSplitError(
-            f"{name}: {type(error).__name__} on the node; its own log says more (data may be private)"
-        ) from None
     clipped = config.dp.mode != "off"  # here or on the server
     reply = RecordDict(
         {
