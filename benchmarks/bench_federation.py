@@ -31,8 +31,8 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from math import nan
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
