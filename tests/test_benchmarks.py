@@ -18,6 +18,10 @@ CASES = {  # script: (arguments, a figure that it writes)
     "bench_federation": (["--bench", BENCH, "--jobs", "1", "--work", "{tmp}"], "gain-over-local/as-is/both"),
     "bench_generate": ([], "decode-ratio/local"),
     "bench_memory": (["--work", "{tmp}"], "client-peak-over-share"),
+    "bench_privacy": (
+        ["--models", f"{BENCH}/llama-7m", "--data", f"{BENCH}/medquad/niddk.jsonl"],
+        "recovered/llama-7m/2/none",
+    ),
     "bench_real": (
         ["--model", f"{BENCH}/llama-7m", "--data", f"{BENCH}/medquad/niddk.jsonl", "--kinds", "none", "exact"],
         "heldout-loss/2+2/exact",

@@ -116,8 +116,9 @@ def doctor_command(
     failed = False
     with errors():
         run = RunConfig.from_flat(read_values(config, run_config or []))
-        own = NodeConfig.from_flat({"partition-id": 0, **read_values(None, node_config or [])})
-        for check in diagnose(run, own, rows):
+        of_node = read_values(None, node_config or [])
+        own = NodeConfig.from_flat({"partition-id": 0, **of_node})
+        for check in diagnose(run, own, rows, numbered=not of_node or "partition-id" in of_node):
             failed |= check.status == "fail"
             if as_json:
                 print(json.dumps(vars(check)))

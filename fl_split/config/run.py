@@ -137,7 +137,7 @@ class RunConfig(Section):
         try:
             return cls.model_validate(nested)
         except ValidationError as error:
-            raise ConfigError("wrong configuration:\n" + explain_invalid(error, KEYS)) from None
+            raise ConfigError("wrong configuration:\n" + explain_invalid(error, KEYS, cls().to_flat())) from None
 
     def to_flat(self) -> dict[str, Scalar]:
         """Inverse of `from_flat`: every key as the user writes it."""
@@ -276,5 +276,7 @@ def _check_data(data: Data) -> None:
     if data.template != "auto" and (data.text or data.messages):
         key = "data.text" if data.text else "data.messages"
         raise ValueError(f"data.template={data.template!r} is for data.prompt and data.response, and {key} is set")
+    if data.samples and data.labels:
+        raise ValueError("data.samples is for language models: with data.labels, set data.samples=0")
     if data.packing and data.labels:
         raise ValueError("data.packing=true is for language models: with data.labels, set data.packing=false")

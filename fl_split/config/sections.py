@@ -173,6 +173,11 @@ class Data(Section):
         0.1, description="part held out for evaluation, never trained on; a row's side depends on nothing but the row"
     )
     holdout_max: Positive = Field(500, description="examples of the held-out part that are evaluated, at most")
+    samples: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="held-out prompts that a node answers after each round; the texts stay in its folder, exact match "
+        "and ROUGE-L are metrics",
+    )
     bad_rows: Literal["skip", "refuse"] = Field(
         "skip", description="rows that are empty, malformed or too long to learn from: leave out and count, or stop"
     )

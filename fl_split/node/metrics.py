@@ -18,6 +18,7 @@ class RoundMetrics:
     truncated_tokens: int  # cut off from those
     train_loss: float  # mean per response token, or per text of a classifier, over the round's steps
     heldout: Mapping[str, Scores]  # `base`, `before`, `shared`, `after`: sent as `heldout-loss-base` and so on
+    samples: Mapping[str, float]  # of `data.samples`, by their keys: see `node.samples`
     bottom_trained: int  # 1 or 0
     bottom_gain: float  # of the newest trial of the bottom's gradient, see `node.trial`; 0 without one
     bottom_gain_error: float  # its standard error
@@ -38,13 +39,13 @@ class RoundMetrics:
         """The numbers by their keys."""
         record: dict[str, int | float] = {}
         for name, value in vars(self).items():
-            record.update(
-                heldout_metrics(value)
-                if name == "heldout"
-                else value
-                if name == "worth"
-                else {name.replace("_", "-"): value}
-            )
+            match name:
+                case "heldout":
+                    record |= heldout_metrics(value)
+                case "samples" | "worth":
+                    record |= value
+                case _:
+                    record[name.replace("_", "-")] = value
         return record
 
 

@@ -48,6 +48,7 @@ from fl_split.node.evaluate import Scores, evaluate, scores_before
 from fl_split.node.metrics import RoundMetrics, heldout_metrics
 from fl_split.node.progress import Progress
 from fl_split.node.received import products, receive
+from fl_split.node.samples import Sample, answer_heldout, check_scorer, keep, means
 from fl_split.node.shares import SharesTrunk
 from fl_split.node.state import NodeFolder, SavedRound
 from fl_split.node.train import RoundSettings, Trained, train_round
@@ -99,6 +100,8 @@ def run_round(
     check_consent(config, node)
     masks.check_consent(config, node)
     check_demo_data(config, node)
+    if config.data.samples:
+        check_scorer()
     with ExitStack() as stack:
         this = Round.build(choose_split(config).with_rates(), node, instructions, stack)
         this.restore(received)
@@ -116,6 +119,7 @@ class Outcome:
     trial: Gain  # the newest one of the bottom's gradient
     trained_bottom: bool
     heldout: dict[str, Scores]  # `base`, `before`, `shared`, `after`; and of `aggregation.personal`, `alone`
+    samples: list[Sample]  # private; their means are not
     evaluate_s: float
     trunk_forward_s: float  # of training
     worth: personal.Worth | None = None  # of `aggregation.personal`
@@ -266,7 +270,8 @@ class Round:
                 "the held-out loss after training is not finite: this round is dropped, and the adapter of the last "
                 "good round stays; lower train.bottom-lr={:g} and train.top-lr={:g}".format(*config.train.rates)
             )
-        return Outcome(trained, trial, follow, heldout, evaluate_s + time.monotonic() - started, forward_s)
+        samples = self.answer()
+        return Outcome(trained, trial, follow, heldout, samples, evaluate_s + time.monotonic() - started, forward_s)
 
     def weigh(self, outcome: Outcome, received: dict[str, Tensor]) -> Outcome:
         """Take as much of the others' adapters as helps: `node.personal`; mutates the model, until the round's end."""
@@ -345,6 +350,15 @@ class Round:
         batches = heldout_batches(self.halves[1], self.tokenizer, config.train.batch_size, config.data)
         return evaluate(self.model, batches, config.trunk.in_flight)
 
+    def answer(self) -> list[Sample]:
+        """Answer the first held-out prompts, for the node's own eyes."""
+        examples, size = self.examples.heldout[: self.config.data.samples], self.config.train.batch_size
+        samples = answer_heldout(self.model, self.connection, self.tokenizer, examples, size) if examples else []
+        if samples:
+            keep(self.folder.samples, self.instructions.server_round, samples)
+            logger.info("%d held-out prompts are answered, for your eyes only: %s", len(samples), self.folder.samples)
+        return samples
+
     def batches(self, seed: int, first_example: int) -> Iterator[Batch]:
         """Endless batches of the examples to train on."""
         size, data = self.config.train.batch_size, self.config.data
@@ -390,6 +404,7 @@ class Round:
             truncated_tokens=examples.report.num_cut,
             train_loss=trained.loss,
             heldout=outcome.heldout,
+            samples=means(outcome.samples),
             bottom_trained=int(outcome.trained_bottom),
             bottom_gain=outcome.trial.mean,
             bottom_gain_error=outcome.trial.error,

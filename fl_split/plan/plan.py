@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from fl_split import wire
-from fl_split.config import RunConfig
+from fl_split.config import Aggregation, Dp, Report, Run, RunConfig
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.checkpoint import read_config
 from fl_split.model.family import Anatomy, examine
@@ -92,6 +92,9 @@ class Plan:
         return away + here + (self.accumulation - 1) * slowest
 
 
+_planned: dict[tuple[str, str, RunConfig], Plan] = {}
+
+
 def auto_class(run: RunConfig) -> Any:
     """What builds the model of a run's task."""
     return AutoModelForSequenceClassification if run.task == "sequence-classification" else AutoModelForCausalLM
@@ -108,6 +111,14 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
         SplitError: The model cannot be split, or not here.
         ConfigError: Surrogate or adapters do not fit the model.
     """
+    run = run.model_copy(update={"run": Run(), "report": Report(), "aggregation": Aggregation(), "dp": Dp()})
+    key = (type(config).__name__, config.to_json_string(), run)  # many nodes of a simulation ask for the same
+    if key not in _planned:
+        _planned[key] = _make_plan(config, run)
+    return _planned[key]
+
+
+def _make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     if run.task == "sequence-classification":
         config = copy.deepcopy(config)
         config.num_labels, config.pad_token_id = len(run.data.label_names), config.pad_token_id or 0

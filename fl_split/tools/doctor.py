@@ -40,15 +40,18 @@ _MANY_COPIES = 0.05
 _SAMPLE = 256  # examples of which targets are counted
 
 
-def diagnose(config: RunConfig, own: NodeConfig, max_rows: int | None = None) -> Iterator[Check]:
+def diagnose(config: RunConfig, own: NodeConfig, max_rows: int | None = None, numbered: bool = True) -> Iterator[Check]:
     """All checks, one after another; a check whose ground another one has taken away is left out.
 
     Args:
         config: The run's.
         own: The node's.
         max_rows: Look at the first rows of the data only.
+        numbered: Somebody has given the node its partition-id.
     """
     yield from check_versions()
+    if not numbered:
+        yield Check("warn", "node", "node-config lacks partition-id, without which a deployed node refuses to train")
     for key, near in own.unknown.items():
         yield Check("warn", "node", f"{key!r} is no key of fl-split's (the nearest is {near!r}), and left alone")
     model, found = _try("model", lambda: _model(config))

@@ -1,6 +1,7 @@
 """`fl-split report`: what one or several runs came to, as one HTML page that needs no server and no script.
 
-It reads what the server keeps of a run, and of simulated nodes their own losses by step; no example, and no weight.
+It reads what the server keeps of a run, and of simulated nodes their own losses by step and their samples
+(`data.samples`); no weight.
 """
 
 import math
@@ -203,10 +204,16 @@ def _cost(run: Record) -> list[dict[str, Any]]:
 
 
 def _samples(run: Record) -> str:
-    """Sample outputs, if somebody has put any into the run's folder."""
-    file = run.root / "samples.jsonl"
-    samples = read_entries(file)
-    return f"<h3>Sample outputs</h3>{_table(samples)}" if samples else ""
+    """Sample outputs, if somebody has put any into the run's folder, and the newest ones of nodes that are here."""
+    parts = []
+    for name, folder in {
+        "": run.root,
+        **{f" of {run.label(i)}": run.root / "nodes" / str(i) for i in run.nodes},
+    }.items():
+        samples = read_entries(folder / "samples.jsonl")
+        newest = [entry for entry in samples if entry.get("round") == samples[-1].get("round")]
+        parts += [f"<h3>Sample outputs{escape(name)}</h3>{_table(newest)}"] if newest else []
+    return "".join(parts)
 
 
 def _configuration(run: Record) -> str:
