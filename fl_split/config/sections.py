@@ -293,6 +293,11 @@ class Aggregation(Section):
         description="each node's adapter trains as if nothing were shared; what the others' makes better is added to "
         "it, as far as it does so on the node's own examples",
     )
+    secure: bool = Field(
+        False,
+        description="nodes mask what they share, so that the server learns their mean and no node's part; every node "
+        "named in the nodes' `secure-peers` takes part in every round",
+    )
     tensors: Tensors = Field(
         "both",
         description="of the shared adapters: `both`; `a-only`: B stays private (FedSA-LoRA); `b-only`: A stays as it "

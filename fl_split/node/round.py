@@ -30,7 +30,7 @@ from fl_split.model import adapters
 from fl_split.model.distill import Distiller
 from fl_split.model.loss import Batch
 from fl_split.model.slots import Trunk
-from fl_split.node import personal, train
+from fl_split.node import masks, personal, train
 from fl_split.node.build import (
     build_model,
     check_consent,
@@ -99,6 +99,7 @@ def run_round(
     """
     transformers_logging.disable_progress_bar()
     check_consent(config, node)
+    masks.check_consent(config, node)
     check_demo_data(config, node)
     if config.data.samples:
         check_scorer()
