@@ -116,8 +116,9 @@ def doctor_command(
     failed = False
     with errors():
         run = RunConfig.from_flat(read_values(config, run_config or []))
-        own = NodeConfig.from_flat({"partition-id": 0, **read_values(None, node_config or [])})
-        for check in diagnose(run, own, rows):
+        of_node = read_values(None, node_config or [])
+        own = NodeConfig.from_flat({"partition-id": 0, **of_node})
+        for check in diagnose(run, own, rows, numbered=not of_node or "partition-id" in of_node):
             failed |= check.status == "fail"
             if as_json:
                 print(json.dumps(vars(check)))
@@ -133,13 +134,21 @@ def doctor_command(
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs, <run.dir>/<run.name>; several are compared")],
     out: Annotated[Path, typer.Option(help="file to write")] = Path("report.html"),
+    privacy: Annotated[
+        bool, typer.Option("--privacy", help="what left a node, of its own folder: <out-dir>/<run.name>")
+    ] = False,
+    audit: Annotated[Path | None, typer.Option(help="for --privacy: the .json that 'fl-split audit' wrote")] = None,
 ) -> None:
-    """Write what runs came to as one HTML page."""
+    """Write what runs came to, or what left a node, as one HTML page."""
     from fl_split.files import write_atomic
+    from fl_split.tools.privacy_report import privacy_report
     from fl_split.tools.report import report
 
     with errors():
-        write_atomic(out, report(run.expanduser() for run in runs))
+        if privacy:
+            write_atomic(out, privacy_report(runs[0].expanduser(), audit))
+        else:
+            write_atomic(out, report(run.expanduser() for run in runs))
     print(out.resolve())
 
 

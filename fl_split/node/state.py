@@ -4,6 +4,7 @@
         adapter/                                  the PEFT export
         state/<run id>/round-0003/                adapter, optimizer, surrogate and numbers as safetensors: private
         state/<run id>/choice.json                what `surrogate.kind = auto` came to
+        samples.jsonl                             what it answers to held-out prompts: private
         examples/                                 the prepared examples: private
         trunk-cache.sqlite                        what the trunk answered, of a frozen bottom: private
 
@@ -45,6 +46,7 @@ class NodeFolder:
 
     def __init__(self, root: Path, run_id: str) -> None:
         self.adapter, self.choice = root / "adapter", root / "state" / run_id / "choice.json"
+        self.samples = root / "samples.jsonl"
         self.rounds = Rounds(root / "state" / run_id)
 
     def load_before(self, server_round: int) -> SavedRound | None:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from fl_split import __version__
 from fl_split.config import Lora, NodeConfig, RunConfig
 from fl_split.data.batches import prepare_tokenizer
+from fl_split.data.redact import redactor
 from fl_split.data.sources import num_files
 from fl_split.errors import ConfigError
 from fl_split.model import adapters
@@ -69,7 +70,9 @@ class Node:
         if not texts:
             raise ConfigError("no example is longer than a token: give --tokens of at least 2, and see 'doctor'")
         planted = plant(setting.canaries, setting.seed)
-        records = [tokenizer.encode(record.text, add_special_tokens=False) for record in planted]
+        redact = redactor(config.data, own)
+        written = [redact.text(record.text) if redact else record.text for record in planted]
+        records = [tokenizer.encode(text, add_special_tokens=False) for text in written]
         lora, state = adapters.read_export(setting.adapter) if setting.adapter else (Lora(), {})
         listener = Listener()
         model = load_ends(
