@@ -17,6 +17,7 @@ from torch import Tensor
 from fl_split import wire, wire_decode
 from fl_split.errors import WireError
 from fl_split.model.generation import StreamLost
+from fl_split.node.call_errors import LateReply
 from fl_split.node.replicas import Replica
 from fl_split.proto import trunk_pb2 as pb
 
@@ -25,18 +26,6 @@ if TYPE_CHECKING:
 
 
 _TICK_S = 0.25  # how late a reply is found to be late
-
-
-class LateReply(grpc.RpcError):  # type: ignore[misc]
-    """A reply did not come in time."""
-
-    def code(self) -> grpc.StatusCode:
-        """As of a call beyond its deadline."""
-        return grpc.StatusCode.DEADLINE_EXCEEDED
-
-    def trailing_metadata(self) -> tuple[()]:
-        """There is nothing from the trunk."""
-        return ()
 
 
 class DecodeStream:

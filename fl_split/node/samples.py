@@ -20,10 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fl_split.data.examples import Example
 from fl_split.errors import ConfigError, SplitError
-from fl_split.files import write_atomic
+from fl_split.files import read_entries, write_atomic
 from fl_split.model.loss import IGNORED
 from fl_split.model.slots import trunk_calls_of
-from fl_split.node.progress import read_entries
 from fl_split.node.trunk_connection import TrunkConnection
 
 _LONGER = 16  # tokens that an answer may have beyond the longest reference of its batch

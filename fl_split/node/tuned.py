@@ -16,7 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
-import grpc
 import torch
 from jinja2.exceptions import TemplateError
 from peft import PeftConfig, PeftModel
@@ -24,15 +23,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fl_split import wire
-from fl_split.errors import ConfigError, DataError, TrunkUnavailable
+from fl_split.errors import ConfigError, DataError
 from fl_split.model.checkpoint import node_needs, read_config, resolve_model
 from fl_split.model.ends import load_ends
 from fl_split.model.loading import boundaries_of
 from fl_split.node.card import PLAIN, RECIPE
 from fl_split.node.expected import Expected
-from fl_split.node.replicas import Credentials, Replicas
+from fl_split.node.replicas import Credentials, description_of
 from fl_split.node.trunk_connection import TrunkConnection
-from fl_split.proto import trunk_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +139,8 @@ def load_tuned(
         num_layers = int(read_config(name, revision).num_hidden_layers)
     except ConfigError as error:
         raise ConfigError(f"the base model is not found, --base names another place: {error}") from error
-    first, end = _split_of(trunk_address, credentials, timeout_s)
+    about = description_of(trunk_address, credentials, timeout_s)
+    first, end = about.first_layer, about.end_layer
     if end >= num_layers:
         raise ConfigError(
             f"the trunk holds layers {first} to {end - 1}, and {name} has {num_layers}: ask its own trunk"
@@ -253,23 +252,3 @@ def _check_layers(folder: Path, layers_name: str, trunk: range, num_layers: int)
             f"the adapter in {folder} changes none of this model's layers, or others than it has ({num_layers}): it "
             "was trained on another model"
         )
-
-
-def _split_of(address: str, credentials: Credentials, timeout_s: float) -> tuple[int, int]:
-    """The trunk's first layer and the one after its last, from the first replica that answers."""
-    replicas = Replicas(address, credentials)
-    try:
-        for replica in (replicas.pick() for _ in range(len(replicas))):
-            try:
-                about: pb.DescribeReply = replica.describe(
-                    pb.DescribeRequest(), timeout=timeout_s / len(replicas), metadata=credentials.metadata()
-                )
-                return about.first_layer, about.end_layer
-            except grpc.RpcError as error:
-                reason = error.code().name
-    finally:
-        replicas.close()
-    raise TrunkUnavailable(
-        f"no trunk answers at {address} ({reason}): start one with 'fl-split trunk serve', and check the address, the "
-        "token and the certificates"
-    )
