@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from typer.testing import CliRunner
 
 from fl_split import wire
@@ -36,7 +35,11 @@ def random_ids(rows: int, length: int, seed: int) -> Tensor:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose layers matter less than its embeddings, as in trained ones."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny("llama"))
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
