@@ -5,12 +5,14 @@
 FILE holds an institution's questions and answers (JSON lines). Kinds: `none` (the top alone), `none-8` (a top of 8
 layers alone), `identity`, `blocks-2`, `matched` (--matched FILE), `streamed` (two steps, for their time: its gradient
 is the exact one), `shares`, `exact`, and `all` (LoRA on all layers of the whole model). Each kind has its rates swept
-on the first file and seed 0, and runs at its best on all files and seeds. Gap closed = (none - kind) / (none - exact),
+on the first file and seed 0, in the given order and no further than they make it better, and runs at its best on all
+files and seeds. Gap closed = (none - kind) / (none - exact),
 of the means of held-out losses per answer token, within a split, over the files and seeds that all three have.
 
 To be cheap, the trunk runs in this process, in bfloat16 (float32 for `shares`; `all` is bfloat16 as a whole), the ends
-in float32; an exact gradient takes one forward pass with a graph, and both shares of a gradient go through one graph;
-of a frozen bottom, the trunk's outputs are kept in memory, for every top and rate. Times are processor seconds.
+in float32, the logits of training in bfloat16; an exact gradient takes one forward pass with a graph, and both shares
+of a gradient go through one graph; of a frozen bottom, the trunk's outputs are kept in memory, for every top and rate.
+Times are processor seconds.
 
 With --json an interrupted benchmark goes on: runs whose figures are in the file are not repeated, and the table is of
 all that is there.
@@ -54,7 +56,7 @@ from fl_split.tools.gradcheck import Candidate, bottom_gradient, build
 
 BATCH, MAX_LENGTH, BOTTOM, MASK_STD = 8, 80, 2, 30.0
 KINDS = ("none", "exact", "identity", "blocks-2", "blocks-4")
-RATES = ("1e-3,2e-3", "2e-3,4e-3", "2e-3,8e-3", "4e-3,8e-3")  # of bottom and top
+RATES = ("1e-3,2e-3", "2e-3,4e-3", "4e-3,8e-3")  # of bottom and top
 TOP_RATES = ("2e-3", "4e-3", "8e-3", "1.6e-2")  # of a top alone
 COSINE_BATCHES = 2
 Figures = dict[str, float]
@@ -134,6 +136,19 @@ def recorded(folder: Path, tops: tuple[int, ...]) -> RecordedTrunk:
     return RecordedTrunk(folder, list(tops))
 
 
+class RoundedHead(torch.nn.Module):
+    """The output embeddings; while training in bfloat16, which takes a third of the time."""
+
+    def __init__(self, head: torch.nn.Linear) -> None:
+        super().__init__()
+        self.head, self.weight = head, head.weight.detach().to(torch.bfloat16)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not self.training:
+            return self.head(hidden_states)
+        return torch.nn.functional.linear(hidden_states.to(torch.bfloat16), self.weight).float()
+
+
 def whole_model(folder: Path) -> PeftModel:
     """The model unsplit, with LoRA on all of its layers; the bottom's rate goes to the first half."""
     full: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
@@ -153,6 +168,8 @@ class Bench:
         self.figures: dict[str, Any] = {}
         if options.json and options.json.exists():
             self.figures = json.loads(options.json.read_text())
+        if self.figures.get("steps", options.steps) != options.steps:
+            raise SystemExit(f"{options.json} is of {self.figures['steps']} steps: give --steps, or another file")
         self.figures |= about("0, 1, ...") | {"model": options.model.name, "steps": options.steps}
         tops = {int(kind.split("-")[1]) for kind in options.kinds if kind.startswith("none-")}
         self.tops = tuple(sorted(tops | {int(split.split("+")[1]) for split in options.splits}))
@@ -179,7 +196,9 @@ class Bench:
             trunk.keeps_graph = True
         matched = self.options.matched if name == "matched" else None
         candidate = Candidate("exact" if name == "shares" else name, int(count or 1), matched)  # type: ignore[arg-type]
-        return build(self.folder, bottom, top, trunk, candidate, Lora()), trunk
+        model = build(self.folder, bottom, top, trunk, candidate, Lora())
+        model.get_base_model().set_output_embeddings(RoundedHead(model.get_base_model().get_output_embeddings()))
+        return model, trunk
 
     def run(self, split: str, file: Path, seed: int, kind: str, rates: str) -> Figures:
         """Train once: held-out loss before and after, seconds a step, cosines on the way."""
@@ -236,6 +255,8 @@ class Bench:
             self.do(split, options.data[0], 0, kind, rates)
             if kind == "streamed":
                 return
+            if best_rates(self.figures, split, kind, options.data[0].stem) != rates:
+                break
         rates = best_rates(self.figures, split, kind, options.data[0].stem)
         for seed, file in product(range(options.seeds), options.data):
             self.do(split, file, seed, kind, rates)
@@ -296,56 +317,55 @@ def where(split: str, kind: str) -> str:
 def best_rates(figures: Mapping[str, Any], split: str, kind: str, file: str) -> str:
     """Of a kind's rates, those of the lowest loss on the first file and seed; empty: none was run."""
     prefix = f"heldout-loss/{where(split, kind)}/{file}/0/{kind}/"
-    return min(
-        ((loss, key.removeprefix(prefix)) for key, loss in figures.items() if key.startswith(prefix)), default=(0, "")
-    )[1]
+    tried = [(loss, key.removeprefix(prefix)) for key, loss in figures.items() if key.startswith(prefix)]
+    return min(tried, default=(0.0, ""))[1]
+
+
+def runs_of(figures: Mapping[str, Any], split: str, kind: str, file: str) -> dict[str, Figures]:
+    """A kind's runs at its best rates: figures by file and seed."""
+    found: dict[str, Figures] = {}
+    rates = best_rates(figures, split, kind, file)
+    for key, value in figures.items():
+        name, *at = key.split("/")
+        if len(at) == 5 and at[0] == where(split, kind) and at[3:] == [kind, rates]:
+            found.setdefault(f"{at[1]}/{at[2]}", {})[name] = value
+    return found
+
+
+def summary(bench: Bench, split: str, kind: str) -> Figures:
+    """What is said of a kind in a split, without the split's and the kind's names."""
+    file = bench.options.data[0].stem
+    own, none, exact = (runs_of(bench.figures, split, name, file) for name in (kind, alone(split), "exact"))
+    (memory, sent), (base_memory, base_sent) = (bench.costs(split, name) for name in (kind, alone(split)))
+    names = ("heldout-loss", "share-leak-bits", *(f"cosine-{when}" for when in ("start", "middle", "end")))
+    said = {name: mean(numbers) for name in names if (numbers := [run[name] for run in own.values() if name in run])}
+    asked = [run["step-s-recorded"] for run in none.values() if run.get("step-s-recorded", 0) > 0]
+    seconds = [run["step-s"] - run.get("step-s-recorded", 0) for run in own.values()]
+    said["step-s"] = mean(seconds) + (mean(asked) if kind.startswith("none") else 0)  # as if each had asked the trunk
+    said |= {"runs": len(own), "node-mb": memory, "step-mb": sent}
+    said |= {"memory-ratio": memory / base_memory, "bytes-ratio": sent / base_sent}
+    if common := none.keys() & exact.keys() & own.keys():
+        gain, whole = (sum(none[r]["heldout-loss"] - runs[r]["heldout-loss"] for r in common) for runs in (own, exact))
+        said |= {"loss-won": gain / len(common), "gap-closed": gain / whole}
+    return said
 
 
 def table(bench: Bench) -> Figures:
     """Print a row per split and kind, at its best rates; return what is said in it."""
-    figures, file, said = bench.figures, bench.options.data[0].stem, {}
-    ran = [key.split("/") for key in figures if key.startswith("heldout-loss/") and key.count("/") == 5]
-    for split in sorted({parts[1] for parts in ran} - {"any"}):
-        kinds = sorted({parts[4] for parts in ran if parts[1] in (split, "any")})
-        losses: dict[str, Figures] = {}  # of a kind, by file and seed
-        rates = {kind: best_rates(figures, split, kind, file) for kind in kinds}
-        for _, at, name, seed, kind, rate in ran:
-            if at == where(split, kind) and rate == rates[kind]:
-                losses.setdefault(kind, {})[f"{name}/{seed}"] = figures[
-                    "/".join(("heldout-loss", at, name, seed, kind, rate))
-                ]
-        print(
-            f"{split}: kind, rates, runs, held-out loss, gap closed, cosine at start / middle / end, MB, MB a step, s"
-        )
-        none, exact = losses.get(alone(split), {}), losses.get("exact", {})
-        for kind, own in sorted(losses.items(), key=lambda item: -mean(item[1].values())):
-            key, common = f"{split}/{kind}", none.keys() & exact.keys() & own.keys()
-            memory, sent = bench.costs(split, kind)
-            base_memory, base_sent = bench.costs(split, alone(split))
-            said |= {f"heldout-loss/{key}": mean(own.values()), f"runs/{key}": len(own), f"node-mb/{key}": memory}
-            said |= {
-                f"step-mb/{key}": sent,
-                f"memory-ratio/{key}": memory / base_memory,
-                f"bytes-ratio/{key}": sent / base_sent,
-            }
-            if common:
-                gain, whole = (sum(none[run] - other[run] for run in common) for other in (own, exact))
-                said[f"gap-closed/{key}"] = gain / whole
-            for name in ("step-s", "cosine-start", "cosine-middle", "cosine-end", "share-leak-bits"):
-                found = [figures.get(f"{name}/{where(split, kind)}/{run}/{kind}/{rates[kind]}") for run in own]
-                if numbers := [number for number in found if number is not None]:
-                    said[f"{name.replace('-', f'/{key}/', 1) if name.startswith('cosine') else f'{name}/{key}'}"] = (
-                        mean(numbers)
-                    )
-            cosines = [
-                f"{said[f'cosine/{key}/{when}']:.3f}"
-                for when in ("start", "middle", "end")
-                if f"cosine/{key}/{when}" in said
-            ]
-            gap = said.get(f"gap-closed/{key}", float("nan"))
+    said: Figures = {}
+    ran = {(at[1], at[4]) for key in bench.figures if len(at := key.split("/")) == 6 and at[0] == "heldout-loss"}
+    for split in sorted({split for split, _ in ran} - {"any"}):
+        print(f"{split}: kind, rates, runs, held-out loss, gap closed, cosine at start, middle, end, MB, MB a step, s")
+        rows = {kind: summary(bench, split, kind) for at, kind in ran if at in (split, "any")}
+        for kind, row in sorted(rows.items(), key=lambda item: -item[1]["heldout-loss"]):
+            for name, value in row.items():
+                what, _, when = name.partition("-") if "cosine" in name else (name, "", "")
+                said["/".join(filter(None, (what, split, kind, when)))] = value
+            rates = best_rates(bench.figures, split, kind, bench.options.data[0].stem)
+            cosines = " / ".join(f"{value:.3f}" for name, value in row.items() if "cosine" in name)
             print(
-                f"  {kind:10} {rates[kind]:10} {len(own)}  {mean(own.values()):.4f}  {gap:6.2f}"
-                f"  {' / '.join(cosines):21}  {memory:6.0f}  {sent:5.2f}  {said[f'step-s/{key}']:5.2f}"
+                f"  {kind:10} {rates:10} {row['runs']}  {row['heldout-loss']:.4f}  {row.get('gap-closed', 0):6.2f}"
+                f"  {cosines:21}  {row['node-mb']:6.0f}  {row['step-mb']:5.2f}  {row['step-s']:5.2f}"
             )
     return said
 
@@ -363,14 +383,14 @@ def plot(figures: Mapping[str, Any], out: Path) -> None:
         panels, ("node-mb", "step-mb"), ("weights and training on the node, MB", "MB on the wire, a step"), strict=True
     ):
         for split, marker in zip(splits, "osD^v", strict=False):
-            names = [kind for other, kind in said if other == split]
-            points = [(figures[f"{cost}/{split}/{kind}"], figures[f"heldout-loss/{split}/{kind}"]) for kind in names]
+            names = [kind for other, kind in said if other == split and f"loss-won/{split}/{kind}" in figures]
+            points = [(figures[f"{cost}/{split}/{kind}"], -figures[f"loss-won/{split}/{kind}"]) for kind in names]
             axes.scatter(*zip(*points, strict=True), marker=marker, label=split)
             for kind, point in zip(names, points, strict=True):
                 axes.annotate(kind, point, xytext=(4, 3), textcoords="offset points", fontsize=7)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("held-out loss")
+    panels[0].set_ylabel("held-out loss, less that of the top alone")
     panels[0].legend(title="bottom + top")
     figure.savefig(out, dpi=120)
 
@@ -384,7 +404,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", default=RATES, help="of bottom and top, to be swept")
     parser.add_argument("--top-rates", nargs="+", default=TOP_RATES, help="of a top alone")
     parser.add_argument("--matched", type=Path, help="a fitted surrogate, for the kind `matched`")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--heldout", type=int, default=64, help="examples to measure on")
     parser.add_argument("--threads", type=int, default=1)
@@ -400,7 +420,8 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     bench = Bench(options)
     for split in options.splits:
-        bench.figures.setdefault(f"cosine/{split}/bfloat16-trunk", rounding(bench, split))
+        if f"cosine/{split}/bfloat16-trunk" not in bench.figures:
+            bench.figures[f"cosine/{split}/bfloat16-trunk"] = rounding(bench, split)
         for kind in options.kinds:
             bench.sweep(split, kind)
     bench.figures |= table(bench)

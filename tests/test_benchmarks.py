@@ -15,7 +15,7 @@ CASES = {  # script: (arguments, a figure that it writes)
     "bench_bottom": (["--bench", BENCH, "--jobs", "1", "--work", "{tmp}"], "gap-closed/matched-2"),
     "bench_classifier": (["--bench", BENCH], "accuracy/whole"),
     "bench_families": ([], "families-exact"),
-    "bench_federation": (["--bench", BENCH, "--jobs", "1", "--work", "{tmp}"], "heldout-loss/both"),
+    "bench_federation": (["--bench", BENCH, "--jobs", "1", "--work", "{tmp}"], "gain-over-local/as-is/both"),
     "bench_generate": ([], "decode-ratio/local"),
     "bench_memory": (["--work", "{tmp}"], "client-peak-over-share"),
     "bench_privacy": (

@@ -1,11 +1,14 @@
 """`fl-split`: thin verbs over the package. The only place that prints."""
 
+import os
 from typing import Annotated
 
 import typer
 
 from fl_split import __version__
 from fl_split.cli import keys, node, privacy, tools, trunk
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its C core prints what our own errors say, some twelve times over
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(node.app)

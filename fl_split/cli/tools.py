@@ -116,8 +116,9 @@ def doctor_command(
     failed = False
     with errors():
         run = RunConfig.from_flat(read_values(config, run_config or []))
-        own = NodeConfig.from_flat({"partition-id": 0, **read_values(None, node_config or [])})
-        for check in diagnose(run, own, rows):
+        of_node = read_values(None, node_config or [])
+        own = NodeConfig.from_flat({"partition-id": 0, **of_node})
+        for check in diagnose(run, own, rows, numbered=not of_node or "partition-id" in of_node):
             failed |= check.status == "fail"
             if as_json:
                 print(json.dumps(vars(check)))
@@ -177,7 +178,7 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
     """Show what splits of a model cost in memory, bytes and time, from its configuration alone."""
-    from fl_split.config import RunConfig, read_values
+    from fl_split.config import AUTO, RunConfig, read_values
     from fl_split.plan.plan import Link, rows_of
 
     link = Link(bandwidth_mbps * 1e6, latency_ms / 1e3, node_tflops * 1e12, trunk_tflops * 1e12)
@@ -185,9 +186,12 @@ def plan_command(
         values = read_values(config, run_config or [])
         if model:
             values |= {"model.name": model, "model.revision": revision}
-        rows = rows_of(RunConfig.from_flat(values), split or [], link)
+        run = RunConfig.from_flat(values)
+        rows = rows_of(run, split or [], link)
     if as_json:
         for row in rows:
             print(json.dumps(row))
         return
     print(columns(rows))
+    if run.surrogate.kind == "auto":
+        print(f"surrogate.kind=auto, planned as blocks: {AUTO.replace('`', '')}")

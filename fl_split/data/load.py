@@ -197,7 +197,7 @@ def _force(keys: Array, part: float, earlier: dict[str, bool]) -> dict[str, bool
 
 def _fields(config: Data) -> dict[str, Any]:
     """Pick what of the configuration decides on the examples themselves."""
-    return config.model_dump(exclude={"holdout_max", "packing", "group_by_length"})
+    return config.model_dump(exclude={"holdout_max", "samples", "packing", "group_by_length"})
 
 
 def _digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -90,7 +90,7 @@ def find_model(config: RunConfig) -> Path:
         ConfigError: There is no such model.
     """
     split, surrogate = config.split, config.surrogate
-    needs = node_needs(split.bottom_layers, split.top_layers, surrogate.kind, surrogate.layers)
+    needs = node_needs(split.bottom_layers, split.top_layers, surrogate.planned, surrogate.layers)
     return resolve_model(config.model.name, config.model.revision, needs)
 
 
@@ -181,19 +181,23 @@ def with_cache(
     return cache
 
 
+def fetch_matched(config: RunConfig, connection: TrunkConnection) -> Path | None:
+    """The surrogate that the trunk publishes, if the run uses that."""
+    return connection.fetch_surrogate(cache_folder() / "surrogates") if config.surrogate.kind == "matched" else None
+
+
 def build_model(
-    config: RunConfig, lora: Lora, folder: Path, connection: TrunkConnection, trunk: Trunk, pad_token_id: int | None
+    config: RunConfig, lora: Lora, folder: Path, trunk: Trunk, pad_token_id: int | None, matched: Path | None = None
 ) -> PeftModel:
     """Load the two ends with their adapters, on the device that there is."""
-    kind = config.surrogate.kind
     model = load_ends(
         folder,
         config.split.bottom_layers,
         config.split.top_layers,
         trunk,
-        surrogate=kind,
+        surrogate=config.surrogate.planned,
         surrogate_layers=config.surrogate.layers,
-        matched=connection.fetch_surrogate(cache_folder() / "surrogates") if kind == "matched" else None,
+        matched=matched,
         dtype=config.model.torch_dtype,
         labels=config.data.label_names,
         seed=config.train.seed,

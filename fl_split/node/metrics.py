@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
 from fl_split.config import NodeConfig
@@ -24,6 +24,7 @@ class RoundMetrics:
     truncated_tokens: int  # cut off from those
     train_loss: float  # mean per response token, or per text of a classifier, over the round's steps
     heldout: Mapping[str, Scores]  # `base`, `before`, `shared`, `after`: sent as `heldout-loss-base` and so on
+    samples: Mapping[str, float]  # of `data.samples`, by their keys: see `node.samples`
     bottom_trained: int  # 1 or 0
     bottom_gain: float  # of the newest trial of the bottom's gradient, see `node.trial`; 0 without one
     bottom_gain_error: float  # its standard error
@@ -38,12 +39,19 @@ class RoundMetrics:
     cached_sequences: int  # for which the trunk was not asked
     rounds_missed: int  # since this node's last
     exported_round: int  # whose adapter is the export: see `train.keep`
+    worth: Mapping[str, float] = field(default_factory=dict)  # of `aggregation.personal`, by key: `node.personal`
 
     def record(self) -> dict[str, int | float]:
         """The numbers by their keys."""
         record: dict[str, int | float] = {}
         for name, value in vars(self).items():
-            record.update(heldout_metrics(value) if name == "heldout" else {name.replace("_", "-"): value})
+            match name:
+                case "heldout":
+                    record |= heldout_metrics(value)
+                case "samples" | "worth":
+                    record |= value
+                case _:
+                    record[name.replace("_", "-")] = value
         return record
 
 

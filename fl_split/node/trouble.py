@@ -34,6 +34,11 @@ def explain(error: grpc.RpcError, address: str) -> str:
             f"the name {host!r} is not known: check trunk-address in node-config, and trunk.address of the run, for a "
             "wrong letter, and that this machine's DNS knows the name"
         )
+    if found := re.search(r"certificate (has expired|is not yet valid)", details):
+        return (
+            f"TLS handshake failed, its certificate {found[1]} by this machine's clock: if the clock is right, the "
+            "operator makes a new one with 'fl-split keys server'"
+        )
     if found := _CERTIFICATE.search(details):
         return (
             f"TLS handshake failed, its certificate is not accepted ({found[1].strip()}): check trunk-ca (--ca), which "

@@ -8,6 +8,7 @@ whichever replica is there.
 import itertools
 import logging
 import random
+import sys
 import threading
 import time
 import uuid
@@ -120,6 +121,17 @@ class TrunkConnection:
 
         return _gather(calls, unpack)
 
+    @property
+    def offers_streams(self) -> bool:
+        """Whether every replica that was checked keeps keys and values for generation."""
+        found = self._replicas.descriptions
+        return bool(found) and all(about.HasField("decode") for about in found)
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Tokens of one sequence, at most, at every replica that was checked."""
+        return min((about.max_sequence_length for about in self._replicas.descriptions), default=sys.maxsize)
+
     def open(self, packed: wire.Packed, room: int) -> tuple[DecodeStream, Tensor]:
         """Begin a generation stream with its first step; see `generation.StreamingTrunk.open`.
 
@@ -132,11 +144,19 @@ class TrunkConnection:
             about = cast(pb.DescribeReply, replica.description)
             if not about.HasField("decode"):
                 raise TrunkRefused(
-                    f"the trunk at {replica.address} does not offer generation with a cache (limits.cache-mb=0, or its "
-                    "layers keep more than keys and values): pass use_cache=False, or ask its operator"
+                    f"the trunk at {replica.address} does not offer generation with a cache (limits.cache-mb=0, "
+                    "model.tensor-parallel, or layers that keep more than keys and values): pass use_cache=False, or "
+                    "ask its operator"
+                )
+            tokens = min(room, about.max_sequence_length)
+            if len(packed.lengths) * tokens * about.decode.bytes_per_token > about.decode.cache_bytes:
+                raise TrunkRefused(
+                    f"{len(packed.lengths)} answers of {tokens} tokens, prompts included, do not fit into the cache of "
+                    f"the trunk at {replica.address} (limits.cache-mb={about.decode.cache_bytes / 1e6:g}, "
+                    f"{about.decode.bytes_per_token} bytes a token): ask for fewer at a time, or for shorter ones"
                 )
             stream = DecodeStream(self, replica, metadata)
-            return stream, stream.begin(packed, min(room, about.max_sequence_length), left_s)
+            return stream, stream.begin(packed, tokens, left_s)
 
         return self._retry(begin)
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from fl_split import wire
-from fl_split.config import RunConfig
+from fl_split.config import Aggregation, Dp, Report, Run, RunConfig
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.checkpoint import read_config
 from fl_split.model.family import Anatomy, examine
@@ -92,6 +92,9 @@ class Plan:
         return away + here + (self.accumulation - 1) * slowest
 
 
+_planned: dict[tuple[str, str, RunConfig], Plan] = {}
+
+
 def auto_class(run: RunConfig) -> Any:
     """What builds the model of a run's task."""
     return AutoModelForSequenceClassification if run.task == "sequence-classification" else AutoModelForCausalLM
@@ -108,12 +111,21 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
         SplitError: The model cannot be split, or not here.
         ConfigError: Surrogate or adapters do not fit the model.
     """
+    run = run.model_copy(update={"run": Run(), "report": Report(), "aggregation": Aggregation(), "dp": Dp()})
+    key = (type(config).__name__, config.to_json_string(), run)  # many nodes of a simulation ask for the same
+    if key not in _planned:
+        _planned[key] = _make_plan(config, run)
+    return _planned[key]
+
+
+def _make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     if run.task == "sequence-classification":
         config = copy.deepcopy(config)
         config.num_labels, config.pad_token_id = len(run.data.label_names), config.pad_token_id or 0
     anatomy = examine(config, auto_class(run))
     cut = Boundaries.of(anatomy, run.split.bottom_layers, run.split.top_layers)
-    kind = "blocks" if run.surrogate.kind == "matched" else run.surrogate.kind  # thin layers, of as many layers' size
+    kind = run.surrogate.planned
+    kind = "blocks" if kind == "matched" else kind  # thin layers, of as many layers' size
     kept = kept_layers(kind, run.surrogate.layers, cut.first, cut.end)
     dtype = run.model.torch_dtype
     model = on_meta(config, anatomy, dtype)

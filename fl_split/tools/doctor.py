@@ -27,6 +27,7 @@ from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries, check_quantized
 from fl_split.model.loss import IGNORED
 from fl_split.node.build import check_demo_data, connect, connect_shares, find_model
+from fl_split.node.choice import choose
 from fl_split.plan.fits_here import Check, check_room
 from fl_split.plan.plan import PROCESS_BYTES, auto_class, choose_split
 from fl_split.plan.versions import check_versions
@@ -40,15 +41,18 @@ _MANY_COPIES = 0.05
 _SAMPLE = 256  # examples of which targets are counted
 
 
-def diagnose(config: RunConfig, own: NodeConfig, max_rows: int | None = None) -> Iterator[Check]:
+def diagnose(config: RunConfig, own: NodeConfig, max_rows: int | None = None, numbered: bool = True) -> Iterator[Check]:
     """All checks, one after another; a check whose ground another one has taken away is left out.
 
     Args:
         config: The run's.
         own: The node's.
         max_rows: Look at the first rows of the data only.
+        numbered: Somebody has given the node its partition-id.
     """
     yield from check_versions()
+    if not numbered:
+        yield Check("warn", "node", "node-config lacks partition-id, without which a deployed node refuses to train")
     for key, near in own.unknown.items():
         yield Check("warn", "node", f"{key!r} is no key of fl-split's (the nearest is {near!r}), and left alone")
     model, found = _try("model", lambda: _model(config))
@@ -56,6 +60,10 @@ def diagnose(config: RunConfig, own: NodeConfig, max_rows: int | None = None) ->
     if found is None:
         return
     config, folder = found
+    if config.surrogate.kind == "auto":
+        choice = choose(config, own, folder)
+        yield Check("pass", "surrogate", str(choice))
+        config = config.with_kind(choice.kind)
     check, tokenizer = _try("tokenizer", lambda: _tokenizer(folder))
     yield check
     if tokenizer is not None and tokenizer.eos_token is None:

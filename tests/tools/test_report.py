@@ -100,3 +100,8 @@ def test_sample_outputs_are_shown_if_there_are_any(tmp_path: Path) -> None:
     assert "Sample outputs" not in report([root])
     (root / "samples.jsonl").write_text('{"prompt": "1 < 2?", "output": "yes"}\n')
     assert "1 &lt; 2?" in report([root])
+    kept = root / "nodes" / "0" / "samples.jsonl"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text('{"round": 1, "answer": "old"}\n{"round": 2, "answer": "newest"}\n')
+    page = report([root])
+    assert "Sample outputs of node 0" in page and "newest" in page and ">old<" not in page
