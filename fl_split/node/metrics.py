@@ -10,6 +10,7 @@ from fl_split.node.evaluate import Scores
 
 _NEEDED = ("partition-id", "weight")
 _COUNTS = ("num-examples", "bad-rows", "truncated-examples", "cached-sequences")  # of examples
+_SCORES = ("heldout-", "sample-", "gain-over-")  # how keys of scores on held-out ones begin
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def given_away(record: Mapping[str, int | float], num_heldout: int, node: NodeCo
     least, allowed = node.metrics_least, node.allowed_metrics
     kept = dict(record)
     for key, value in record.items():
-        few = key in _COUNTS and 0 < value < least or key.startswith("heldout-") and num_heldout < least
+        few = key in _COUNTS and 0 < value < least or key.startswith(_SCORES) and num_heldout < least
         if key not in _NEEDED and (few or (allowed and not any(fnmatch(key, pattern) for pattern in allowed))):
             kept[key] = math.nan
     if node.metrics_least and record["weight"] > 1:  # 1: all nodes weigh the same

@@ -57,7 +57,7 @@ def privacy_report(folder: Path, audit: Path | None) -> str:
         ("What has left this node", _left(sums)),
         ("What of it can be read", _read_by(found)),
         ("What was replaced before", _replaced(sums)),
-        ("What remains", f"<ul>{''.join(f'<li>{escape(risk)}</li>' for risk in _RISKS)}</ul>"),
+        ("What remains", f"<ul>{''.join(f'<li>{escape(risk, quote=False)}</li>' for risk in _RISKS)}</ul>"),
         ("By which this can be checked", table(_hashes(folder, sums, found))),
     )
     return (
