@@ -147,13 +147,13 @@ def _teacher(config: PretrainedConfig, cut: Boundaries, fit: Fit) -> tuple[int, 
     classifies = fit.task == "sequence-classification"
     anatomy = examine(config, AutoModelForSequenceClassification if classifies else AutoModelForCausalLM)
     config = copy.deepcopy(config)
-    config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id  # or a classifier takes no batch
+    object.__setattr__(config, "pad_token_id", None)  # else some look for padding, which meta tensors cannot show
     model = on_meta(config, anatomy, getattr(torch, fit.dtype))
     size: int = sum(p.numel() * p.element_size() for p in model.parameters())
     data = {"max-length": fit.length, **({"labels": "a,b", "text": "text"} if classifies else {})}
-    run = RunConfig.model_validate({"task": fit.task, "data": data, "train": {"batch-size": fit.batch_size}})
-    lesson: int = sum(step_on_meta(model, anatomy, cut, tuple(cut.trunk), run))
-    return size, lesson
+    run = RunConfig.model_validate({"task": fit.task, "data": data, "train": {"batch-size": 1}})
+    adapter, sequence = step_on_meta(model, anatomy, cut, tuple(cut.trunk), run)
+    return size, adapter + sequence * fit.batch_size
 
 
 def _student(trunk: Any, layers: nn.ModuleList, cut: Boundaries, budget: Budget, fit: Fit) -> int:
