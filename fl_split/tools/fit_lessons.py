@@ -118,7 +118,7 @@ class Batches:
     def draw(self, text: Tensor, number: int, stream: int, *, random_tokens: bool = False) -> tuple[Tensor, Tensor]:
         """Batch `number` of one of several streams: token ids and labels; see `fit_text.draw`."""
         fit, size, vocab = self._fit, min(self._fit.batch_size, len(text)), self._config.vocab_size
-        ids, labels = draw(text, size, number, fit.seed + stream, vocab if random_tokens else 0)
+        ids, labels = draw(text, size, number, fit.seed + stream, random_tokens)
         if fit.task == "sequence-classification":
             labels = question(ids, cast(int, self._config.num_labels), vocab, fit.seed, stream)
         return ids.to(fit.device), labels.to(fit.device)

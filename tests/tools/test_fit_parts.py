@@ -137,9 +137,10 @@ def test_batches_follow_from_their_numbers_and_an_epoch_holds_all_text() -> None
     assert any((labels[:, 0] == IGNORED).any() for _, labels in batches)
     for ids, labels in batches:
         assert ((labels == ids) | (labels == IGNORED)).all()
-    noisy, _ = draw(public, 24, 0, seed=0, vocab_size=1000)
+    noisy, _ = draw(2 * public, 24, 0, seed=0, random_tokens=True)
     rows = (noisy != noisy.mode(1).values[:, None]).float().mean(1)
     assert (rows == 0).any() and (rows > 0.1).any()
+    assert not (noisy % 2).any()  # none that the text does not know
 
 
 def test_a_classifiers_labels_are_answered_by_its_text() -> None:
