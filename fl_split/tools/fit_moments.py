@@ -119,7 +119,8 @@ def cut_layers(teacher: PreTrainedModel, public: Tensor, budget: Budget, fit: Fi
     progress = Progress("layers cut", len(todo))
     for done, i in enumerate(reversed(todo), 1):
         layer = layers.get_submodule(str(i))
-        inputs = {b: folder.load_one(f"inputs-{b}", str(i)) for b in gradients}
+        # In the order of their numbers, not of a file: on that the last bits of a sum depend.
+        inputs = {str(b): folder.load_one(f"inputs-{b}", str(i)) for b in range(num_batches)}
         moments, gradients = moments_of(layer, calls[i], inputs, gradients)
         folder.save(f"gradient-{i}", gradients)
         folder.save(f"cut-{i}", _cut_layer(layer, moments, most))
