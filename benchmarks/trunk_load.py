@@ -188,7 +188,7 @@ def bench_soak(setting: Any) -> Figures:
     expected = Expected.from_checkpoint(folder, 2, 2)
     local = LocalTrunk(hold_layers(folder, 2, 2).model)
     seconds = 10.0 if setting.quick else 180.0
-    stop, dtypes = threading.Event(), (1 if setting.quick else 2) * list(TOLERANCES)
+    stop, calm, dtypes = threading.Event(), threading.Event(), (1 if setting.quick else 2) * list(TOLERANCES)
     with ExitStack() as stack:
         replicas = [Server(folder, 2, 2, "limits.queue-tokens=8192") for _ in range(2 if setting.quick else 3)]
         for replica in replicas:
@@ -196,11 +196,9 @@ def bench_soak(setting: Any) -> Figures:
         address = ",".join(replica.address for replica in replicas)
         client = stack.enter_context(TrunkConnection(address, expected, wire_dtype="float32", timeout_s=120))
         client.connect()
-        works: list[Callable[[Counter[str]], None]] = [
-            *(partial(_churn, replica, expected, seed, stop) for seed, replica in enumerate(replicas)),
-            *(partial(_traffic, address, expected, local, dtype, stop) for dtype in dtypes),
-            partial(_nuisance, replicas, stop),
-        ]
+        churns = [partial(_churn, replica, expected, seed, calm) for seed, replica in enumerate(replicas)]
+        callers = [partial(_traffic, address, expected, local, dtype, stop) for dtype in dtypes]
+        works: list[Callable[[Counter[str]], None]] = [*callers, partial(_nuisance, replicas, stop), *churns]
         counts = [Counter[str]() for _ in works]
         threads = [threading.Thread(target=work, args=(mine,)) for work, mine in zip(works, counts, strict=True)]
         for thread in threads:
@@ -209,7 +207,10 @@ def bench_soak(setting: Any) -> Figures:
             losses = _train(folder, client, lambda step, started: step < 2 or time.monotonic() - started < seconds)
         finally:
             stop.set()
-            for thread in threads:
+            for thread in threads[: -len(churns)]:  # a replica ends with the thread that has started it again:
+                thread.join()  # whoever still waits for an answer needs it
+            calm.set()
+            for thread in threads[-len(churns) :]:
                 thread.join()
         retries = client.num_retries
     undisturbed = _train(folder, local, lambda step, started: step < len(losses))

@@ -18,6 +18,8 @@
 Messages travel: Flower sends the text of a node's exception to the server. None may hold private data.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -80,18 +82,20 @@ class RoundFailed(FLSplitError):
     """Fewer nodes finished a round than ``aggregation.min-nodes``."""
 
 
-def explain_invalid(error: "ValidationError", see: str) -> str:
+def explain_invalid(error: "ValidationError", see: str, known: Iterable[str] = ()) -> str:
     """Say what is wrong with a configuration: a line for each key, as the user wrote it.
 
     Args:
         error: Of the whole configuration.
         see: Where its keys are listed.
+        known: Its keys: the nearest one is named where there is none of a name.
     """
-    lines = []
+    lines, keys = [], list(known)
     for each in error.errors():
         key, text = ".".join(str(part) for part in each["loc"]), each["msg"].removeprefix("Value error, ")
         if each["type"] == "extra_forbidden":
-            lines.append(f"  {key}: no such key; see {see}")
+            near = get_close_matches(key, keys, 1)
+            lines.append(f"  {key}: no such key; {f'did you mean {near[0]}? ' if near else ''}see {see}")
         elif each["type"] == "value_error":  # a combination: its input is a whole section
             lines.append(f"  {key}: {text}" if key else f"  {text}")
         else:

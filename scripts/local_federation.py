@@ -22,7 +22,7 @@ from typing import Any
 
 from federation import Federation, FederationError, demo_data
 
-from fl_split.config import read_values
+from fl_split.config import Scalar, read_values
 from fl_split.errors import FLSplitError
 
 
@@ -82,6 +82,8 @@ def _find_data(pattern: str) -> list[Path]:
 def _run(options: argparse.Namespace, folder: Path, data: list[Path]) -> int:
     split = {"bottom-layers": options.bottom_layers, "top-layers": options.top_layers}
     trunk = {"model.name": options.model, **{f"model.{key}": value for key, value in split.items()}}
+    changes: dict[str, Scalar] = {"model.name": options.model}
+    changes |= {f"split.{key}": value for key, value in split.items()} | read_values(None, options.run_config)
     print(f"folder: {folder}\nstarting a SuperLink, {options.replicas} trunk replicas and {len(data)} SuperNodes ...")
     with Federation(
         folder,
@@ -93,11 +95,11 @@ def _run(options: argparse.Namespace, folder: Path, data: list[Path]) -> int:
     ) as federation:
         if options.stay:
             print(f"up. In another shell:\n  export FLWR_HOME={folder}/user FLWR_DISABLE_UPDATE_CHECK=1")
-            pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in federation.run_config({}).items())
+            of_run = federation.run_config(changes)
+            pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in of_run.items())
             print(f"  flwr run . local-federation --stream -c '{pairs}'\nCtrl-C stops everything.")
             signal.pause()
-        changes = {"model.name": options.model, **{f"split.{key}": value for key, value in split.items()}}
-        changes |= {"run.name": time.strftime("%Y%m%d-%H%M%S"), **read_values(None, options.run_config)}
+        changes = {"run.name": time.strftime("%Y%m%d-%H%M%S"), **changes}
         started = time.time()
         run_id = federation.submit(changes)
         print(f"run {run_id} is under way; its log: {federation.superlink.log}")

@@ -26,17 +26,21 @@ UNINVITED = (
     "learnt is the answer as the template writes it, without what the invitation adds"
 )
 LEFT_OUT = "chats have messages that the chat template leaves out or rewrites"
+WEIGHED = "chats have messages of weight 0, which are learnt all the same, since the chat template marks what is"
 
 Message = dict[str, Any]
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "ai": "assistant"}
 _ROLES |= {"model": "assistant", "observation": "tool"}  # of ShareGPT and its kin; others stay as they are
-_KEYS = {"from": "role", "value": "content"}
+_KEYS = {"from": "role", "speaker": "role", "author": "role", "value": "content", "text": "content"}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks assistant text in a template
 
 
 def read_messages(value: object) -> list[Message]:
     """Bring what is found into one shape: role and content, ShareGPT's from and value, parts, JSON in a string.
+
+    An object with a list of messages in it is that list; one of equally long lists, such as `datasets` and Parquet
+    make of a list of objects, is a message for each of their items.
 
     Raises:
         Unusable: It is no conversation.
@@ -46,6 +50,8 @@ def read_messages(value: object) -> list[Message]:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise Unusable(NOT_A_CHAT) from None
+    if isinstance(value, dict):
+        value = _listed(value)
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise Unusable(NOT_A_CHAT)
     messages = [_message(message) for message in value]
@@ -54,12 +60,24 @@ def read_messages(value: object) -> list[Message]:
     return messages
 
 
+def _listed(value: dict[str, Any]) -> Any:
+    lists = [inner for inner in value.values() if isinstance(inner, list)]
+    if len(lists) == 1:
+        return lists[0]
+    if len(lists) < len(value) or len(set(map(len, lists))) != 1:
+        raise Unusable(NOT_A_CHAT)
+    return [dict(zip(value, items, strict=True)) for items in zip(*lists, strict=True)]
+
+
 def _message(found: Message) -> Message:
-    message = {_KEYS.get(key, key): value for key, value in found.items() if value is not None}  # Parquet fills up
+    message = {key: value for key, value in found.items() if value is not None}  # Parquet fills up
+    for other, key in _KEYS.items():
+        if other in message and key not in message:
+            message[key] = message.pop(other)
     role, content = message.get("role"), message.get("content")
     if isinstance(content, list):
         content = "".join(_part(part) for part in content)
-    if content is None and message.get("tool_calls"):
+    if content is None and ("content" in found or message.get("tool_calls")):
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
         raise Unusable(NOT_A_CHAT)
@@ -76,10 +94,11 @@ def _part(part: object) -> str:
 
 def _turns(messages: list[Message]) -> list[int]:
     """Find the messages that are learnt; what opens a conversation answers nobody, and is not."""
+    said = [message["role"] == "assistant" and message.get("weight") != 0 for message in messages]
     return [
         i
         for i, message in enumerate(messages)
-        if i > 0 and message["role"] == "assistant" and (message["content"].strip() or message.get("tool_calls"))
+        if i > 0 and said[i] and (message["content"].strip() or message.get("tool_calls"))
     ]
 
 
@@ -94,7 +113,8 @@ def encode_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> 
     """
     if _GENERATION.search(str(tokenizer.chat_template)):
         coded: Any = _template(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        ids, counted, remarks = coded["input_ids"], [bool(value) for value in coded["assistant_masks"]], []
+        ids, counted = coded["input_ids"], [bool(value) for value in coded["assistant_masks"]]
+        remarks = [WEIGHED] if any(message.get("weight") == 0 for message in messages) else []
     else:
         text = _template(tokenizer, messages, tokenize=False)
         found = [_span(tokenizer, messages, i, text) for i in _turns(messages)]

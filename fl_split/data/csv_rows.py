@@ -5,6 +5,7 @@ field; where these look like records of their own, they are read as such.
 """
 
 import csv
+import re
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
@@ -20,6 +21,10 @@ _MOST_LINES = 10_000  # of one record: beyond, a quote has not been closed
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _HALF, _MOST = 0.5, 0.8  # of a record's further lines that would be records by themselves
 _MANY_LINES = 4  # of a record that is suspected
+_ESCAPED = re.compile(r'(?<!\\)\\"')  # a quote in a text, by Spark and MySQL
+_SHOWS_ESCAPED = re.compile(r'\\"[^,;\t|\r\n]')  # before a delimiter, the backslash may be a path's last letter
+_DOUBLED = re.compile(r'\w""')  # by all others
+_AGAIN = f"{MALFORMED}: the line that names the columns, again"
 _UNCLOSED = f"{MALFORMED}: a quote that is not closed"
 
 Numbered = tuple[int, str]  # a line and its number
@@ -28,8 +33,9 @@ Numbered = tuple[int, str]  # a line and its number
 class _Lines:
     """A file's lines, with those that the record being read has taken, which can be given back."""
 
-    def __init__(self, text: TextIO) -> None:
+    def __init__(self, text: TextIO, escaped: bool) -> None:
         self._text, self._again = enumerate(text, 1), deque[Numbered]()
+        self._escaped = escaped
         self.taken: list[Numbered] = []
 
     def __iter__(self) -> Iterator[str]:
@@ -40,7 +46,8 @@ class _Lines:
         self.taken.append((number, line))
         if len(self.taken) > _MOST_LINES:
             raise csv.Error("a record of too many lines")
-        return line.removeprefix("\ufeff")
+        line = line.removeprefix("\ufeff")
+        return _ESCAPED.sub('""', line) if self._escaped else line
 
     def back(self, lines: Sequence[Numbered]) -> None:
         """Read these again, as other records."""
@@ -60,10 +67,15 @@ def read_csv(file: Path, say: Say, columns: Mapping[str, str]) -> Iterator[Row]:
     """
     csv.field_size_limit(_MAX_FIELD)
     with open_text(file, say, newline="") as text:
-        delimiter = _delimiter(file, text.read(HEAD), columns.values(), say)
+        head = text.read(HEAD)
+    delimiter = _delimiter(file, head, columns.values(), say)
+    escaped = bool(_SHOWS_ESCAPED.search(head)) and not _DOUBLED.search(head)
+    if escaped:
+        say(f'{file.name} is read with \\" for a quote in a text')
+    spaced = head.count(f'{delimiter} "') > head.count(f'{delimiter}"')
     with open_text(file, say, newline="") as text:
-        lines = _Lines(text)
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        lines = _Lines(text, escaped)
+        reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=spaced, strict=True)
         header = _header(file, reader, columns)
         told = False
         while True:
@@ -89,6 +101,8 @@ def read_csv(file: Path, say: Say, columns: Mapping[str, str]) -> Iterator[Row]:
                 yield Row(place, None, _UNCLOSED if alike >= _HALF else _fault(fields, len(header)))
             elif wrong:
                 yield Row(place, None, NOT_UTF8)
+            elif _names(fields) == header:
+                yield Row(place, None, _AGAIN)
             else:
                 if len(following) >= _MANY_LINES and alike > _MOST:
                     say(f"{place} to {following[-1][0]} are read as one row: if they are several, a quote is missing")

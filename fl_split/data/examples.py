@@ -24,6 +24,8 @@ NO_ROOM = "with nothing to learn within data.max-length"
 NO_LABEL = "without a label"
 UNKNOWN_LABEL = "with a label that data.labels does not name"
 
+_TRUTHS = {"true": "1", "false": "0"}  # Excel writes them in capitals
+
 
 @dataclass(frozen=True)
 class Made:
@@ -90,7 +92,7 @@ def _text(values: dict[str, Any], key: str, column: str) -> str:
     if value is None:
         raise Unusable(EMPTY)
     text = text_of(value, key)
-    if not text.strip():
+    if not any(letter.isprintable() and letter != " " for letter in text):  # of some letters, all have no width
         raise Unusable(EMPTY)
     return text
 
@@ -153,10 +155,8 @@ def _spellings(value: Any) -> Iterator[str]:
     """Spell a label as it stands; whole numbers with and without ``.0``, since nulls make them fractions; true as 1."""
     text = str(value).strip()
     yield text
-    if isinstance(value, bool):
-        yield from (text.lower(), str(int(value)))
-    elif text in ("True", "False"):
-        yield text.lower()
+    if text.lower() in _TRUTHS:
+        yield from (text.lower(), _TRUTHS[text.lower()])
     with suppress(ValueError, OverflowError):
         number = float(text)
         if number.is_integer():

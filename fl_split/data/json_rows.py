@@ -1,23 +1,27 @@
 """JSON -> rows: an object a line, or a list of objects, or objects one after another; each value as it stands.
 
 Data path: text (`lines`) -> **rows** -> examples. A line that is no JSON is one bad row; a list that breaks off ends
-the file, since nothing tells where its next row begins.
+the file, since nothing tells where its next row begins. One object alone may wrap the rows (`wrapped`).
 """
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from fl_split.data.lines import HEAD, open_text, tell_encoding, undecoded
 from fl_split.data.rows import MALFORMED, NOT_UTF8, Row, Say, kind_of
+from fl_split.data.wrapped import unwrap
 from fl_split.errors import DataError
 
 _BLANK = re.compile(r"[\s\ufeff]*")
 _LIST_OF_ROWS = re.compile(r"\[\s*(\{|$)")
+_OBJECTS = re.compile(r"\{.*\}\s*\{")  # one after another in a line
 _NEAR_END = 16  # characters: an error so near to the end of what is read may be that it goes on
+_NO_JSON = object()
 
 
 def _whole_number(digits: str) -> int | float:
@@ -29,16 +33,23 @@ def _whole_number(digits: str) -> int | float:
 _DECODER = json.JSONDecoder(parse_int=_whole_number)
 
 
-def read_json(file: Path, say: Say) -> Iterator[Row]:
+def read_json(file: Path, say: Say, columns: Collection[str], split: str) -> Iterator[Row]:
     """Rows of a .json or .jsonl file; what is in it decides, not its name.
 
+    Args:
+        file: It.
+        say: Is told of what is unusual.
+        columns: That are needed.
+        split: The part of the data that is meant, where the file names several.
+
     Raises:
-        DataError: It breaks off in the middle of a list.
+        DataError: It breaks off in the middle of a list, or is one object with several lists of rows.
     """
     with open_text(file, say) as text:
         by_line = _is_by_line(text.read(HEAD))
     with open_text(file, say) as text:
         found = _by_line(file, text) if by_line else _in_stream(file, text)
+        found = _unwrapped(file, found, say, columns, split)
         told = False
         for place, raw, value in found:
             wrong = undecoded(raw)
@@ -51,19 +62,41 @@ def read_json(file: Path, say: Say) -> Iterator[Row]:
                 yield Row(place, None, NOT_UTF8 if wrong else _fault(value))
 
 
+def _unwrapped(
+    file: Path, found: Iterator[tuple[str, str, Any]], say: Say, columns: Collection[str], split: str
+) -> Iterator[tuple[str, str, Any]]:
+    """Pass on what is found; of a file that is one object alone, the rows in it."""
+    first = list(islice(found, 2))
+    inner = unwrap(file, first[0][2], columns, split) if len(first) == 1 else None
+    if inner is None:
+        yield from first
+        yield from found
+        return
+    say(f"{file.name} is one object; its rows are {inner.what}")
+    for number, value in enumerate(inner.rows, 1):
+        yield f"{file.name} row {number}", json.dumps(value, ensure_ascii=False), value
+
+
 def _fault(value: Any) -> str:
-    return MALFORMED if value is None else f"{MALFORMED}: {kind_of(value)} instead of an object with columns"
+    return f"{MALFORMED}: {'no JSON' if value is _NO_JSON else f'{kind_of(value)} instead of an object with columns'}"
 
 
 def _is_by_line(head: str) -> bool:
     """Whether each line is a row, judged by a file's beginning."""
     lines = (stripped for line in head.splitlines() if (stripped := line.strip().lstrip("\ufeff")))
     first, second = next(lines, ""), next(lines, "")
-    try:
-        value = _DECODER.decode(first)
-    except (ValueError, RecursionError):
-        return not (_LIST_OF_ROWS.match(first) or first == "{" or second.startswith('"'))
+    value = _decode(first)
+    if value is _NO_JSON:
+        return not (_LIST_OF_ROWS.match(first) or first == "{" or second.startswith('"') or _OBJECTS.match(first))
     return bool(second) or not isinstance(value, list)
+
+
+def _decode(line: str) -> Any:
+    """The value of a line, which may end in the comma that a list would have there."""
+    for text in (line, line.removesuffix(",")):
+        with suppress(ValueError, RecursionError):
+            return _DECODER.decode(text)
+    return _NO_JSON
 
 
 def _by_line(file: Path, text: TextIO) -> Iterator[tuple[str, str, Any]]:
@@ -71,11 +104,7 @@ def _by_line(file: Path, text: TextIO) -> Iterator[tuple[str, str, Any]]:
         stripped = line.strip().lstrip("\ufeff")
         if not stripped:
             continue
-        try:
-            value = _DECODER.decode(stripped)
-        except (ValueError, RecursionError):
-            value = None
-        yield f"{file.name} line {number}", stripped, value
+        yield f"{file.name} line {number}", stripped, _decode(stripped)
 
 
 def _in_stream(file: Path, text: TextIO) -> Iterator[tuple[str, str, Any]]:
@@ -112,7 +141,8 @@ class _Stream:
             yield self._value()
             while self._peek() == ",":
                 self._skip()
-                yield self._value()
+                if self._peek() != "]":  # a comma after the last one
+                    yield self._value()
             if self._peek() != "]":
                 raise ValueError("a list that does not end")
             self._skip()

@@ -37,6 +37,13 @@ _MARKS = (  # the longer before those that they begin with
 )
 _NO_TEXT = {  # first bytes of what is often named wrongly
     b"PK\x03\x04": "a .zip or .xlsx file",
+    b"\xd0\xcf\x11\xe0": "an .xls file",
+    b"%PDF": "a .pdf file",
+    b"ARROW1": "an .arrow file",
+    b"SQLite format 3": "a database of SQLite",
+    b"version https://git-lfs": "a pointer of Git LFS ('git lfs pull' fetches what it points to)",
+    b"<!DOCTYPE html": "a page of HTML",
+    b"<html": "a page of HTML",
     b"PAR1": "a .parquet file",
     b"\x1f\x8b": "compressed (.gz)",
     b"BZh": "compressed (.bz2)",
@@ -90,11 +97,12 @@ def _encoding(sample: bytes) -> tuple[str, str]:
         if sample.startswith(mark):
             return name, "" if name == "utf-8-sig" else "byte order mark says"
     first, second = sample[::2].count(0), sample[1::2].count(0)
-    if 8 * (first + second) > len(sample):  # of UTF-8 text hardly any byte is zero, of ASCII in UTF-16 every other
-        if sample[1:4] == b"\0\0\0" or sample[:3] == b"\0\0\0":
-            return ("utf-32-le" if sample[0] else "utf-32-be"), "zero bytes show"
-        if max(first, second) > 9 * min(first, second):
-            return ("utf-16-le" if second > first else "utf-16-be"), "zero bytes show"
+    many = 8 * (first + second) > len(sample)  # of UTF-8 text hardly any byte is zero, of ASCII in UTF-16 every other
+    if many and (sample[1:4] == b"\0\0\0" or sample[:3] == b"\0\0\0"):
+        return ("utf-32-le" if sample[0] else "utf-32-be"), "zero bytes show"
+    begins = [byte == 0 for byte in sample[:4]]  # in ASCII, whatever follows: a brace, the names of columns
+    if begins in ([False, True] * 2, [True, False] * 2) or many and max(first, second) > 9 * min(first, second):
+        return ("utf-16-le" if second > first else "utf-16-be"), "zero bytes show"
     return "utf-8", ""
 
 

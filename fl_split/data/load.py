@@ -8,8 +8,8 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fl_split.config import Data, NodeConfig
 from fl_split.data.examples import NO_ROOM, UNKNOWN_LABEL, Example, Made, describe_template, example_maker, template_of
+from fl_split.data.readers import needed_columns
+from fl_split.data.redact import Redactor, columns_of, redactor
 from fl_split.data.rows import MALFORMED, NOT_UTF8, Row
 from fl_split.data.sources import find_rows
 from fl_split.data.store import Array, Prepared, Store, in_memory
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 GROWN = "the data has changed since it was last read: %d rows, %d before; each row that was there keeps its side"
 COPIES = "%d of %d examples are copies of others; equal ones are on one side, trained on or held out"
-_VERSION = 2  # of how examples are prepared and divided: raise it, and nothing prepared before is used again
+_VERSION = 3  # of how examples are prepared and divided: raise it, and nothing prepared before is used again
 _PLACES = 5  # bad rows that are named, of each kind
 _OTHER_ENCODING = 0.1  # of the rows not in UTF-8: that is no accident
 
@@ -49,6 +51,9 @@ class Report:
     num_truncated: int = 0  # examples that data.max-length cut
     num_cut: int = 0  # tokens that it cut off
     num_copies: int = 0  # examples whose row is equal to an earlier one
+    num_classes: int = 0  # that occur, where each example has one
+    unread: list[str] = field(default_factory=list)  # the first row's other columns: for the node's own eyes
+    redacted: dict[str, int] = field(default_factory=dict)  # kind -> strings that were replaced
     forced: dict[str, bool] = field(default_factory=dict)  # sides that no hash decided, so that neither is empty
 
     @property
@@ -64,9 +69,19 @@ class Report:
             parts.append(f"{self.bad[reason]} {reason} ({', '.join(self.places[reason])}{more})")
         return "; ".join(parts)
 
+    def say_redacted(self) -> str:
+        """Such as ``12 date, 3 email``."""
+        return ", ".join(f"{count} {kind}" for kind, count in sorted(self.redacted.items()))
+
     def all_notes(self) -> list[str]:
         """Whatever a person should know of what was read, beside bad rows."""
-        return [*self.notes, *(f"{count} {remark}" for remark, count in self.remarks.items())]
+        one = ["all examples are of one class, of those that data.labels names"] if self.num_classes == 1 else []
+        return [*self.notes, *one, *(f"{count} {remark}" for remark, count in self.remarks.items())]
+
+    def unread_columns(self) -> str:
+        """Columns beside those that are read; "" if there are none. Names may be data: not for the server."""
+        more = ", ..." if len(self.unread) > _PLACES else ""
+        return f"columns that are not read: {', '.join(self.unread[:_PLACES])}{more}" if self.unread else ""
 
 
 @dataclass(frozen=True)
@@ -111,8 +126,9 @@ def load_examples(
             too few usable rows; names the key, file and line, never a row's content.
     """
     source = find_rows(config, node, seed)
-    make = example_maker(config, tokenizer)
-    about = (_VERSION, max_rows, _fields(config), seed, _digest(tokenizer))
+    make, redact = example_maker(config, tokenizer), redactor(config, node)
+    about: tuple[object, ...] = (_VERSION, max_rows, _fields(config), seed, _digest(tokenizer))
+    about += (redact.identity,) if redact else ()
     kept = Store(store, (source.identity, *about)) if store else None
     found = kept.load() if kept else None
     if found:
@@ -121,24 +137,36 @@ def load_examples(
         template = template_of(config, tokenizer)
         report = Report(source.path, describe_template(template, tokenizer) if template else "")
         earlier = kept.earlier() if kept else {}
-        made = _make_all(islice(source.rows, max_rows), make, seed, report)
+        rows = _note_unread(islice(source.rows, max_rows), report, needed_columns(config).values())
+        rows = _redacted(rows, redact, columns_of(config)) if redact else rows
+        made = _make_all(rows, make, seed, report)
         examples = kept.save(made) if kept else in_memory(made)
         report.notes = list(source.notes)
+        report.redacted = dict(redact.counts) if redact else {}
         _check(report, examples.keys, config)
         report.forced = _force(examples.keys, config.holdout, earlier.get("forced", {}))
         if earlier and earlier["num_rows"] != report.num_rows:
             logger.warning(GROWN, report.num_rows, earlier["num_rows"])
         if kept:
             kept.finish(asdict(report))
-    heldout = _is_heldout(examples.keys, config.holdout, report.forced)
-    train, held = np.flatnonzero(~heldout), np.flatnonzero(heldout)
-    evaluated = held[np.argsort(examples.keys[held], kind="stable")][: config.holdout_max]
-    parts = Examples(examples.take(train), examples.take(evaluated), report, len(held))
+    parts = _divide(examples, report, config)
     _log(parts, config)
     return parts
 
 
+def _redacted(rows: Iterable[Row], redact: Redactor, columns: frozenset[str]) -> Iterator[Row]:
+    for row in rows:
+        yield row if row.values is None else replace(row, values=redact.row(row.values, columns))
+
+
 # --------------------------------------------------------------------------------------------------------- sides
+
+
+def _divide(examples: Prepared, report: Report, config: Data) -> Examples:
+    heldout = _is_heldout(examples.keys, config.holdout, report.forced)
+    train, held = np.flatnonzero(~heldout), np.flatnonzero(heldout)
+    evaluated = held[np.argsort(examples.keys[held], kind="stable")][: config.holdout_max]
+    return Examples(examples.take(train), examples.take(evaluated), report, len(held))
 
 
 def _key(seed: int, content: str) -> int:
@@ -169,7 +197,7 @@ def _force(keys: Array, part: float, earlier: dict[str, bool]) -> dict[str, bool
 
 def _fields(config: Data) -> dict[str, Any]:
     """Pick what of the configuration decides on the examples themselves."""
-    return config.model_dump(exclude={"holdout_max", "packing", "group_by_length"})
+    return config.model_dump(exclude={"holdout_max", "samples", "packing", "group_by_length"})
 
 
 def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -177,11 +205,19 @@ def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{whole}{tokenizer.chat_template}{tokenizer.special_tokens_map}".encode()).hexdigest()
 
 
+def _note_unread(rows: Iterable[Row], report: Report, read: Collection[str]) -> Iterator[Row]:
+    """Pass rows on; the first one that has columns tells which are not read, such as a context that was forgotten."""
+    for row in rows:
+        if row.values and not report.unread:
+            report.unread = [str(column) for column, value in row.values.items() if value and column not in read]
+        yield row
+
+
 def _make_all(
     rows: Iterable[Row], make: Callable[[dict[str, Any]], Made], seed: int, report: Report
 ) -> Iterator[Example]:
     """Make examples of the rows that can be used; fills `report` on the way."""
-    bad, remarks = Counter[str](), Counter[str]()
+    bad, remarks, classes = Counter[str](), Counter[str](), set[int]()
     for row in rows:
         report.num_rows += 1
         try:
@@ -195,8 +231,10 @@ def _make_all(
         report.num_truncated += made.num_cut > 0
         report.num_cut += made.num_cut
         remarks.update(made.remarks)
+        if isinstance(made.example["labels"], int):
+            classes.add(made.example["labels"])
         yield {**made.example, "key": _key(seed, made.content), "cut": made.num_cut}
-    report.bad, report.remarks = dict(bad), dict(remarks)
+    report.bad, report.remarks, report.num_classes = dict(bad), dict(remarks), len(classes)
 
 
 def _make(row: Row, make: Callable[[dict[str, Any]], Made]) -> Made:
@@ -228,8 +266,8 @@ def _check(report: Report, keys: Array, config: Data) -> None:
     if len(keys) < 2:
         seen = f"; found {report.explain(report.bad)}" if report.bad else ""
         raise DataError(
-            f"{len(keys)} usable examples of {report.num_rows} rows: at least 2 are needed, one to train on and one "
-            f"to hold out{seen}{notes}{_remedy(report)}"
+            f"{len(keys)} usable examples of {report.num_rows} rows of {report.path}: at least 2 are needed, one to "
+            f"train on and one to hold out{seen}{notes}{_remedy(report)}"
         )
     report.num_copies = len(keys) - len(np.unique(keys))
     if report.num_copies == len(keys) - 1:
@@ -252,6 +290,8 @@ def _log(examples: Examples, config: Data) -> None:
     )
     if report.template:
         logger.info("prompt and response are written as %s", report.template)
+    if report.unread:
+        logger.info("%s", report.unread_columns())
     if report.bad:
         logger.warning("skipped %d of %d rows: %s", report.num_bad, report.num_rows, report.explain(report.bad))
     if report.num_truncated:
@@ -264,5 +304,7 @@ def _log(examples: Examples, config: Data) -> None:
         )
     for note in report.all_notes():
         logger.warning("%s", note)
+    if report.redacted:
+        logger.info("replaced by pseudonyms: %s", report.say_redacted())
     if report.num_copies:
         logger.info(COPIES, report.num_copies, report.num_rows - report.num_bad)

@@ -4,7 +4,7 @@ Data path: **place -> rows** -> examples. Nothing is copied: a reader that cache
 the disk.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,17 @@ def read_file(file: Path, config: Data, say: Say) -> Iterator[Row]:
     form, last = endings(file)[0], "its beginning"
     columns = needed_columns(config)
     if form == ".parquet":
-        rows = _read_parquet(file)
+        rows = _read_parquet(file, columns)
     elif form in (".csv", ".tsv"):
         rows = read_csv(file, say, columns)
     else:
-        rows = read_json(file, say)
+        rows = read_json(file, say, columns.values(), config.split)
     try:
         for row in _check_columns(str(file), rows, columns):
             last = row.place
             yield row
+    except PermissionError:
+        raise DataError(f"{file} may not be read by this account: give it the right to (chmod, chown)") from None
     except DAMAGED as error:  # its text may quote a row
         raise DataError(
             f"{file} cannot be read beyond {last} ({type(error).__name__}): it is damaged, not complete, or not what "
@@ -60,9 +62,12 @@ def read_file(file: Path, config: Data, say: Say) -> Iterator[Row]:
         ) from None
 
 
-def _read_parquet(file: Path) -> Iterator[Row]:
+def _read_parquet(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
     number = 0
     with pq.ParquetFile(file) as table:
+        for key, column in columns.items():
+            if table.schema_arrow.names.count(column) > 1:
+                raise DataError(f"{file} has more than one column {key}={column!r}: keep one of them")
         for batch in table.iter_batches(_BATCH):
             for i in range(batch.num_rows):
                 number += 1
@@ -162,6 +167,9 @@ def _no_column(where: str, key: str, column: str, columns: Sequence[str]) -> Dat
     JSON (its keys may be data, such as a person's name).
     """
     text, form = f"{where} has no column {key}={column!r}", endings(Path(where))[0]
+    alike = [name for name in columns if name.strip().lower() == column.strip().lower()]
+    if alike:
+        return DataError(f"{text}: it has {alike[0]!r}, and letters and spaces count")
     if form not in (".jsonl", ".ndjson", ".json"):
         return DataError(f"{text}: it has {', '.join(columns)}")
     error = DataError(f"{text}: its first row has {len(columns)} others, which 'fl-split doctor' names on the node")

@@ -4,6 +4,7 @@ Data path: **files, saved folder or hub -> a node's rows** -> examples (`example
 """
 
 import glob
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -131,7 +132,12 @@ def _of_files(files: Sequence[Path], left_out: Sequence[Path], config: Data) -> 
 
     def rows() -> Iterator[Row]:
         for file in files:
-            yield from read_file(file, config, lambda note: notes.setdefault(note))
+            empty = True
+            for row in read_file(file, config, lambda note: notes.setdefault(note)):
+                empty = False
+                yield row
+            if empty:
+                notes[f"{file.name} has no rows"] = None
 
     shown = str(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
     return Source(_Again(rows), tuple(_stamp(file) for file in files), shown, notes)
@@ -150,11 +156,21 @@ def _is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _SAVED)
 
 
+def _below(key: str, folder: Path) -> Iterator[Path]:
+    """Walk through a folder; one that may not be looked into is no empty one."""
+
+    def stop(error: OSError) -> None:
+        raise DataError(f"{key}: {error.filename} may not be read by this account: give it the right to (chmod, chown)")
+
+    for where, _, names in os.walk(folder, onerror=stop):
+        yield from (Path(where, name) for name in names)
+
+
 def _find_files(key: str, path: str) -> tuple[list[Path], list[Path]]:
     """Files to be read, and those that a folder has beside them; hidden ones do not count."""
     place = absolute(key, path)
     if place.is_dir():
-        below = sorted(file for file in place.rglob("*") if file.is_file())
+        below = sorted(file for file in _below(key, place) if file.is_file())
         found = [file for file in below if not _HIDDEN.search(file.relative_to(place).as_posix())]
     elif place.is_file():
         found = [place]

@@ -78,9 +78,8 @@ def resolve_model(name: str, revision: str, needs: Callable[[PretrainedConfig], 
     if is_local_model(name):
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"model.name={name!r}: no config.json in this folder; expected a Hugging Face model folder"
-            )
+            found = "no config.json in this folder" if folder.is_dir() else "there is no such folder"
+            raise ConfigError(f"model.name={name!r}: {found}; expected a Hugging Face model folder")
         return folder
     try:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_ABOUT)))

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fl_split.errors import SplitError
 
-_CANNOT_RUN = (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError, NotImplementedError)
+# What a family's own code may fail with, where it is run otherwise than as a whole.
+CANNOT_RUN = (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError)
 _BATCH, _SEQ = 3, 7  # of the pass without numbers
 _examined: "dict[tuple[str, ...], Anatomy]" = {}
 
@@ -84,7 +85,7 @@ def _examine(config: PretrainedConfig, auto: Any) -> Anatomy:
         try:
             with _shapes_only(base, fake):
                 edges, pools = _find_edges(base, path, as_tuple)
-        except _CANNOT_RUN as error:
+        except CANNOT_RUN as error:
             failure = error  # layers of this family return the other kind, or its code looks at values
         else:
             apart = tuple(f"{name}." for name in (path, *edges))

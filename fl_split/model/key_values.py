@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from fl_split.model.family import CANNOT_RUN
+
 _TOLERANCE = 0.1  # of the difference that the past makes; what rounding makes is far below
 
 
@@ -160,7 +162,7 @@ def bytes_per_token(model: PreTrainedModel) -> int:
     try:
         run_pass(model, [Part(kept, i, r[:-3]) for i, r in enumerate(rows)])
         stepped = run_pass(model, [Part(kept, i, r[-3:]) for i, r in enumerate(rows)])
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError, NotImplementedError):
+    except CANNOT_RUN:
         return 0
     for row, found in zip(rows, stepped, strict=True):
         with torch.inference_mode():

@@ -6,6 +6,7 @@ stay those of the full model, so Hugging Face's own forward and loss, PEFT and `
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,9 +133,12 @@ def load_around_holes(
             **options,
         )
     except OSError as error:
-        raise SplitError(
-            f"cannot load {folder}: it needs weights in safetensors files ({type(error).__name__})"
-        ) from error
+        closed = [file.name for file in sorted(folder.glob("*.safetensors")) if not os.access(file, os.R_OK)]
+        if closed:
+            text = f"this account may not read {', '.join(closed)}: give it the right to (chmod, chown)"
+        else:
+            text = f"it needs weights in safetensors files ({type(error).__name__})"
+        raise SplitError(f"cannot load {folder}: {text}") from error
     model.name_or_path = str(folder)
     return model, {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
 

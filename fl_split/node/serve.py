@@ -165,8 +165,7 @@ def endpoint(tuned: Tuned, sampling: Sampling, token: str = "", local: bool = Tr
         local: Take requests to loopback names only, so that no web page can reach it through a name of its own.
     """
     from fastapi import Depends, FastAPI, Header
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse, StreamingResponse
+    from fastapi.responses import StreamingResponse
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     def allowed(authorization: Annotated[str, Header()] = "") -> None:
@@ -176,15 +175,7 @@ def endpoint(tuned: Tuned, sampling: Sampling, token: str = "", local: bool = Tr
     app = FastAPI(title="fl-split", docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(allowed)])
     if local:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
-
-    @app.exception_handler(_Refused)
-    def refused(_: Any, error: _Refused) -> JSONResponse:
-        return JSONResponse(_error(str(error), error.kind), error.status)
-
-    @app.exception_handler(RequestValidationError)
-    def invalid(_: Any, error: RequestValidationError) -> JSONResponse:
-        where = [".".join(str(part) for part in e["loc"][1:]) + f": {e['msg']}" for e in error.errors()]
-        return JSONResponse(_error("; ".join(where), "invalid_request_error"), 400)
+    _answer_errors(app)
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -192,7 +183,10 @@ def endpoint(tuned: Tuned, sampling: Sampling, token: str = "", local: bool = Tr
         return {"object": "list", "data": [entry]}
 
     def reply(request: Request, ids: list[int], kind: _Kind) -> Any:
-        made = answer(tuned, ids, request.sampling(sampling))
+        try:
+            made = answer(tuned, ids, request.sampling(sampling))
+        except DataError as error:
+            raise _Refused(400, str(error)) from error
         if request.stream:
             usage = request.stream_options is not None and request.stream_options.include_usage
             return StreamingResponse(_events(made, kind, usage), media_type="text/event-stream")
@@ -217,6 +211,21 @@ def endpoint(tuned: Tuned, sampling: Sampling, token: str = "", local: bool = Tr
         return reply(request, tuned.encode_text(request.prompt), _Kind(tuned.name, chat=False))
 
     return app
+
+
+def _answer_errors(app: "FastAPI") -> None:
+    """Make errors look as OpenAI's do."""
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+
+    @app.exception_handler(_Refused)
+    def refused(_: Any, error: _Refused) -> JSONResponse:
+        return JSONResponse(_error(str(error), error.kind), error.status)
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(_: Any, error: RequestValidationError) -> JSONResponse:
+        where = [".".join(str(part) for part in e["loc"][1:]) + f": {e['msg']}" for e in error.errors()]
+        return JSONResponse(_error("; ".join(where), "invalid_request_error"), 400)
 
 
 def _failed(error: FLSplitError) -> _Refused:

@@ -4,8 +4,15 @@ import re
 
 import grpc
 
+from fl_split.errors import TrunkUnavailable
+
 _Code = grpc.StatusCode
 _CERTIFICATE = re.compile(r"CERTIFICATE_VERIFY_FAILED: ([\w ]+)")
+
+
+def unavailable(address: str, error: grpc.RpcError) -> TrunkUnavailable:
+    """The error of a trunk that did not answer a question."""
+    return TrunkUnavailable(f"no trunk answers at {address} ({error.code().name}): {explain(error, address)}")
 
 
 def explain(error: grpc.RpcError, address: str) -> str:
@@ -26,6 +33,11 @@ def explain(error: grpc.RpcError, address: str) -> str:
         return (
             f"the name {host!r} is not known: check trunk-address in node-config, and trunk.address of the run, for a "
             "wrong letter, and that this machine's DNS knows the name"
+        )
+    if found := re.search(r"certificate (has expired|is not yet valid)", details):
+        return (
+            f"TLS handshake failed, its certificate {found[1]} by this machine's clock: if the clock is right, the "
+            "operator makes a new one with 'fl-split keys server'"
         )
     if found := _CERTIFICATE.search(details):
         return (

@@ -5,12 +5,10 @@ that the node computes while the trunk does. The trunk is stateless, so a call t
 whichever replica is there.
 """
 
-import hashlib
 import itertools
 import logging
-import os
 import random
-import tempfile
+import sys
 import threading
 import time
 import uuid
@@ -25,23 +23,23 @@ import torch
 from torch import Tensor
 
 from fl_split import wire
-from fl_split.errors import SurrogateError, TrunkError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
+from fl_split.errors import TrunkError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
 from fl_split.malloc import share_heap
 from fl_split.model.thin import read_card
+from fl_split.node.call_errors import LOST, AnotherTrunk, NoHandshake, translate
 from fl_split.node.decode_stream import DecodeStream
 from fl_split.node.expected import Expected
+from fl_split.node.ledger import Note
 from fl_split.node.replicas import Credentials, Replica, Replicas
+from fl_split.node.surrogate_file import fetch_published
 from fl_split.node.trouble import explain
 from fl_split.proto import trunk_pb2 as pb
-
-__all__ = ["Credentials", "Expected", "TrunkConnection"]
 
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
 _Code = grpc.StatusCode
-_LOST = {_Code.UNAVAILABLE, _Code.ABORTED, _Code.CANCELLED}
 _OTHERS = 4  # replies of a trunk that was not checked, in one call, before it is given up
 _CALL_BYTES = 3 * 2**20  # aim of a call, if there are sequences to cut between: below what proxies take unasked
 
@@ -59,6 +57,7 @@ class TrunkConnection:
         in_flight: int = 4,
         credentials: Credentials = Credentials(),  # noqa: B008  # frozen
         meet: Callable[[str], None] | None = None,
+        note: Note | None = None,
     ) -> None:
         """Prepare channels and threads; nothing is sent before `connect` or the first call.
 
@@ -72,6 +71,7 @@ class TrunkConnection:
             in_flight: Calls at the same time, at most.
             credentials: TLS and token.
             meet: For gradient shares: looks at an address whenever it is checked, and raises if it must get none.
+            note: Gets every message before it is sent; raises if it must not be.
 
         Raises:
             ConfigError: An address or credentials that cannot be used.
@@ -82,7 +82,7 @@ class TrunkConnection:
         self.wire_dtype: pb.DType = wire.NAMES[wire_dtype]
         self._meet = meet
         self._metadata = credentials.metadata()
-        self._replicas = Replicas(address, credentials)
+        self._replicas = Replicas(address, credentials, note)
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="trunk-call")
         self._lock = threading.Lock()
         self.trunk_id = b""  # of the first replica that was checked; the others must be the same trunk
@@ -121,6 +121,17 @@ class TrunkConnection:
 
         return _gather(calls, unpack)
 
+    @property
+    def offers_streams(self) -> bool:
+        """Whether every replica that was checked keeps keys and values for generation."""
+        found = self._replicas.descriptions
+        return bool(found) and all(about.HasField("decode") for about in found)
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Tokens of one sequence, at most, at every replica that was checked."""
+        return min((about.max_sequence_length for about in self._replicas.descriptions), default=sys.maxsize)
+
     def open(self, packed: wire.Packed, room: int) -> tuple[DecodeStream, Tensor]:
         """Begin a generation stream with its first step; see `generation.StreamingTrunk.open`.
 
@@ -133,11 +144,19 @@ class TrunkConnection:
             about = cast(pb.DescribeReply, replica.description)
             if not about.HasField("decode"):
                 raise TrunkRefused(
-                    f"the trunk at {replica.address} does not offer generation with a cache (limits.cache-mb=0, or its "
-                    "layers keep more than keys and values): pass use_cache=False, or ask its operator"
+                    f"the trunk at {replica.address} does not offer generation with a cache (limits.cache-mb=0, "
+                    "model.tensor-parallel, or layers that keep more than keys and values): pass use_cache=False, or "
+                    "ask its operator"
+                )
+            tokens = min(room, about.max_sequence_length)
+            if len(packed.lengths) * tokens * about.decode.bytes_per_token > about.decode.cache_bytes:
+                raise TrunkRefused(
+                    f"{len(packed.lengths)} answers of {tokens} tokens, prompts included, do not fit into the cache of "
+                    f"the trunk at {replica.address} (limits.cache-mb={about.decode.cache_bytes / 1e6:g}, "
+                    f"{about.decode.bytes_per_token} bytes a token): ask for fewer at a time, or for shorter ones"
                 )
             stream = DecodeStream(self, replica, metadata)
-            return stream, stream.begin(packed, min(room, about.max_sequence_length), left_s)
+            return stream, stream.begin(packed, tokens, left_s)
 
         return self._retry(begin)
 
@@ -148,7 +167,7 @@ class TrunkConnection:
             TrunkError: Opening another would not help.
         """
         if not self._put_off(replica, error, seconds) and error.code() is not _Code.DEADLINE_EXCEEDED:
-            raise self._translate(error, replica, "of a stream") from error
+            raise self._error(error, replica, "of a stream") from error
         logger.warning("a stream to the trunk at %s was lost (%s): opening another", replica.address, error.code().name)
         with self._lock:
             self.num_retries += 1
@@ -160,7 +179,7 @@ class TrunkConnection:
             grpc.RpcError: It is one.
         """
         if reply.trunk_id != self.trunk_id:
-            raise _AnotherTrunk
+            raise AnotherTrunk
 
     def count(self, sent_bytes: int, received_bytes: int, seconds: float) -> None:
         """Add to what was sent and received, and to the time that it took."""
@@ -207,13 +226,13 @@ class TrunkConnection:
                 replica.failures = 0
                 return reply
             except grpc.RpcError as error:
-                others += isinstance(error, _AnotherTrunk)
+                others += isinstance(error, AnotherTrunk)
                 late += error.code() is _Code.DEADLINE_EXCEEDED
                 if others == _OTHERS or not self._put_off(replica, error, time.monotonic() - started):
-                    raise self._translate(error, replica, request_id) from error
+                    raise self._error(error, replica, request_id) from error
                 pause_s = self._replicas.shortest_rest_s()
                 if time.monotonic() + pause_s > deadline:
-                    raise self._translate(error, replica, request_id) from error
+                    raise self._error(error, replica, request_id) from error
                 if not warned:
                     text = "the trunk at %s (%s): %s; asking again for up to %.0f s (call %s)"
                     why, left_s = explain(error, replica.address), deadline - time.monotonic()
@@ -233,7 +252,7 @@ class TrunkConnection:
             try:
                 self._meet(replica.address)
             except TrunkUnavailable as error:
-                raise _NoHandshake from error
+                raise NoHandshake from error
         with self._lock:
             self.trunk_id = self.trunk_id or reply.trunk_id
         if reply.trunk_id != self.trunk_id:
@@ -257,7 +276,7 @@ class TrunkConnection:
 
     def _put_off(self, replica: Replica, error: grpc.RpcError, seconds: float) -> bool:
         """Tell whether asking again may help, and if so leave this replica alone for a while."""
-        if error.code() in _LOST:
+        if error.code() in LOST:
             replica.checked = False  # whoever answers next may be another
             replica.failures += 1
             self._replicas.rest(replica, min(0.1 * 2**replica.failures, 2.0) * random.uniform(0.5, 1.0))
@@ -273,36 +292,8 @@ class TrunkConnection:
             return True
         return False
 
-    def _translate(self, error: grpc.RpcError, replica: Replica, request_id: str) -> TrunkError:
-        """Make an error of ours from gRPC's; this is the one place that does."""
-        code, address = error.code(), replica.address
-        if isinstance(error, _AnotherTrunk):
-            return TrunkMismatch(
-                f"replies at {address} come from another trunk than the one that answered Describe: start all replicas "
-                "behind this name with the same [model]"
-            )
-        if code in _LOST:
-            return TrunkUnavailable(
-                f"no trunk answers at {self.address} (tried for {self.timeout_s:.0f} s): {explain(error, address)}"
-            )
-        if code is _Code.UNAUTHENTICATED:
-            return TrunkRefused(f"the trunk at {address}: {explain(error, address)}")
-        if code is _Code.DEADLINE_EXCEEDED:
-            return TrunkUnavailable(
-                f"the trunk at {address} did not answer within trunk.timeout-s={self.timeout_s:g}: it is "
-                "overloaded or far away; raise trunk.timeout-s or send less at once (train.batch-size)"
-            )
-        if code is _Code.RESOURCE_EXHAUSTED and wire.PUSHBACK in dict(error.trailing_metadata() or ()):
-            return TrunkUnavailable(
-                f"the trunk at {address} had no room for trunk.timeout-s={self.timeout_s:g}: it is overloaded; raise "
-                "trunk.timeout-s, or add replicas"
-            )
-        if code is _Code.UNIMPLEMENTED:
-            return TrunkRefused(
-                f"the trunk at {address} does not offer exact gradients: its operator has to start it with "
-                "server.exact-gradient=true; or use another surrogate.kind"
-            )
-        return TrunkRefused(f"the trunk at {address} refused call {request_id} ({code.name}): {error.details()}")
+    def _error(self, error: grpc.RpcError, replica: Replica, call: str) -> TrunkError:
+        return translate(error, replica.address, call, self.address, self.timeout_s)
 
     def fetch_surrogate(self, cache: Path) -> Path:
         """Fetch the fitted surrogate that the trunk publishes, once, into `cache`.
@@ -318,7 +309,7 @@ class TrunkConnection:
                 data: bytes = reply.data
                 return data
 
-            return fetch(cast(pb.DescribeReply, replica.description), piece, cache)
+            return fetch_published(cast(pb.DescribeReply, replica.description), piece, cache)
 
         file = self._retry(fetched)
         self._expected.check_surrogate(read_card(file))
@@ -382,62 +373,6 @@ class TrunkConnection:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def fetch(description: pb.DescribeReply, piece: Callable[[int], bytes], cache: Path) -> Path:
-    """Find the published file in `cache`, or fetch it into that.
-
-    Args:
-        description: What the trunk says of itself.
-        piece: Fetches the bytes from an offset on; empty at the end.
-        cache: Folder of files named by their digest.
-
-    Raises:
-        SurrogateError: None is published, or what came is not what was announced.
-    """
-    if not description.surrogate_digest:
-        raise SurrogateError(
-            "surrogate.kind='matched' needs a surrogate that the trunk publishes, and this trunk publishes none: its "
-            "owner can fit one with 'fl-split surrogate fit'; until then use surrogate.kind='blocks'"
-        )
-    target = cache / f"{description.surrogate_digest.hex()}.safetensors"
-    if target.is_file():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    file = tempfile.NamedTemporaryFile(dir=cache, delete=False)
-    try:
-        with file:
-            while file.tell() < description.surrogate_bytes and (data := piece(file.tell())):
-                digest.update(data)
-                file.write(data)
-        if digest.digest() != description.surrogate_digest:
-            raise SurrogateError("the trunk's surrogate came damaged: its digest is not the announced one; try again")
-        os.replace(file.name, target)
-    except BaseException:
-        os.unlink(file.name)
-        raise
-    return target
-
-
-class _AnotherTrunk(grpc.RpcError):  # type: ignore[misc]
-    """A reply of a trunk that was not checked (one name may stand for several): as good as lost."""
-
-    def code(self) -> grpc.StatusCode:
-        return _Code.ABORTED
-
-    def details(self) -> str:
-        return "a reply of another trunk"
-
-
-class _NoHandshake(grpc.RpcError):  # type: ignore[misc]
-    """A replica whose certificate cannot be looked at. As good as lost."""
-
-    def code(self) -> grpc.StatusCode:
-        return _Code.UNAVAILABLE
-
-    def details(self) -> str:
-        return "handshake"
 
 
 def _precision(about: pb.DescribeReply) -> str:

@@ -38,18 +38,18 @@ def check_room(config: RunConfig, own: NodeConfig, process_bytes: int = 0) -> It
     except FLSplitError as error:
         yield Check("warn", "memory", f"not known beforehand: {error}")
         return
-    yield _memory(plan, config, process_bytes)
+    yield _memory(plan, config, own, process_bytes)
     yield _disk(plan, config, own.folder(config, config.run.name or "new"))
 
 
-def _memory(plan: Plan, config: RunConfig, process_bytes: int) -> Check:
+def _memory(plan: Plan, config: RunConfig, own: NodeConfig, process_bytes: int) -> Check:
     if torch.cuda.is_available():
         where, free = "GPU", torch.cuda.mem_get_info()[0]
     else:
         where, free = "memory", psutil.virtual_memory().available
     needed = plan.node.total + process_bytes
     text = f"a node needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB of {where} are free"
-    if config.trunk.address == "embedded":
+    if config.trunk.address == "embedded" and not own.trunk_address:
         text += f"; the embedded trunk needs {plan.trunk_weights / 1e9:.1f} GB more, where the server runs"
     if needed <= free:
         return Check("pass", "memory", text)

@@ -19,6 +19,7 @@ from fl_split import demo
 from fl_split.config import Data, Kind, Lora, NodeConfig
 from fl_split.data.batches import prepare_tokenizer, training_batches
 from fl_split.data.load import load_examples
+from fl_split.errors import ConfigError
 from fl_split.model import adapters
 from fl_split.model.checkpoint import resolve_model
 from fl_split.model.ends import load_ends
@@ -82,6 +83,11 @@ def check_model(
     Raises:
         FLSplitError: Model, data or a file cannot be used.
     """
+    if config.path == "demo" and model[0] != "demo":
+        raise ConfigError(
+            f"--model {model[0]} is checked on data that it could be trained on, and the demo's invented data is the "
+            "demo's: give --data, and --prompt and --response or --text for the names of its columns"
+        )
     folder = resolve_model(*model)
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
     examples = load_examples(config, NodeConfig(data_path=_own_path(config)), tokenizer, 0)

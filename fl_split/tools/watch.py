@@ -12,10 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.table import Table
 
 from fl_split.errors import TrunkUnavailable
-from fl_split.node.replicas import Credentials
-from fl_split.node.trouble import explain
+from fl_split.node.replicas import Credentials, description_of
+from fl_split.node.trouble import unavailable
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.proto.trunk_pb2_grpc import TrunkStub
 
 _PREFIX = "fl_split_trunk_"
 
@@ -26,13 +25,7 @@ def describe(address: str, credentials: Credentials, timeout_s: float = 5.0) -> 
     Raises:
         TrunkUnavailable: It does not answer, or does not let this caller in.
     """
-    with credentials.channel(address) as channel:
-        try:
-            reply = TrunkStub(channel).Describe(
-                pb.DescribeRequest(), timeout=timeout_s, metadata=credentials.metadata()
-            )
-        except grpc.RpcError as error:
-            raise _unavailable(address, error) from error
+    reply = description_of(address, credentials, timeout_s)
     return {
         "model-type": reply.model_type,
         "layers": f"{reply.first_layer}-{reply.end_layer - 1}",
@@ -69,12 +62,8 @@ def ping(address: str, credentials: Credentials, timeout_s: float = 5.0) -> tupl
             started = time.monotonic()
             reply = stub.Check(request, timeout=timeout_s)
         except grpc.RpcError as error:
-            raise _unavailable(address, error) from error
+            raise unavailable(address, error) from error
     return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status), time.monotonic() - started
-
-
-def _unavailable(address: str, error: grpc.RpcError) -> TrunkUnavailable:
-    return TrunkUnavailable(f"no trunk answers at {address} ({error.code().name}): {explain(error, address)}")
 
 
 # ----------------------------------------------------------------------------------------------------- live view

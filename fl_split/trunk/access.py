@@ -7,14 +7,17 @@ import hashlib
 import hmac
 import json
 import logging
+import os
 import re
 import secrets
 import ssl
 import time
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
+from cryptography import x509
 from filelock import FileLock
 
 from fl_split.errors import ConfigError
@@ -209,13 +212,21 @@ def _certificates(security: Security) -> grpc.ServerCertificateConfiguration:
         if security.client_ca:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(security.client_ca)
     except (OSError, ssl.SSLError) as error:
+        files = [name for name in (security.cert, security.key, security.client_ca) if name]
+        missing = [name for name in files if not os.access(name, os.R_OK)]
+        text = f"{', '.join(missing)} is not there or may not be read" if missing else f"got {', '.join(files)}"
+        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+            text = f"{security.key} is not the key of {security.cert}"
         raise ConfigError(
-            f"security.cert, security.key or security.client-ca cannot be used ({type(error).__name__}): expected PEM "
-            f"files of a certificate chain, its private key, and a CA; got {security.cert}, {security.key}"
-            + (f", {security.client_ca}" if security.client_ca else "")
+            f"security.cert, security.key or security.client-ca cannot be used ({type(error).__name__}): {text}; "
+            "expected PEM files of a certificate chain, its private key, and a CA"
         ) from None
     client_ca = Path(security.client_ca).read_bytes() if security.client_ca else None
     pair = (Path(security.key).read_bytes(), Path(security.cert).read_bytes())
+    ends = x509.load_pem_x509_certificate(pair[1]).not_valid_after_utc
+    if ends < datetime.now(UTC):
+        text = "security.cert=%s has ended on %s, and callers refuse it: make a new one with 'fl-split keys server'"
+        logger.error(text, security.cert, ends.date())
     return grpc.ssl_server_certificate_configuration([pair], root_certificates=client_ca)
 
 

@@ -187,7 +187,14 @@ class TrunkConfig(_Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError("wrong trunk configuration:\n" + explain_invalid(error, "docs/trunk.md")) from None
+            raise ConfigError(
+                "wrong trunk configuration:\n" + explain_invalid(error, "docs/trunk.md", _keys())
+            ) from None
+
+
+def _keys() -> list[str]:
+    sections = TrunkConfig().model_dump(by_alias=True)
+    return [f"{section}.{key}" for section, keys in sections.items() for key in keys]
 
 
 def _override(values: dict[str, Any], override: str) -> None:

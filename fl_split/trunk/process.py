@@ -6,9 +6,11 @@ import gc
 import json
 import logging
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
@@ -16,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from fl_split.errors import ConfigError
 from fl_split.malloc import keep_heap, share_heap
 from fl_split.trunk import tensor_parallel
+from fl_split.trunk.access import TokenBook, server_credentials
 from fl_split.trunk.config import Log, TrunkConfig
 from fl_split.trunk.layers import HeldLayers, hold_configured
 from fl_split.trunk.metrics import serve_metrics
@@ -72,6 +75,7 @@ def serve(config: TrunkConfig) -> None:
     share_heap()
     keep_heap()
     transformers_logging.disable_progress_bar()
+    _check_first(config)
     started = time.monotonic()
     held = hold_configured(config.model)
     about = held.identity
@@ -88,11 +92,28 @@ def serve(config: TrunkConfig) -> None:
     try:
         asyncio.run(_serve(held, config))
     except OSError as error:
-        raise ConfigError(
-            f"server.host={config.server.host!r} with server.port={config.server.port}, or metrics.host="
-            f"{config.metrics.host!r}: {error}; choose another port, stop what listens there ('ss -ltnp' shows it), or "
-            "give an address of this machine"
-        ) from error
+        raise _no_address(config, error) from error
+
+
+def _check_first(config: TrunkConfig) -> None:
+    """Find what would end the trunk after its model, which may take minutes, is loaded."""
+    server_credentials(config.security)
+    if config.security.tokens:
+        TokenBook(Path(config.security.tokens))
+    if config.server.port and not config.model.tensor_parallel:  # there, one process of several listens
+        family = socket.AF_INET6 if ":" in config.server.host else socket.AF_INET
+        try:
+            socket.create_server((config.server.host, config.server.port), family=family).close()
+        except OSError as error:
+            raise _no_address(config, error) from error
+
+
+def _no_address(config: TrunkConfig, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"server.host={config.server.host!r} with server.port={config.server.port}, or metrics.host="
+        f"{config.metrics.host!r}: {error}; choose another port, stop what listens there ('ss -ltnp' shows it), or "
+        "give an address of this machine"
+    )
 
 
 async def _serve(held: HeldLayers, config: TrunkConfig) -> None:

@@ -28,7 +28,7 @@ from fl_split.trunk.calls import Call, Refusal
 from fl_split.trunk.config import Batching, TrunkConfig
 from fl_split.trunk.decode import Decoder
 from fl_split.trunk.health import OpenServices
-from fl_split.trunk.layers import HeldLayers, hold_layers, num_cpus
+from fl_split.trunk.layers import HeldLayers, num_cpus
 from fl_split.trunk.messages import (
     Decode,
     decode_forward,
@@ -42,8 +42,6 @@ from fl_split.trunk.messages import (
 from fl_split.trunk.metrics import TrunkMetrics
 from fl_split.trunk.padding import run_packed
 from fl_split.trunk.published import Published
-
-__all__ = ["HeldLayers", "TrunkServer", "embedded", "hold_layers"]
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from fl_split.config import Data, NodeConfig, RunConfig
-from fl_split.data.batches import prepare_tokenizer
-from fl_split.data.load import Examples, load_examples
+from fl_split.config import Data, RunConfig
+from fl_split.data.load import Examples
 from fl_split.data.readers import read_file
 from fl_split.errors import ConfigError, DataError
 from fl_split.model.loss import IGNORED
@@ -34,21 +33,6 @@ SPACED = (  # the invitation ends in a space
 )
 THOUGHT = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")  # the invitation opens a thought
 Load = Callable[..., Examples]
-
-
-@pytest.fixture
-def tokenizer(demo_model: Path) -> PreTrainedTokenizerBase:
-    return prepare_tokenizer(AutoTokenizer.from_pretrained(demo_model))
-
-
-@pytest.fixture
-def load(tokenizer: PreTrainedTokenizerBase) -> Load:
-    def load(path: Path | str, store: Path | None = None, seed: int = 0, **keys: Any) -> Examples:
-        names = {name.replace("_", "-"): value for name, value in keys.items()}
-        node = NodeConfig(data_path=str(path))
-        return load_examples(Data.model_validate(names), node, tokenizer, seed, store=store)
-
-    return load
 
 
 def rows(count: int, start: int = 0) -> list[dict[str, str]]:
@@ -114,7 +98,7 @@ def test_a_broken_first_line_is_one_bad_row(load: Load, tmp_path: Path, text: st
     path = tmp_path / "rows.jsonl"
     first = {"[{": f'["{SECRET}"', "x": "x"}.get(text, text[:-3])
     path.write_text("\n".join([first, *map(json.dumps, rows(6))]))
-    assert load(path).report.places == {"malformed": ["rows.jsonl line 1"]}
+    assert load(path).report.places == {"malformed: no JSON": ["rows.jsonl line 1"]}
 
 
 def test_a_list_that_breaks_off_is_named_by_its_line_and_never_quoted(load: Load, tmp_path: Path) -> None:
@@ -395,7 +379,7 @@ def test_common_shapes_of_chats_are_read_as_the_plain_one(
         ([], "without an assistant message that answers"),
         ([{"role": "user", "content": [{"type": "image"}]}, *TALK[1:]], "with a message part that is no text"),
         ([[SECRET, SECRET]], "without a list of messages with role and content"),
-        ({"messages": TALK}, "without a list of messages with role and content"),
+        ({"messages": TALK, "drafts": TALK[:1]}, "without a list of messages with role and content"),
         (SECRET, "without a list of messages with role and content"),
         ([{"role": 1, "content": SECRET}], "without a list of messages with role and content"),
         ([{"user": SECRET, "assistant": SECRET}], "without a list of messages with role and content"),

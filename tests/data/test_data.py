@@ -172,7 +172,7 @@ def test_long_examples_are_cut_and_prompts_without_room_skipped(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (f'{{"question": "{SECRET}", "answer": ', r"0 usable .* found 1 malformed \(bad\.jsonl line 1\)"),
+        (f'{{"question": "{SECRET}", "answer": ', r"0 usable .* found 1 malformed: no JSON \(bad\.jsonl line 1\)"),
         (
             json.dumps({"prompt": SECRET, "answer": SECRET}),
             r"no column data\.prompt='question': its first row has 2 others, which",

@@ -178,7 +178,7 @@ def test_bad_rows_are_skipped_and_counted_or_refused_by_place(
     report = load(path).report
     assert (report.num_rows, report.num_bad) == (8, 3)
     named = (
-        r"1 malformed \(notes\.jsonl line 2\); 1 malformed: a list instead of an object with columns "
+        r"1 malformed: no JSON \(notes\.jsonl line 2\); 1 malformed: a list instead of an object with columns "
         r"\(notes\.jsonl line 4\); 1 malformed: a number in data\.prompt, where text is expected "
         r"\(notes\.jsonl line 5\)"
     )
@@ -218,7 +218,7 @@ def test_malformed_rows_of_what_is_dealt_out_are_counted_and_skipped_by_node_0(l
     path.write_text("\n".join([*good[:5], f'{{"{SECRET}', *good[5:]]))
     by_column = {"partitioner": "column", "partition-by": "clinic"}
     first, second = (load(path, NodeConfig(partition_id=i, num_partitions=2), **by_column) for i in (0, 1))
-    assert first.report.places == {"malformed": ["notes.jsonl line 6"]} and not second.report.places
+    assert first.report.places == {"malformed: no JSON": ["notes.jsonl line 6"]} and not second.report.places
     assert len(everything(first)) == len(everything(second)) == 6
 
 

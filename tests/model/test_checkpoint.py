@@ -143,3 +143,13 @@ def test_models_that_cannot_be_had_are_refused(
         monkeypatch.setattr("fl_split.model.checkpoint.snapshot_download", fail)
     with pytest.raises(ConfigError, match=message):
         resolve_model(name, "")
+
+
+def test_weights_that_may_not_be_read_are_named(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("llama"), folder)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+        file.symlink_to(tmp_path / "nothing")  # which nobody may read
+    with pytest.raises(SplitError, match=r"this account may not read model\.safetensors: give it the right to"):
+        load_trunk(folder, 2, 2)

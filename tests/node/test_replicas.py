@@ -24,6 +24,7 @@ from fl_split.model.loss import accumulate
 from fl_split.model.slots import Trunk
 from fl_split.model.trunk import LocalTrunk
 from fl_split.node.expected import Expected
+from fl_split.node.replicas import Credentials, description_of
 from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk import server
@@ -95,6 +96,15 @@ def test_replicas_that_all_hang_share_the_time_to_its_end(held: HeldLayers, expe
         hang.set()
     assert [calls.count("Forward") for _, calls in replicas] == [1, 1]
     assert given == pytest.approx([1.5, 1.5], abs=0.4)  # half for the first, and all that is left for the second
+
+
+def test_the_description_is_of_whoever_answers(held: HeldLayers) -> None:
+    with fake_trunk(held, echo(held)) as (address, calls):
+        about = description_of(f"127.0.0.1:1,{address}", Credentials(), 4)
+        assert (about.first_layer, about.end_layer) == (held.identity.first_layer, held.identity.end_layer)
+    assert calls == ["Describe"]
+    with pytest.raises(TrunkUnavailable, match=r"no trunk answers at 127\.0\.0\.1:2 \(UNAVAILABLE\): nothing listens"):
+        description_of("127.0.0.1:1,127.0.0.1:2", Credentials(), 4)
 
 
 def test_replicas_are_taken_in_turns(held: HeldLayers, expected: Expected) -> None:

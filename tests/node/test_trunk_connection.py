@@ -12,9 +12,9 @@ import torch
 from fake_trunk import echo, fake_trunk
 
 from fl_split import wire
-from fl_split.errors import SurrogateError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
+from fl_split.errors import TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
 from fl_split.node.expected import Expected
-from fl_split.node.trunk_connection import TrunkConnection, fetch
+from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.layers import HeldLayers, hold_layers, trunk_id
@@ -198,20 +198,3 @@ def test_a_trunk_of_another_precision_is_another_trunk(checkpoint: Callable[[str
 def _fields(about: pb.DescribeReply) -> dict[str, Any]:
     names = ("config_digest", "weights_digest", "first_layer", "end_layer", "compute_dtype")
     return {name: getattr(about, name) for name in names}
-
-
-# ------------------------------------------------------------------------------------------- published surrogates
-
-
-@pytest.mark.parametrize("failure", [TrunkUnavailable("gone"), None])
-def test_a_surrogate_that_does_not_come_whole_leaves_nothing_behind(tmp_path: Path, failure: Exception | None) -> None:
-    about = pb.DescribeReply(surrogate_digest=b"x" * 32, surrogate_bytes=10)
-
-    def piece(offset: int) -> bytes:
-        if failure is not None and offset:
-            raise failure
-        return b"12345"
-
-    with pytest.raises(TrunkUnavailable if failure else SurrogateError, match="gone" if failure else "came damaged"):
-        fetch(about, piece, tmp_path)
-    assert not list(tmp_path.iterdir())

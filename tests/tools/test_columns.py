@@ -4,7 +4,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fl_split import __version__
-from fl_split.cli import _columns, app
+from fl_split.cli import app
+from fl_split.cli.options import columns
 from fl_split.tools.gradcheck import verdict
 
 
@@ -17,16 +18,16 @@ def test_rows_stand_in_narrow_columns_with_headings_over_several_lines() -> None
         {"split": "2+4+2", "node GB": 0.9, "up B/token": 192.0},
         {"split": "10+9+9", "node GB": 12.25, "up B/token": 9},
     ]
-    assert _columns(rows).splitlines() == [
+    assert columns(rows).splitlines() == [
         " split  node GB  up B/token",
         " 2+4+2      0.9       192.0",
         "10+9+9    12.25           9",
     ]
-    wide = _columns([{"s": 1, f"{'a' * 40} {'b' * 40}": 2}]).splitlines()
+    wide = columns([{"s": 1, f"{'a' * 40} {'b' * 40}": 2}]).splitlines()
     assert wide == [f"s  {'a' * 40}", f"   {'b' * 40}", f"1  {'2':>40}"]
 
 
-def test_a_plan_fits_eighty_columns() -> None:
+def test_a_plan_fits_eightycolumns() -> None:
     text = CliRunner().invoke(app, ["plan", "--model", "demo"]).output
     assert text.startswith("split") and "activations" in text and "…" not in text
     assert max(map(len, text.splitlines())) <= 80

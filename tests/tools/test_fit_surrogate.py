@@ -395,6 +395,9 @@ def test_command_line_fits_a_surrogate_and_compares_it_with_the_others(demo_mode
 
 
 def test_command_line_names_what_is_wrong(tmp_path: Path) -> None:
-    missing = CliRunner().invoke(app, ["gradcheck", "--model", str(tmp_path)])
+    missing = CliRunner().invoke(app, ["gradcheck", "--model", str(tmp_path), "--data", "/data/qa.jsonl"])
     assert missing.exit_code == 1
     assert "no config.json in this folder" in missing.output
+    forgotten = CliRunner().invoke(app, ["gradcheck", "--model", str(tmp_path)])
+    assert forgotten.exit_code == 1
+    assert "the demo's invented data is the demo's: give --data" in " ".join(forgotten.output.split())

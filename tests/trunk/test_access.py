@@ -258,10 +258,15 @@ def test_tls_to_a_plaintext_trunk_fails(served: Callable[..., Any], ca: Pair) ->
         connect(ca=ca.cert, timeout_s=0.5)
 
 
-def test_an_expired_server_certificate_is_refused(served: Callable[..., Any], tmp_path: Path, ca: Pair) -> None:
+def test_an_expired_server_certificate_is_refused_and_said_on_both_sides(
+    served: Callable[..., Any], tmp_path: Path, ca: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
     old = issue(tmp_path, "trunk", ca, until=NOW - DAY)
-    with served(cert=old.cert, key=old.key) as connect, pytest.raises(TrunkUnavailable, match="TLS handshake failed"):
+    error = "its certificate has expired by this machine's clock: if the clock is right, the operator makes a new one"
+    with served(cert=old.cert, key=old.key) as connect, pytest.raises(TrunkUnavailable, match=error):
         connect(ca=ca.cert, timeout_s=0.5)
+    (said,) = {record.message for record in caplog.records if "has ended on" in record.message}
+    assert said.startswith(f"security.cert={old.cert} has ended on {(NOW - DAY).date()}, and callers refuse it")
 
 
 def test_mtls_lets_in_who_has_a_certificate_of_the_ca(

@@ -27,6 +27,7 @@ from fl_split.node.expected import Expected
 from fl_split.node.replicas import Credentials
 from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.proto import trunk_pb2 as pb
+from fl_split.tools.certificates import make_authority, make_server_certificate
 from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.server import TrunkServer
 
@@ -74,7 +75,7 @@ class Process:
         self.lines.extend(iter(self.process.stderr.readline, ""))
 
     def wait_ready(self) -> None:
-        for _ in range(600):
+        for _ in range(3600):  # on a busy machine imports alone take a minute
             if any("ready at" in line for line in self.lines):
                 return
             assert self.process.poll() is None, self.lines
@@ -221,7 +222,32 @@ def test_serve_says_when_its_port_is_taken(checkpoint: Callable[[str], Path], mo
         flags = (f"--set=server.port={taken.getsockname()[1]}", "--set=metrics.enabled=false")
         code, _, error = run("trunk", "serve", "--model", checkpoint("llama"), *flags)
     assert code == 1 and f"server.port={flags[0].rpartition('=')[2]}, or metrics.host" in error
-    assert "cannot listen on 127.0.0.1" in error and "choose another port, stop what listens there" in error
+    assert "Address already in use" in error and "choose another port, stop what listens there" in error
+    assert "loaded layers" not in error
+
+
+@pytest.mark.parametrize("what", ["tokens", "cert", "key"])
+def test_serve_finds_what_is_missing_before_it_loads_a_model(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("fl_split.trunk.process.hold_configured", load)
+    make_authority(tmp_path)
+    make_server_certificate(tmp_path, "trunk", ["localhost"])
+    files = {"cert": tmp_path / "trunk.crt", "key": tmp_path / "trunk.key", what: tmp_path / "nothing"}
+    sets = [f"--set=security.{name}={file}" for name, file in files.items()]
+    code, _, error = run("trunk", "serve", *sets, "--set=server.port=0")
+    assert code == 1 and f"{tmp_path / 'nothing'}" in error and "trunk.crt" not in error
+
+
+def test_serve_says_which_key_does_not_fit(tmp_path: Path) -> None:
+    make_authority(tmp_path)
+    pairs = [make_server_certificate(tmp_path, name, ["localhost"]) for name in ("trunk", "other")]
+    cert, key = pairs[0][0], pairs[1][1]
+    code, _, error = run("trunk", "serve", f"--set=security.cert={cert}", f"--set=security.key={key}")
+    assert code == 1 and f"{key} is not the key of {cert}" in error
 
 
 def test_serve_fails_when_it_can_serve_no_more(

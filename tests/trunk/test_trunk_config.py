@@ -12,7 +12,7 @@ from fl_split.trunk.config import TrunkConfig
     ("override", "message"),
     [
         ("batching.max-wait-ms=-1", r"batching\.max-wait-ms=-1: input should be greater"),
-        ("batching.size=1", r"batching\.size: no such key; see docs/trunk\.md"),
+        ("batching.size=1", r"batching\.size: no such key; .*see docs/trunk\.md"),
         ("server.port=70000", r"server\.port=70000: input should be less"),
         ("model.quantization=int3", r"model\.quantization='int3': input should be"),
         ("limits.queue-tokens=100", r"limits\.queue-tokens=100 is less than limits\.max-tokens=8192"),

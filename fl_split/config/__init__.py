@@ -1,0 +1,57 @@
+"""Configurations of a run and of a node; wrong ones are refused here, by the name the user wrote."""
+
+from fl_split.config.node import NodeConfig
+from fl_split.config.run import RunConfig
+from fl_split.config.sections import (
+    AUTO,
+    Aggregation,
+    Combine,
+    Data,
+    Dp,
+    Kind,
+    Lora,
+    Model,
+    Partitioner,
+    Report,
+    Run,
+    Share,
+    Split,
+    StrategyName,
+    Surrogate,
+    Task,
+    Tensors,
+    Train,
+    TrunkService,
+    absolute,
+    is_local_model,
+)
+from fl_split.config.values import Scalar, check_given, read_values
+
+__all__ = [
+    "AUTO",
+    "Aggregation",
+    "Combine",
+    "Data",
+    "Dp",
+    "Kind",
+    "Lora",
+    "Model",
+    "NodeConfig",
+    "Partitioner",
+    "Report",
+    "Run",
+    "RunConfig",
+    "Scalar",
+    "Share",
+    "Split",
+    "StrategyName",
+    "Surrogate",
+    "Task",
+    "Tensors",
+    "Train",
+    "TrunkService",
+    "absolute",
+    "check_given",
+    "is_local_model",
+    "read_values",
+]

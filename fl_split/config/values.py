@@ -1,0 +1,77 @@
+"""Keys and values as people give them to `flwr run`: flat, from TOML files and ``key=value`` strings."""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fl_split.errors import ConfigError
+
+KEYS = "the table of keys in docs/configuration.md"
+
+_PAIR = re.compile(r"""(\S+?)=('[^']*'|"[^"]*"|\S+)""")  # as Flower finds them
+_QUOTES = "strings need quotes, as in 'run.name=\"mine\"'"
+
+Scalar = str | int | float | bool
+
+
+def read_values(file: Path | None, overrides: list[str]) -> dict[str, Scalar]:
+    """Flat keys and values as `flwr run -c` takes them: from a TOML file, then from ``key=value`` strings.
+
+    They are merged key by key: `flwr run` itself keeps only the last ``-c`` of each table.
+
+    Raises:
+        ConfigError: There is no such file, or something cannot be parsed.
+    """
+    values = _read_file(file) if file else {}
+    for given in overrides:
+        values |= _read_file(Path(given)) if given.endswith(".toml") else _read_pairs(given)
+    return values
+
+
+def _read_file(file: Path) -> dict[str, Scalar]:
+    try:
+        return _flatten(tomllib.loads(file.expanduser().read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read as TOML ({type(error).__name__}): {_QUOTES}") from None
+
+
+def _read_pairs(given: str) -> dict[str, Scalar]:
+    pairs = _PAIR.findall(given)
+    left = _PAIR.sub("", given).split()
+    if left:
+        raise ConfigError(f"wrong key=value: {left[0]!r} has no key or no value; {_QUOTES}")
+    try:
+        return _flatten(tomllib.loads("\n".join(f"{key} = {value}" for key, value in pairs)))
+    except ValueError as error:
+        raise ConfigError(f"wrong key=value ({type(error).__name__}): {_QUOTES}") from None
+
+
+def _flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    flat: dict[str, Scalar] = {}
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, str | int | float):
+            flat[f"{prefix}{key}"] = value
+        else:
+            raise ValueError(key)
+    return flat
+
+
+def check_given(given: Mapping[str, Scalar]) -> None:
+    """Refuse what two ``-c`` of `flwr run` become, where that can be seen: the demo's model under another's keys.
+
+    Args:
+        given: What Flower has kept of the keys that a person gave.
+
+    Raises:
+        ConfigError: Keys of ``model`` without its name.
+    """
+    keys = [key for key in given if key.startswith("model.")]
+    if keys and "model.name" not in given:
+        raise ConfigError(
+            f"{keys[0]} is given and model.name is not: of several -c with keys of one table, 'flwr run' keeps one and "
+            "drops the others. Put all pairs into one -c '...'; for the demo's model, add model.name=\"demo\""
+        )
