@@ -22,6 +22,7 @@ from flwr.clientapp.typing import ClientAppCallable  # noqa: E402
 
 from fl_split.config import NodeConfig, RunConfig  # noqa: E402
 from fl_split.errors import FLSplitError  # noqa: E402
+from fl_split.files import disk_in_words  # noqa: E402
 from fl_split.log import show_log  # noqa: E402
 from fl_split.node.received import moved  # noqa: E402
 from fl_split.node.round import Instructions, run_round  # noqa: E402
@@ -49,20 +50,18 @@ def train(msg: Message, context: Context) -> Message:
     received = msg.content.array_records["arrays"].to_torch_state_dict()
     show_log()
     config, name = _config(msg), f"node {context.node_config.get('partition-id', '?')}"
+    told = Instructions(
+        server_round=int(instructions["server-round"]),  # type: ignore[arg-type]  # the ServerApp's own
+        run_name=str(instructions["run-name"]),
+        run_id=str(instructions["run-id"]),
+        trunk_address=str(instructions["trunk-address"]),
+        share_address=str(instructions.get("share-address", "")),
+        proximal_mu=float(instructions.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
+    )
     try:
-        result = run_round(
-            config,
-            NodeConfig.from_flat(context.node_config),
-            received,
-            Instructions(
-                server_round=int(instructions["server-round"]),  # type: ignore[arg-type]  # the ServerApp's own
-                run_name=str(instructions["run-name"]),
-                run_id=str(instructions["run-id"]),
-                trunk_address=str(instructions["trunk-address"]),
-                share_address=str(instructions.get("share-address", "")),
-                proximal_mu=float(instructions.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
-            ),
-        )
+        own = NodeConfig.from_flat(context.node_config)
+        with disk_in_words(own.folder(config, told.run_name)):
+            result = run_round(config, own, received, told)
     except FLSplitError as error:
         raise type(error)(f"{name}: {error}") from None  # the text goes to the server; what led to it stays here
     except Exception as error:
