@@ -65,7 +65,7 @@ def _run_rounds(grid: Grid, run: RunFolder, stack: ExitStack) -> None:
     config = choose_split(run.config).with_rates()
     logger.info("rates: train.bottom-lr=%g, train.top-lr=%g", *config.train.rates)
     address, shares = config.trunk.address, {}
-    if config.surrogate.kind == "shares":
+    if config.has_shares:
         shares = {"share-address": config.trunk.share_address}
     if address == "embedded":
         held, trunk_config = _hold(config), _embedded_config(config)
@@ -73,7 +73,7 @@ def _run_rounds(grid: Grid, run: RunFolder, stack: ExitStack) -> None:
         logger.info("embedded trunk: %s", address)
         if shares:
             shares = {"share-address": stack.enter_context(trunk_server.embedded(held, config=trunk_config))}
-            logger.warning("both trunks of surrogate.kind='shares' run here: a trial, in which nothing is hidden")
+            logger.warning("both trunks of a gradient's shares run here: a trial, in which nothing is hidden")
     inner = flower_strategy(config.aggregation, config.dp)
     restore_server_state(inner, run.server_state())
     strategy = SplitStrategy(
@@ -85,6 +85,7 @@ def _run_rounds(grid: Grid, run: RunFolder, stack: ExitStack) -> None:
         round_offset=run.num_finished,
         num_rounds=config.num_server_rounds,
         institutions=Institutions(run.numbers()),
+        secure=config.aggregation.secure,
         on_round=partial(record_round, run, open_trackers(run, stack)),
     )
     shared = run.shared()
@@ -117,7 +118,7 @@ def _embedded_config(config: RunConfig) -> TrunkConfig:
             "model": {"surrogate": config.surrogate.file},
             "server": {
                 "exact-gradient": config.trunk.exact_gradient,
-                "gradient-shares": config.surrogate.kind == "shares",
+                "gradient-shares": config.has_shares,
             },
             "metrics": {"enabled": False},
         }

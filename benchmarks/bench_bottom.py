@@ -72,7 +72,7 @@ class Setting:
     steps: int
     work: Path
     public: int = 8192  # sequences to fit on, of each source at most
-    heldout: int | None = None  # examples at most, of an institution
+    rows: int | None = None  # of an institution, at most
 
 
 @dataclass(frozen=True)
@@ -123,22 +123,24 @@ class Task:
         return f"{self.method.name} {self.institution} {self.seed} {self.rates}"
 
 
-def python_documentation(out: Path) -> Path:
-    """Write the text that comes with every Python: the language reference and the library's docstrings."""
-    paragraphs = list(topics.values())
+def python_documentation(out: Path, size: int) -> Path:
+    """Write text that comes with every Python, the language reference and docstrings of the library, up to a size."""
+    text = "\n\n".join(topics.values())
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("**/*.py")):
+        if len(text) >= size:
+            break
         if not {"site-packages", "test", "tests", "idle_test", "lib2to3"} & set(file.parts):
-            tree = ast.parse(file.read_bytes())
-            nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
-            paragraphs += [text for n in nodes if (text := ast.get_docstring(n)) and len(text) > 200]
-    out.write_text("\n\n".join(paragraphs), encoding="utf-8")
+            nodes = ast.walk(ast.parse(file.read_bytes()))
+            found = (ast.get_docstring(n) for n in nodes if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
+            text += "".join(f"\n\n{paragraph}" for paragraph in found if paragraph and len(paragraph) > 200)
+    out.write_text(text[:size], encoding="utf-8")
     return out
 
 
 def examples(setting: Setting, institution: str, seed: int) -> tuple[Examples, object]:
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(setting.model))
     config = Data.model_validate({"path": str(setting.texts / f"{institution}.jsonl"), "max-length": MAX_LENGTH})
-    return load_examples(config, NodeConfig(), tokenizer, seed), tokenizer
+    return load_examples(config, NodeConfig(), tokenizer, seed, max_rows=setting.rows), tokenizer
 
 
 def run(setting: Setting, task: Task) -> float:
@@ -156,7 +158,7 @@ def run(setting: Setting, task: Task) -> float:
     torch.manual_seed(task.seed)  # of the probes
     batches = training_batches(private.train, tokenizer, BATCH, task.seed, 0)
     train.train_round(model, optimizer, batches, config)
-    return evaluate(model, heldout_batches(private.heldout[: setting.heldout], tokenizer, 16))["loss"]
+    return evaluate(model, heldout_batches(private.heldout, tokenizer, 16))["loss"]
 
 
 class Runs:
@@ -164,19 +166,18 @@ class Runs:
 
     def __init__(self, setting: Setting, jobs: int) -> None:
         self._file = setting.work / f"runs-{setting.steps}.jsonl"
-        self._setting, self._jobs = setting, jobs
+        self._setting, self._pool = setting, ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
         lines = self._file.read_text().splitlines() if self._file.exists() else []
         self.losses: dict[str, float] = {entry["key"]: entry["loss"] for entry in map(json.loads, lines)}
 
     def do(self, tasks: Iterable[Task]) -> None:
         todo = [task for task in dict.fromkeys(tasks) if task.key not in self.losses]
-        with ProcessPoolExecutor(self._jobs, mp_context=get_context("spawn")) as pool:
-            waiting = [(task, pool.submit(run, self._setting, task)) for task in todo]
-            for task, future in waiting:
-                self.losses[task.key] = future.result()
-                print(f"  {task.key}: {self.losses[task.key]:.4f}", flush=True)
-                with self._file.open("a") as file:
-                    file.write(json.dumps({"key": task.key, "loss": self.losses[task.key]}) + "\n")
+        waiting = [(task, self._pool.submit(run, self._setting, task)) for task in todo]
+        for task, future in waiting:
+            self.losses[task.key] = future.result()
+            print(f"  {task.key}: {self.losses[task.key]:.4f}", flush=True)
+            with self._file.open("a") as file:
+                file.write(json.dumps({"key": task.key, "loss": self.losses[task.key]}) + "\n")
 
     def loss(self, task: Task) -> float:
         return self.losses[task.key]
@@ -186,7 +187,8 @@ def public_text(setting: Setting, files: list[Path] | None) -> torch.Tensor:
     """Token ids to fit on: the files given, or Python's documentation and more in the model's own words."""
     if files:
         return read_text(files, setting.model, MAX_LENGTH)
-    text = read_text([python_documentation(setting.work / "documentation.txt")], setting.model, MAX_LENGTH)
+    file = python_documentation(setting.work / "documentation.txt", 8 * MAX_LENGTH * setting.public)
+    text = read_text([file], setting.model, MAX_LENGTH)
     text = torch.cat([text[: setting.public], sample_text(setting.model, setting.public, MAX_LENGTH)])
     return text[torch.randperm(len(text), generator=torch.Generator().manual_seed(0))]
 
@@ -239,10 +241,10 @@ def step_times(setting: Setting, methods: list[Method], batches: list[Batch]) ->
     return {name: value / medians["none"] for name, value in medians.items()}
 
 
-def cache_saving(setting: Setting, institution: str, epochs: int = 3) -> dict[str, float]:
+def cache_saving(setting: Setting, institution: str, num_examples: int, epochs: int = 3) -> dict[str, float]:
     """What kind `none` saves by asking the trunk about each example once: bytes and time, with over without."""
     private, tokenizer = examples(setting, institution, 0)
-    rows = private.train[:64]
+    rows = private.train[:num_examples]
     steps = epochs * len(rows) // BATCH
     config = Train.model_validate({"steps": steps})
     expected = Expected.from_checkpoint(setting.model, BOTTOM, TOP)
@@ -310,7 +312,7 @@ def main() -> None:
     options.bench = options.bench.resolve()
     model = next(options.bench.glob("*/config.json")).parent
     options.work.mkdir(parents=True, exist_ok=True)
-    fewer = {"public": 64, "heldout": 16} if options.quick else {}
+    fewer = {"public": 64, "rows": 160} if options.quick else {}
     setting = Setting(model, options.bench / "medquad", options.steps, options.work, **fewer)
     files = {k: fit_surrogate(setting, options.text, k, options.fit_steps) for k in options.layers}
     matched = [Candidate("matched", k, file) for k, file in files.items()]
@@ -389,7 +391,7 @@ def main() -> None:
         figures[f"cosine/spsa-{queries}"] = spsa_cosine(setting, batches[0], queries)
         print(f"SPSA on h1, {queries} queries: gradient cosine {figures[f'cosine/spsa-{queries}']:.3f}")
     figures |= {f"sweep/{key}": loss for key, loss in runs.losses.items() if key.split()[1:3] == [first, "0"]}
-    figures |= cache_saving(setting, first)
+    figures |= cache_saving(setting, first, 16 if options.quick else 64)
     print(
         f"trunk cache of kind none, 3 epochs: bytes to the trunk x{figures['cache/bytes-ratio']:.2f}, "
         f"time x{figures['cache/time-ratio']:.2f}"

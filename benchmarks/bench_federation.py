@@ -2,11 +2,17 @@
 
     python benchmarks/bench_federation.py --bench DIR [--quick] [--json FILE] [--work DIR] [--jobs N] [--modes ...]
 
-DIR holds a model folder (the only one with a config.json) and ``medquad/<institution>.jsonl``, one node each. Every
-mode trains the same nodes on the same batches for the same rounds, through the code of a node's round and a real trunk
-on loopback, without Flower's messages around it, and without the surrogate's trial: both ends train. Two losses on each
-node's own held-out examples: of its adapter as it has trained it, and of what it gets from the server after the last
-round, before it trains on.
+DIR holds a model folder (the only one with a config.json) and ``medquad/<institution>.jsonl``. Settings: ``as-is``, a
+node for each institution; ``scarce``, the same with 120 rows each, of which 80 % are held out: about 24 to train on;
+``alike`` and ``alike-dirichlet``, one institution dealt out to 8 nodes, evenly or by topic; ``newcomer``, as
+``as-is``, but the first institution joins in the last round but one. Every mode trains the same nodes on the same
+batches for the same rounds, through the code of a node's round and a real trunk on loopback, without Flower's messages
+around it, and without the surrogate's trial: both ends train. Two losses on each node's own held-out examples: of its
+adapter as it has trained it, and of what it gets from the server after the last round, before it trains on. ``pooled``
+trains one node on everybody's examples, as many a step as all nodes together: the bound that nobody may use.
+``personal`` reports on one half of the held-out examples, so its gain over local is that over its own adapter alone,
+on the same half; that this is the local run, bit for bit, is tested in tests/node/test_personal.py. With ``--surrogate
+none`` only tops train, and ``both`` means the top.
 
 Each mode has its learning rate swept with seed 0 (least mean loss as trained), then runs at its own best rate with all
 seeds; a seed sets adapters, order and held-out examples. The mixed modes give nodes ranks 4, 8, 16, 8;
@@ -18,12 +24,14 @@ Runs are kept in ``--work`` and not repeated, so that an interrupted benchmark g
 import argparse
 import json
 import os
+import random
 import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from math import nan
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -48,15 +56,22 @@ class Setting:
     """What all runs have in common."""
 
     model: Path
-    files: tuple[Path, ...]  # of the institutions
+    kind: str  # see above
+    files: tuple[Path, ...]  # of the nodes
     rounds: int
     steps: int  # per round
     surrogate: str
-    holdout: float = 0.06
+    holdout: float
+    batch_size: int = 8
 
     @property
     def name(self) -> str:
-        return f"{self.rounds}x{self.steps}-{self.surrogate}-{'-'.join(file.stem for file in self.files)}"
+        stems = "-".join(file.stem for file in self.files)
+        return f"{self.kind}-{self.rounds}x{self.steps}x{self.batch_size}-{self.surrogate}-{stems}"
+
+    def joins(self, node: int) -> int:
+        """The round in which a node is there for the first time."""
+        return max(1, self.rounds - 1) if self.kind == "newcomer" and node == 0 else 1
 
     def config(self, task: "Task", work: Path) -> RunConfig:
         values: dict[str, Scalar] = {
@@ -64,6 +79,8 @@ class Setting:
             "data.max-length": 96,
             "data.holdout": self.holdout,
             "train.steps": self.steps,
+            "train.batch-size": self.batch_size,
+            "train.accumulation": len(self.files) if MODES[task.mode].pooled else 1,
             "train.bottom-lr": task.rate,
             "train.top-lr": task.rate,
             "train.scheduler": "linear",
@@ -74,20 +91,29 @@ class Setting:
             "run.dir": str(work),
             "run.name": task.mode,
         }
-        return RunConfig.from_flat(values | dict(MODES[task.mode].changes))
+        values |= MODES[task.mode].changes
+        if self.surrogate == "none" and values.get("aggregation.share") == "both":
+            values["aggregation.share"] = "top"
+        return RunConfig.from_flat(values)
 
 
 @dataclass(frozen=True)
 class Mode:
     """One way to share."""
 
-    changes: Mapping[str, str]
+    changes: Mapping[str, Scalar]
     mixed: bool = False
     scaled: bool = True  # whether alpha / rank is honoured
+    pooled: bool = False  # all data in one place
 
 
+PERSONAL: dict[str, Scalar] = {"aggregation.share": "both", "aggregation.personal": True, "aggregation.min-nodes": 3}
+SETTINGS = {"as-is": 0.2, "scarce": 0.8, "alike": 0.5, "alike-dirichlet": 0.5, "newcomer": 0.2}  # part held out
 MODES = {
     "local": Mode({}),
+    "pooled": Mode({"aggregation.share": "both"}, pooled=True),
+    "personal": Mode({**PERSONAL, "aggregation.combine": "stack"}),
+    "personal-mean": Mode(PERSONAL),
     "top": Mode({"aggregation.share": "top"}),
     "both": Mode({"aggregation.share": "both"}),
     "a-only": Mode({"aggregation.share": "both", "aggregation.tensors": "a-only"}),
@@ -150,24 +176,65 @@ def federate(setting: Setting, task: Task, work: Path, address: str) -> Figures:
         arrays = {n: x * blind if ".lora_B." in n else x for n, x in received.items()}
         return run_round(config, node, arrays, Instructions(number, task.mode, "benchmark", address))
 
+    trained = [pool(setting.files, work)] if mode.pooled else nodes
     for number in range(1, setting.rounds + 1):
-        results = [ask(config, node, number) for node in nodes]
+        there = [node for node in trained if mode.pooled or number >= setting.joins(node.partition_id)]
+        results = [ask(config, node, number) for node in there]
         up.append(sum(size(result.shared) for result in results))
         if results[0].shared:
             updates = [
                 Update(r.shared, r.metrics["num-examples"], r.scaling if mode.scaled else 1.0, f"node {i}")
                 for i, r in enumerate(results)
             ]
-            received = combine(updates, how, received)
+            received = combine(updates, how, {} if config.aggregation.personal else received)
         down.append(len(nodes) * size(received))
     figures = {"sent": statistics.mean(up) / len(nodes), "bytes": statistics.mean(map(sum, zip(up, down, strict=True)))}
-    probe = config.model_copy(update={"train": config.train.model_copy(update={"steps": 1})})
-    for file, node, result in zip(setting.files, nodes, results, strict=True):
-        figures[f"base/{file.stem}"] = float(result.metrics["heldout-loss-base"])
-        figures[f"own/{file.stem}"] = result.metrics["heldout-loss-after"]
-        if received:
-            figures[f"combined/{file.stem}"] = ask(probe, node, setting.rounds + 1).metrics["heldout-loss-before"]
+    probe = config.model_copy(update={"train": config.train.model_copy(update={"steps": 1, "accumulation": 1})})
+    for i, (file, node) in enumerate(zip(setting.files, nodes, strict=True)):
+        if received and not config.aggregation.personal:
+            metrics = ask(probe, node, setting.rounds + 1).metrics
+            figures[f"combined/{file.stem}"] = metrics["heldout-loss-before"]
+        metrics = metrics if mode.pooled else results[i].metrics
+        figures[f"base/{file.stem}"] = float(metrics["heldout-loss-base"])
+        figures[f"own/{file.stem}"] = metrics["heldout-loss-before" if mode.pooled else "heldout-loss-after"]
+        if config.aggregation.personal:
+            figures[f"alone/{file.stem}"] = metrics["heldout-loss-alone"]
+            figures[f"error/{file.stem}"] = metrics["gain-over-alone-error"]
+            figures[f"weight/{file.stem}"] = metrics["others-weight-top"]
     return figures
+
+
+def pool(files: Iterable[Path], work: Path) -> NodeConfig:
+    """One node with everybody's rows; a row's side, trained on or held out, depends on nothing but the row."""
+    every = work / "everybody.jsonl"
+    every.write_text("".join(file.read_text() for file in files))
+    return NodeConfig(partition_id=0, num_partitions=1, data_path=str(every), out_dir=str(work / "pool"))
+
+
+def deal(kind: str, sources: list[Path], work: Path, seed: int = 0) -> tuple[Path, ...]:
+    """The nodes' files of a setting, those that are made in `work`."""
+    if kind in ("as-is", "newcomer"):
+        return tuple(sources)
+    folder = work / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    order = random.Random(seed)
+    hands: dict[str, list[str]] = {}
+    if kind == "scarce":
+        for source in sources:
+            hands[source.stem] = order.sample(source.read_text().splitlines(), 120)
+    else:
+        lines = sources[1 % len(sources)].read_text().splitlines()
+        order.shuffle(lines)
+        shares = [1.0] * 8
+        for topic in sorted({json.loads(line)["topic"] for line in lines}):
+            of_topic = [line for line in lines if json.loads(line)["topic"] == topic]
+            if kind == "alike-dirichlet":
+                shares = [order.gammavariate(0.5, 1.0) for _ in range(8)]
+            for node, line in zip(order.choices(range(8), shares, k=len(of_topic)), of_topic, strict=True):
+                hands.setdefault(f"{sources[1 % len(sources)].stem}-{node}", []).append(line)
+    for name, lines in hands.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return tuple(folder / f"{name}.jsonl" for name in sorted(hands))
 
 
 class Runs:
@@ -199,56 +266,67 @@ class Runs:
         return statistics.mean(self.of(task)[f"own/{file.stem}"] for file in self._setting.files)
 
 
-def summarize(runs: Runs, names: list[str], rates: Mapping[str, float], seeds: int) -> Figures:
+def summarize(runs: Runs, setting: Setting, rates: Mapping[str, float], seeds: int) -> Figures:
     """Means over the seeds; gains are over training alone, of the same seed and so the same held-out examples."""
     figures: Figures = {}
+    names = [file.stem for file in setting.files]
+    alone = [runs.of(Task("local", seed, rates["local"])) if "local" in rates else {} for seed in range(seeds)]
+    pooled = [runs.of(Task("pooled", seed, rates["pooled"])) for seed in range(seeds)] if "pooled" in rates else []
     for mode, rate in rates.items():
         done = [runs.of(Task(mode, seed, rate)) for seed in range(seeds)]
+        key = f"{setting.kind}/{mode}"
         figures |= {
-            f"rate/{mode}": rate,
-            f"bytes-per-round/{mode}": statistics.mean(d["bytes"] for d in done),
-            f"sent-bytes-per-node/{mode}": statistics.mean(d["sent"] for d in done),
+            f"rate/{key}": rate,
+            f"bytes-per-round/{key}": statistics.mean(d["bytes"] for d in done),
+            f"sent-bytes-per-node/{key}": statistics.mean(d["sent"] for d in done),
         }
+        gains: dict[str, list[float]] = {}
         for name in names:
-            figures[f"heldout-loss-base/{name}"] = statistics.mean(d[f"base/{name}"] for d in done)
-            figures[f"heldout-loss/{mode}/{name}"] = statistics.mean(d[f"own/{name}"] for d in done)
-            if f"combined/{name}" in done[0]:
-                combined = statistics.mean(d[f"combined/{name}"] for d in done)
-                figures[f"heldout-loss-combined/{mode}/{name}"] = combined
-        losses = [statistics.mean(d[f"own/{name}"] for name in names) for d in done]
-        figures[f"heldout-loss/{mode}"] = statistics.mean(losses)
-        figures[f"heldout-loss-spread/{mode}"] = max(losses) - min(losses)
-        if mode == "local" or "local" not in rates:
+            figures[f"heldout-loss-base/{key}/{name}"] = statistics.mean(d[f"base/{name}"] for d in done)
+            figures[f"heldout-loss/{key}/{name}"] = statistics.mean(d[f"own/{name}"] for d in done)
+            for what in ("combined", "error", "weight"):
+                if f"{what}/{name}" in done[0]:
+                    figures[f"{what}/{key}/{name}"] = statistics.mean(d[f"{what}/{name}"] for d in done)
+            if "local" in rates or f"alone/{name}" in done[0]:
+                pairs = [(d.get(f"alone/{name}") or a[f"own/{name}"], d) for a, d in zip(alone, done, strict=True)]
+                gains[name] = [loss - d[f"own/{name}"] for loss, d in pairs]
+                figures[f"gain-over-local/{key}/{name}"] = statistics.mean(gains[name])
+        if not gains:
             continue
-        alone = [runs.of(Task("local", seed, rates["local"])) for seed in range(seeds)]
-        gains = {n: [a[f"own/{n}"] - d[f"own/{n}"] for a, d in zip(alone, done, strict=True)] for n in names}
         means = [statistics.mean(each) for each in zip(*gains.values(), strict=True)]
-        figures |= {f"gain-over-local/{mode}/{n}": statistics.mean(each) for n, each in gains.items()}
-        figures[f"gain-over-local/{mode}"] = statistics.mean(means)
-        figures[f"gain-over-local-spread/{mode}"] = max(means) - min(means)
+        figures[f"gain-over-local/{key}"] = statistics.mean(means)
+        figures[f"gain-over-local-spread/{key}"] = max(means) - min(means)
+        figures[f"worst-gain/{key}"] = min(min(each) for each in gains.values())
+        if pooled and "local" in rates:
+            bound = statistics.mean(
+                a[f"own/{n}"] - p[f"own/{n}"] for a, p in zip(alone, pooled, strict=True) for n in names
+            )
+            figures[f"gap-to-pooled/{key}"] = bound - figures[f"gain-over-local/{key}"]
     return figures
 
 
-def show(figures: Figures, modes: Iterable[str], names: list[str]) -> None:
-    print("held-out loss as trained / as received after the last round; gain over local: mean (spread over seeds)")
-    print(f"{'mode':14}{'rate':>6}" + "".join(f"{n:>16}" for n in names) + f"{'mean':>8}{'gain':>17}  MB a round")
+def show(figures: Figures, setting: Setting, modes: Iterable[str]) -> None:
+    names = [file.stem for file in setting.files]
+    print(f"\n{setting.kind}: gain over training alone, in nats per answer token")
+    print(f"{'mode':15}{'rate':>7}" + "".join(f"{n:>14}" for n in names) + "     mean    worst  to pooled  MB a round")
     for mode in modes:
-        own = [figures[f"heldout-loss/{mode}/{n}"] for n in names]
-        got = [figures.get(f"heldout-loss-combined/{mode}/{n}") for n in names]
-        cells = [f"{a:.3f} / " + ("  -  " if b is None else f"{b:.3f}") for a, b in zip(own, got, strict=True)]
-        gain = figures.get(f"gain-over-local/{mode}")
-        compared = "" if gain is None else f"{gain:+.3f} ({figures[f'gain-over-local-spread/{mode}']:.3f})"
-        line = f"{mode:14}{figures[f'rate/{mode}']:6.3f}" + "".join(f"{cell:>16}" for cell in cells)
-        line += f"{figures[f'heldout-loss/{mode}']:8.3f}{compared:>17}{figures[f'bytes-per-round/{mode}'] / 1e6:12.2f}"
-        print(line)
-    print("base: " + ", ".join(f"{n} {figures['heldout-loss-base/' + n]:.3f}" for n in names))
+        key = f"{setting.kind}/{mode}"
+        cells = "".join(f"{figures.get(f'gain-over-local/{key}/{n}', nan):+14.4f}" for n in names)
+        line = f"{mode:15}{figures[f'rate/{key}']:7.3f}{cells}{figures.get(f'gain-over-local/{key}', nan):+9.4f}"
+        line += f"{figures.get(f'worst-gain/{key}', nan):+9.4f}{figures.get(f'gap-to-pooled/{key}', nan):+11.4f}"
+        print(line + f"{figures[f'bytes-per-round/{key}'] / 1e6:12.2f}")
+        print("  held-out loss: " + ", ".join(f"{n} {figures[f'heldout-loss/{key}/{n}']:.3f}" for n in names))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", type=Path, required=True)
     parser.add_argument("--institutions", nargs="+", default=["cdc", "niddk", "ninds", "seniorhealth"])
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument(
+        "--modes", nargs="+", choices=list(MODES), default=list(MODES), help="gains need local, but for personal's"
+    )
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="per round")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to sweep")
@@ -263,30 +341,37 @@ def main() -> None:
         parser.error(f"--bench {options.bench} is not a folder")
     if options.quick:
         options.rounds, options.steps, options.modes = 2, 2, ["local", "both", "mixed-svd"]
+        options.settings = ["as-is"]
         options.institutions, options.rates, options.seeds = options.institutions[:2], [8e-3], 1
 
     block = about(" ".join(map(str, range(options.seeds))))
     bench = options.bench.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
-    setting = Setting(
-        next(bench.glob("*/config.json")).parent,
-        tuple(bench / "medquad" / f"{name}.jsonl" for name in options.institutions),
-        options.rounds,
-        options.steps,
-        options.surrogate,
-        0.02 if options.quick else Setting.holdout,
-    )
-    runs, modes = Runs(setting, options.work, options.jobs), options.modes
+    for kind in options.settings:
+        setting = Setting(
+            next(bench.glob("*/config.json")).parent,
+            kind,
+            deal(kind, [bench / "medquad" / f"{name}.jsonl" for name in options.institutions], options.work),
+            options.rounds,
+            options.steps,
+            options.surrogate,
+            0.02 if options.quick else SETTINGS[kind],
+            options.batch_size,
+        )
+        figures = measure(setting, options.modes, options)
+        print(block)
+        write(options.json, figures | block, keep=True)  # settings that were run before stay
+
+
+def measure(setting: Setting, modes: list[str], options: argparse.Namespace) -> Figures:
+    """Sweep the rates, run all seeds, print the table."""
+    runs = Runs(setting, options.work, options.jobs)
     runs.do(Task(mode, 0, rate) for rate in options.rates for mode in modes)
     rates = {mode: min(options.rates, key=lambda rate: runs.loss(Task(mode, 0, rate))) for mode in modes}  # noqa: B023
     runs.do(Task(mode, seed, rate) for seed in range(1, options.seeds) for mode, rate in rates.items())
-    figures = summarize(runs, options.institutions, rates, options.seeds)
-    print(
-        f"\n{options.rounds} rounds of {options.steps} steps of 8 x 96 tokens, split 2 + 8 + 2, {options.seeds} seeds"
-    )
-    show(figures, modes, options.institutions)
-    print(block)
-    write(options.json, figures | block)
+    figures = summarize(runs, setting, rates, options.seeds)
+    show(figures, setting, modes)
+    return figures
 
 
 if __name__ == "__main__":

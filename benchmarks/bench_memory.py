@@ -128,7 +128,8 @@ def batch_of(run: RunConfig, vocab_size: int) -> Batch:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def client(config: RunConfig, folder: Path, address: str) -> dict[str, int]:
+def client(config: RunConfig, folder: Path) -> dict[str, int]:
+    address = sys.stdin.readline().strip()  # of the trunk, once it serves
     watch = Watch()
     dtype = config.model.torch_dtype
     with TrunkConnection(address, Expected.from_checkpoint(folder, BOTTOM, TOP), timeout_s=600) as trunk:
@@ -148,7 +149,7 @@ def client(config: RunConfig, folder: Path, address: str) -> dict[str, int]:
     return {**watch.marks, **sent, "weights": weights, "training-state": 4 * trained}
 
 
-def trunk(config: RunConfig, folder: Path, address: str) -> dict[str, int]:
+def trunk(config: RunConfig, folder: Path) -> dict[str, int]:
     watch = Watch()
     held = hold_layers(folder, BOTTOM, TOP, config.model.torch_dtype)
     watch.mark("loading")
@@ -159,7 +160,7 @@ def trunk(config: RunConfig, folder: Path, address: str) -> dict[str, int]:
     return {**watch.marks, "weights": sum(p.numel() * p.element_size() for p in held.model.parameters())}
 
 
-def full(config: RunConfig, folder: Path, address: str) -> dict[str, int]:
+def full(config: RunConfig, folder: Path) -> dict[str, int]:
     """LoRA on every layer of the whole model: what a node would need without a split."""
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -183,14 +184,14 @@ def full(config: RunConfig, folder: Path, address: str) -> dict[str, int]:
 PARTIES = {"client": client, "trunk": trunk, "full": full}
 
 
-def start(party: str, name: str, folder: Path, address: str = "") -> "subprocess.Popen[str]":
+def start(party: str, name: str, folder: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, __file__, "--party", party, "--case", name, "--folder", str(folder)]
-    command += ["--address", address]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def result(process: "subprocess.Popen[str]") -> dict[str, int]:
-    out, _ = process.communicate("\n", timeout=1800)
+def result(process: "subprocess.Popen[str]", word: str = "") -> dict[str, int]:
+    """What a party found, once it has the word to begin, or to end."""
+    out, _ = process.communicate(f"{word}\n", timeout=1800)
     if process.returncode:
         raise RuntimeError("a party failed: its own output says why")
     marks: dict[str, int] = json.loads(out.splitlines()[-1])
@@ -198,9 +199,9 @@ def result(process: "subprocess.Popen[str]") -> dict[str, int]:
 
 
 def measure(name: str, folder: Path) -> dict[str, dict[str, int]]:
-    serving = start("trunk", name, folder)
+    serving, asking = start("trunk", name, folder), start("client", name, folder)  # they import side by side
     address = serving.stdout.readline().strip() if serving.stdout else ""
-    return {"client": result(start("client", name, folder, address)), "trunk": result(serving)}
+    return {"client": result(asking, address), "trunk": result(serving)}
 
 
 def check_plan(case: Case, folder: Path, client: dict[str, int]) -> dict[str, Any]:
@@ -268,11 +269,10 @@ def main() -> None:
     parser.add_argument("--party", choices=PARTIES, help=argparse.SUPPRESS)
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--address", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers_logging.disable_progress_bar()
     if options.party:
-        print(json.dumps(PARTIES[options.party](CASES[options.case].run, options.folder, options.address)))
+        print(json.dumps(PARTIES[options.party](CASES[options.case].run, options.folder)))
         return
     repeats = 1 if options.quick else options.repeats
     block = about(0) | {"repeats": repeats}

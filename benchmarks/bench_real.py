@@ -1,84 +1,398 @@
 """On a real pretrained decoder: what is a bottom worth, and how much of that does each kind of gradient keep?
 
-    python benchmarks/bench_real.py --model DIR --data FILE [FILE ...] [--quick] [--json FILE]
+    python benchmarks/bench_real.py --model DIR --data FILE [FILE ...] [--splits 2+2 ...] [--kinds ...] [--json FILE]
 
-FILE holds an institution's questions and answers (JSON lines). The trunk runs in this process, so what is compared is
-the gradient and nothing else; every kind has the rates that are given, and counts at its best ones. `none` with more
-layers in its top is another split: name it in --splits. Gap closed = (none - kind) / (none - exact), of the means of
-held-out losses per answer token, within a split.
+FILE holds an institution's questions and answers (JSON lines). Kinds: `none` (the top alone), `none-8` (a top of 8
+layers alone), `identity`, `blocks-2`, `matched` (--matched FILE), `streamed` (two steps, for their time: its gradient
+is the exact one), `shares`, `exact`, and `all` (LoRA on all layers of the whole model). Each kind has its rates swept
+on the first file and seed 0, in the given order and no further than they make it better, and runs at its best on all
+files and seeds. Gap closed = (none - kind) / (none - exact),
+of the means of held-out losses per answer token, within a split, over the files and seeds that all three have.
 
-With --json an interrupted benchmark goes on: runs whose figures are in the file are not repeated.
+To be cheap, the trunk runs in this process, in bfloat16 (float32 for `shares`; `all` is bfloat16 as a whole), the ends
+in float32, the logits of training in bfloat16; an exact gradient takes one forward pass with a graph, and both shares
+of a gradient go through one graph; of a frozen bottom, the trunk's outputs are kept in memory, for every top and rate.
+Times are processor seconds.
+
+With --json an interrupted benchmark goes on: runs whose figures are in the file are not repeated, and the table is of
+all that is there.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Mapping
-from itertools import product
+from concurrent.futures import Future
+from functools import cache, partial
+from itertools import islice, product
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from about import about, write
-from transformers import AutoTokenizer
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from fl_split.config import Data, Lora, NodeConfig, Train
+from fl_split import wire
+from fl_split.config import Data, Lora, NodeConfig, RunConfig, Train
 from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
-from fl_split.data.load import load_examples
-from fl_split.model.trunk import LocalTrunk, load_trunk
+from fl_split.data.load import Examples, load_examples
+from fl_split.malloc import keep_heap
+from fl_split.model import adapters
+from fl_split.model.family import examine
+from fl_split.model.loading import Boundaries
+from fl_split.model.loss import Batch
+from fl_split.model.slots import trunk_calls_of
+from fl_split.model.trunk import load_trunk
 from fl_split.node.evaluate import evaluate
-from fl_split.node.train import make_optimizer, train_round
-from fl_split.tools.gradcheck import Candidate, build
+from fl_split.node.train import RoundSettings, make_optimizer, train_round
+from fl_split.plan.plan import make_plan
+from fl_split.shares import mask, split_gradient, step_of
+from fl_split.tools.gradcheck import Candidate, bottom_gradient, build
 
-BATCH, MAX_LENGTH = 8, 80
-KINDS = ("none", "identity", "blocks-2", "streamed", "exact")
+BATCH, MAX_LENGTH, BOTTOM, MASK_STD = 8, 80, 2, 30.0
+KINDS = ("none", "exact", "identity", "blocks-2", "blocks-4")
+RATES = ("1e-3,2e-3", "2e-3,4e-3", "4e-3,8e-3")  # of bottom and top
+TOP_RATES = ("2e-3", "4e-3", "8e-3", "1.6e-2")  # of a top alone
+COSINE_BATCHES = 2
+Figures = dict[str, float]
 
 
-def run(options: argparse.Namespace, split: str, file: Path, seed: int, kind: str, rates: str) -> dict[str, float]:
-    """Train once; the held-out loss before and after, and seconds a step."""
+def as_model(folder: Path, bottom: int, top: int, dtype: torch.dtype) -> Any:
+    """The trunk. `eager`: the fused kernel's backward pass is slow on a CPU in bfloat16."""
+    return load_trunk(folder, bottom, top, dtype=dtype, attn_implementation="eager")
+
+
+class ExactTrunk:
+    """A trunk in this process that keeps the graph of its last forward pass, for the gradient that may be asked for."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.keeps_graph = model, False
+
+    def start(self, h1: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> "Future[Tensor]":
+        """See `slots.Trunk.start`."""
+        with torch.set_grad_enabled(self.keeps_graph and torch.is_grad_enabled()):
+            self.at = h1.to(self.model.dtype).requires_grad_(torch.is_grad_enabled())
+            self.out = self.model(inputs_embeds=self.at, attention_mask=attention_mask, position_ids=position_ids)[0]
+        done: Future[Tensor] = Future()
+        done.set_result(self.out.detach().to(h1.dtype))
+        return done
+
+    def vjp(self, h1: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, gradient: Tensor) -> Tensor:
+        """See `slots.ExactTrunk.vjp`; of the last forward pass."""
+        return torch.autograd.grad(self.out, self.at, gradient.to(self.out.dtype))[0].to(h1.dtype)
+
+
+class SharesTrunk(ExactTrunk):
+    """Two trunks in this process that each get a share, as `node.shares` makes it; nothing is hidden here."""
+
+    leak_bits = 0.0
+
+    def vjp(self, h1: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, gradient: Tensor) -> Tensor:
+        """See `slots.ExactTrunk.vjp`; of the last forward pass."""
+        rows, lengths = wire.pack(gradient, attention_mask)
+        shares = split_gradient(rows, lengths, MASK_STD)
+        self.leak_bits += shares.leak_bits
+        masks = (mask(shares.seed, MASK_STD, step_of(MASK_STD), *rows.shape), shares.rest)
+        padded = [wire.unpack(share, attention_mask, len(h1)) for share in masks]
+        pulled = [torch.autograd.grad(self.out, self.at, share, retain_graph=True)[0].double() for share in padded]
+        return (sum(pulled) * wire.unpack(shares.norms, attention_mask, len(h1))).to(h1.dtype)
+
+
+class RecordedTrunk:
+    """What a frozen bottom's trunk says, after every layer that a top may begin at; asked once for each batch."""
+
+    def __init__(self, folder: Path, tops: list[int]) -> None:
+        self.trunk = ExactTrunk(as_model(folder, BOTTOM, min(tops), torch.bfloat16))
+        num_layers = self.trunk.model.config.num_hidden_layers
+        self.kept: dict[tuple[bytes, int], Tensor] = {}
+        self.key, self.top, self.seconds = b"", tops[0], 0.0
+        layers = self.trunk.model.get_submodule(self.trunk.model.boundaries.layers_path)
+        for top in tops:
+            layers[num_layers - top].register_forward_pre_hook(partial(self._keep, top))
+
+    def _keep(self, top: int, layer: Any, args: Any) -> None:
+        self.kept[self.key, top] = args[0]
+
+    def start(self, h1: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> "Future[Tensor]":
+        """See `slots.Trunk.start`."""
+        self.key = hashlib.sha256(h1.numpy().tobytes()).digest()
+        if (self.key, self.top) not in self.kept:
+            started = time.process_time()
+            with torch.no_grad():
+                self.trunk.start(h1, attention_mask, position_ids)
+            self.seconds += time.process_time() - started
+        done: Future[Tensor] = Future()
+        done.set_result(self.kept[self.key, self.top].to(h1.dtype))
+        return done
+
+
+@cache
+def recorded(folder: Path, tops: tuple[int, ...]) -> RecordedTrunk:
+    return RecordedTrunk(folder, list(tops))
+
+
+class RoundedHead(torch.nn.Module):
+    """The output embeddings; while training in bfloat16, which takes a third of the time."""
+
+    def __init__(self, head: torch.nn.Linear) -> None:
+        super().__init__()
+        self.head, self.weight = head, head.weight.detach().to(torch.bfloat16)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not self.training:
+            return self.head(hidden_states)
+        return torch.nn.functional.linear(hidden_states.to(torch.bfloat16), self.weight).float()
+
+
+def whole_model(folder: Path) -> PeftModel:
+    """The model unsplit, with LoRA on all of its layers; the bottom's rate goes to the first half."""
+    full: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+    anatomy = examine(full.config)
+    half = anatomy.num_layers // 2
+    full.boundaries = Boundaries(anatomy.layers_path, anatomy.num_layers, half, half)
+    full.config.use_cache = False
+    return adapters.attach(full.eval().requires_grad_(False), Lora(), train_bottom=True, seed=0)
+
+
+class Bench:
+    """What all runs have in common."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.folder = options, options.model
+        self.tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(options.model))
+        self.figures: dict[str, Any] = {}
+        if options.json and options.json.exists():
+            self.figures = json.loads(options.json.read_text())
+        if self.figures.get("steps", options.steps) != options.steps:
+            raise SystemExit(f"{options.json} is of {self.figures['steps']} steps: give --steps, or another file")
+        self.figures |= about("0, 1, ...") | {"model": options.model.name, "steps": options.steps}
+        tops = {int(kind.split("-")[1]) for kind in options.kinds if kind.startswith("none-")}
+        self.tops = tuple(sorted(tops | {int(split.split("+")[1]) for split in options.splits}))
+
+    def examples(self, file: Path, seed: int) -> Examples:
+        data = Data.model_validate({"max-length": MAX_LENGTH, "holdout-max": self.options.heldout, "template": "plain"})
+        return load_examples(data, NodeConfig(data_path=str(file)), self.tokenizer, seed)
+
+    def build(self, split: str, kind: str) -> tuple[PeftModel, Any]:
+        """A model and its trunk."""
+        if kind == "all":
+            return whole_model(self.folder), None
+        name, _, count = kind.partition("-")
+        bottom, top = map(int, split.split("+"))
+        if name == "none":
+            trunk: Any = recorded(self.folder, self.tops)
+            bottom, top = BOTTOM, int(count)
+            trunk.top, trunk.seconds = top, 0.0
+        elif name == "shares":
+            trunk = SharesTrunk(as_model(self.folder, bottom, top, torch.float32))
+        else:
+            trunk = ExactTrunk(as_model(self.folder, bottom, top, torch.bfloat16))
+        if name in ("exact", "shares"):
+            trunk.keeps_graph = True
+        matched = self.options.matched if name == "matched" else None
+        candidate = Candidate("exact" if name == "shares" else name, int(count or 1), matched)  # type: ignore[arg-type]
+        model = build(self.folder, bottom, top, trunk, candidate, Lora())
+        model.get_base_model().set_output_embeddings(RoundedHead(model.get_base_model().get_output_embeddings()))
+        return model, trunk
+
+    def run(self, split: str, file: Path, seed: int, kind: str, rates: str) -> Figures:
+        """Train once: held-out loss before and after, seconds a step, cosines on the way."""
+        steps = 2 if kind == "streamed" else self.options.steps
+        examples = self.examples(file, seed)
+        model, trunk = self.build(split, kind)
+        bottom_lr, top_lr = map(float, rates.split(","))
+        found: Figures = {}
+        has_surrogate = kind.partition("-")[0] in ("identity", "blocks", "matched")
+
+        def look(when: str) -> None:
+            if has_surrogate:
+                batches = training_batches(examples.train, self.tokenizer, BATCH, seed, 0)
+                found[f"cosine-{when}"] = cosine(model, trunk, list(islice(batches, COSINE_BATCHES)))
+
+        batches = training_batches(examples.train, self.tokenizer, BATCH, seed, 0)
+        heldout = list(heldout_batches(examples.heldout, self.tokenizer, BATCH))
+        found["heldout-loss-before"] = evaluate(model, heldout)["loss"]
+        look("start")
+        before, seconds = trunk.seconds if kind.startswith("none") else 0.0, 0.0
+        half = steps // 2
+        rate = {"bottom-lr": bottom_lr, "top-lr": top_lr, "scheduler": "linear"}
+        optimizer = make_optimizer(model, Train.model_validate({"steps": half, **rate}))
+        for first, last, when in ((0, half, "middle"), (half, steps, "end")):
+            started = time.process_time()
+            config = Train.model_validate({"steps": last - first, **rate})
+            train_round(model, optimizer, batches, config, RoundSettings(first, steps))
+            seconds += time.process_time() - started
+            look(when)
+        found["step-s"] = seconds / steps
+        if kind.startswith("none"):
+            found["step-s-recorded"] = (trunk.seconds - before) / steps  # of this, the trunk's; 0 where it was known
+        if kind == "shares":
+            found["share-leak-bits"] = trunk.leak_bits / (steps * BATCH)
+        if kind != "streamed":
+            found["heldout-loss"] = evaluate(model, heldout)["loss"]
+        return found
+
+    def do(self, split: str, file: Path, seed: int, kind: str, rates: str) -> None:
+        """Run once, unless it was."""
+        key = f"{where(split, kind)}/{file.stem}/{seed}/{kind}/{rates}"
+        if f"heldout-loss-before/{key}" in self.figures:
+            return
+        found = self.run(split, file, seed, kind, rates)
+        self.figures |= {f"{name}/{key}": value for name, value in found.items()}
+        write(self.options.json, self.figures)
+        print(key, *(f"{name} {value:.4f}" for name, value in found.items()), flush=True)
+
+    def sweep(self, split: str, kind: str) -> None:
+        """A kind's rates on the first file and seed, then its best on all."""
+        options = self.options
+        kind = alone(split) if kind == "none" else kind
+        for rates in [f"0,{rate}" for rate in options.top_rates] if kind.startswith("none-") else options.rates:
+            self.do(split, options.data[0], 0, kind, rates)
+            if kind == "streamed":
+                return
+            if best_rates(self.figures, split, kind, options.data[0].stem) != rates:
+                break
+        rates = best_rates(self.figures, split, kind, options.data[0].stem)
+        for seed, file in product(range(options.seeds), options.data):
+            self.do(split, file, seed, kind, rates)
+
+    def costs(self, split: str, kind: str) -> tuple[float, float]:
+        """MB of weights and training on a node, as `fl-split plan` has them, and MB sent and got in a full step."""
+        name, _, count = kind.partition("-")
+        bottom, top = map(int, split.split("+"))
+        values = {
+            "split.bottom-layers": bottom,
+            "split.top-layers": int(count) if name == "none" else top,
+            "surrogate.kind": {"matched": "blocks", "all": "identity"}.get(name, name),
+            "surrogate.layers": int(count or 2),
+            "trunk.exact-gradient": name == "exact",
+            "trunk.share-address": "embedded" if name == "shares" else "",
+            "data.max-length": MAX_LENGTH,
+            "train.batch-size": BATCH,
+        }
+        plan = make_plan(AutoConfig.from_pretrained(self.folder), RunConfig.from_flat(values))
+        if name == "all":
+            layers = (bottom + top + plan.trunk_layers) / (bottom + top)
+            return (plan.full_weights + layers * plan.node.training) / 1e6, 0.0
+        return (plan.node.weights + plan.node.training) / 1e6, (plan.request_bytes + plan.reply_bytes) / 1e6
+
+
+def cosine(model: PeftModel, trunk: ExactTrunk, batches: list[Batch]) -> float:
+    """Of the bottom adapter's gradient with the exact one, where training stands."""
+    calls = trunk_calls_of(model.get_base_model())
+    own, kind = bottom_gradient(model, batches), calls.kind
+    calls.kind, trunk.keeps_graph = "exact", True
+    exact = bottom_gradient(model, batches)
+    calls.kind, trunk.keeps_graph = kind, False
+    return torch.cosine_similarity(own, exact, dim=0).item()
+
+
+def rounding(bench: Bench, split: str) -> float:
+    """Cosine of the bottom's gradient with the trunk in bfloat16 and in float32."""
     bottom, top = map(int, split.split("+"))
-    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(options.model))
-    data = Data.model_validate({"max-length": MAX_LENGTH, "holdout-max": options.heldout, "template": "plain"})
-    examples = load_examples(data, NodeConfig(data_path=str(file)), tokenizer, seed)
-    name, _, layers = kind.partition("-")
-    trunk = LocalTrunk(load_trunk(options.model, bottom, top))
-    model = build(options.model, bottom, top, trunk, Candidate(name, int(layers or 1)), Lora())  # type: ignore[arg-type]
-    bottom_lr, top_lr = map(float, rates.split(","))
-    config = Train.model_validate({"steps": options.steps, "bottom-lr": bottom_lr, "top-lr": top_lr})
-    before = evaluate(model, heldout_batches(examples.heldout, tokenizer, BATCH))["loss"]
-    started = time.monotonic()
-    train_round(
-        model, make_optimizer(model, config), training_batches(examples.train, tokenizer, BATCH, seed, 0), config
-    )
-    seconds = (time.monotonic() - started) / options.steps
-    after = evaluate(model, heldout_batches(examples.heldout, tokenizer, BATCH))["loss"]
-    return {"heldout-loss-before": before, "heldout-loss": after, "step-s": seconds}
+    batches = training_batches(bench.examples(bench.options.data[0], 0).train, bench.tokenizer, BATCH, 0, 0)
+    some, found = list(islice(batches, COSINE_BATCHES)), []
+    for dtype in (torch.float32, torch.bfloat16):
+        trunk = ExactTrunk(as_model(bench.folder, bottom, top, dtype))
+        trunk.keeps_graph = True
+        found.append(bottom_gradient(build(bench.folder, bottom, top, trunk, Candidate("exact"), Lora()), some))
+    return torch.cosine_similarity(*found, dim=0).item()
 
 
-def table(options: argparse.Namespace, figures: Mapping[str, Any]) -> dict[str, float]:
+def alone(split: str) -> str:
+    """The kind that trains nothing but the top of a split."""
+    return f"none-{split.split('+')[1]}"
+
+
+def where(split: str, kind: str) -> str:
+    """Under which split a kind's runs are kept: some are the same in all."""
+    return "any" if kind == "all" or kind.startswith("none-") else split
+
+
+def best_rates(figures: Mapping[str, Any], split: str, kind: str, file: str) -> str:
+    """Of a kind's rates, those of the lowest loss on the first file and seed; empty: none was run."""
+    prefix = f"heldout-loss/{where(split, kind)}/{file}/0/{kind}/"
+    tried = [(loss, key.removeprefix(prefix)) for key, loss in figures.items() if key.startswith(prefix)]
+    return min(tried, default=(0.0, ""))[1]
+
+
+def runs_of(figures: Mapping[str, Any], split: str, kind: str, file: str) -> dict[str, Figures]:
+    """A kind's runs at its best rates: figures by file and seed."""
+    found: dict[str, Figures] = {}
+    rates = best_rates(figures, split, kind, file)
+    for key, value in figures.items():
+        name, *at = key.split("/")
+        if len(at) == 5 and at[0] == where(split, kind) and at[3:] == [kind, rates]:
+            found.setdefault(f"{at[1]}/{at[2]}", {})[name] = value
+    return found
+
+
+def summary(bench: Bench, split: str, kind: str) -> Figures:
+    """What is said of a kind in a split, without the split's and the kind's names."""
+    file = bench.options.data[0].stem
+    own, none, exact = (runs_of(bench.figures, split, name, file) for name in (kind, alone(split), "exact"))
+    (memory, sent), (base_memory, base_sent) = (bench.costs(split, name) for name in (kind, alone(split)))
+    names = ("heldout-loss", "share-leak-bits", *(f"cosine-{when}" for when in ("start", "middle", "end")))
+    said = {name: mean(numbers) for name in names if (numbers := [run[name] for run in own.values() if name in run])}
+    asked = [run["step-s-recorded"] for run in none.values() if run.get("step-s-recorded", 0) > 0]
+    seconds = [run["step-s"] - run.get("step-s-recorded", 0) for run in own.values()]
+    said["step-s"] = mean(seconds) + (mean(asked) if kind.startswith("none") else 0)  # as if each had asked the trunk
+    said |= {"runs": len(own), "node-mb": memory, "step-mb": sent}
+    said |= {"memory-ratio": memory / base_memory, "bytes-ratio": sent / base_sent}
+    if common := none.keys() & exact.keys() & own.keys():
+        gain, whole = (sum(none[r]["heldout-loss"] - runs[r]["heldout-loss"] for r in common) for runs in (own, exact))
+        said |= {"loss-won": gain / len(common), "gap-closed": gain / whole}
+    return said
+
+
+def table(bench: Bench) -> Figures:
     """Print a row per split and kind, at its best rates; return what is said in it."""
-    said: dict[str, float] = {}
-    for split in options.splits:
-        best: dict[str, tuple[float, str, float]] = {}
-        for kind in options.kinds:
-            for rates in options.rates:
-                keys = [f"{split}/{f.stem}/{s}/{kind}/{rates}" for f, s in product(options.data, range(options.seeds))]
-                losses = [figures[f"heldout-loss/{key}"] for key in keys if f"heldout-loss/{key}" in figures]
-                if len(losses) == len(keys):
-                    seconds = mean(figures[f"step-s/{key}"] for key in keys)
-                    best[kind] = min(best.get(kind, (float("inf"), "", 0.0)), (mean(losses), rates, seconds))
-        for kind, (loss, rates, seconds) in best.items():
-            said[f"heldout-loss/{split}/{kind}"], said[f"step-s/{split}/{kind}"] = loss, seconds
-            closed = ""
-            if "none" in best and "exact" in best and best["none"][0] > best["exact"][0]:
-                gap = (best["none"][0] - loss) / (best["none"][0] - best["exact"][0])
-                said[f"gap-closed/{split}/{kind}"], closed = gap, f"{100 * gap:4.0f} %"
+    said: Figures = {}
+    ran = {(at[1], at[4]) for key in bench.figures if len(at := key.split("/")) == 6 and at[0] == "heldout-loss"}
+    for split in sorted({split for split, _ in ran} - {"any"}):
+        print(f"{split}: kind, rates, runs, held-out loss, gap closed, cosine at start, middle, end, MB, MB a step, s")
+        rows = {kind: summary(bench, split, kind) for at, kind in ran if at in (split, "any")}
+        for kind, row in sorted(rows.items(), key=lambda item: -item[1]["heldout-loss"]):
+            for name, value in row.items():
+                what, _, when = name.partition("-") if "cosine" in name else (name, "", "")
+                said["/".join(filter(None, (what, split, kind, when)))] = value
+            rates = best_rates(bench.figures, split, kind, bench.options.data[0].stem)
+            cosines = " / ".join(f"{value:.3f}" for name, value in row.items() if "cosine" in name)
             print(
-                f"{split:6} {kind:10} rates {rates:10} held-out {loss:.4f}  gap closed {closed:6}  {seconds:.1f} s/step"
+                f"  {kind:10} {rates:10} {row['runs']}  {row['heldout-loss']:.4f}  {row.get('gap-closed', 0):6.2f}"
+                f"  {cosines:21}  {row['node-mb']:6.0f}  {row['step-mb']:5.2f}  {row['step-s']:5.2f}"
             )
     return said
+
+
+def plot(figures: Mapping[str, Any], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    said = [key.split("/")[1:] for key in figures if key.startswith("node-mb/")]
+    splits = sorted({split for split, _ in said})
+    for axes, cost, label in zip(
+        panels, ("node-mb", "step-mb"), ("weights and training on the node, MB", "MB on the wire, a step"), strict=True
+    ):
+        for split, marker in zip(splits, "osD^v", strict=False):
+            names = [kind for other, kind in said if other == split and f"loss-won/{split}/{kind}" in figures]
+            points = [(figures[f"{cost}/{split}/{kind}"], -figures[f"loss-won/{split}/{kind}"]) for kind in names]
+            axes.scatter(*zip(*points, strict=True), marker=marker, label=split)
+            for kind, point in zip(names, points, strict=True):
+                axes.annotate(kind, point, xytext=(4, 3), textcoords="offset points", fontsize=7)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("held-out loss, less that of the top alone")
+    panels[0].legend(title="bottom + top")
+    figure.savefig(out, dpi=120)
 
 
 def main() -> None:
@@ -86,31 +400,34 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--splits", nargs="+", default=["2+2"], help="layers of bottom and top")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
-    parser.add_argument("--rates", nargs="+", default=["1e-3,2e-3", "2e-3,4e-3"], help="of bottom and top")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS))
+    parser.add_argument("--rates", nargs="+", default=RATES, help="of bottom and top, to be swept")
+    parser.add_argument("--top-rates", nargs="+", default=TOP_RATES, help="of a top alone")
+    parser.add_argument("--matched", type=Path, help="a fitted surrogate, for the kind `matched`")
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--heldout", type=int, default=96, help="examples to measure on")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--heldout", type=int, default=64, help="examples to measure on")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="two steps: the shape of the table, not its numbers")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--quick", action="store_true", help="four steps: the shape of the table, not its numbers")
     options = parser.parse_args()
     if options.quick:
-        options.steps, options.seeds, options.heldout = 2, 1, 16
-        options.rates, options.data, options.splits = options.rates[:1], options.data[:1], options.splits[:1]
+        options.steps, options.seeds, options.heldout = 4, 1, 16
+        options.rates, options.top_rates, options.data = options.rates[:1], options.top_rates[:1], options.data[:1]
     torch.set_num_threads(options.threads)
+    keep_heap()
     transformers_logging.disable_progress_bar()
-    figures: dict[str, Any] = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
-    figures |= about(f"0 to {options.seeds - 1}")
-    runs = product(options.splits, options.data, range(options.seeds), options.kinds, options.rates)
-    for split, file, seed, kind, rates in runs:
-        key = f"{split}/{file.stem}/{seed}/{kind}/{rates}"
-        if f"heldout-loss/{key}" not in figures:
-            found = run(options, split, file, seed, kind, rates)
-            figures |= {f"{name}/{key}": value for name, value in found.items()}
-            write(options.json, figures)
-            print(f"{key}: {found['heldout-loss-before']:.4f} -> {found['heldout-loss']:.4f}", flush=True)
-    write(options.json, {**figures, **table(options, figures)})
+    bench = Bench(options)
+    for split in options.splits:
+        if f"cosine/{split}/bfloat16-trunk" not in bench.figures:
+            bench.figures[f"cosine/{split}/bfloat16-trunk"] = rounding(bench, split)
+        for kind in options.kinds:
+            bench.sweep(split, kind)
+    bench.figures |= table(bench)
+    write(options.json, bench.figures)
+    if options.plot:
+        plot(bench.figures, options.plot)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def main() -> None:
 
 def measure(part: str, options: argparse.Namespace) -> dict[str, Any]:
     if part == "start":
-        command = [sys.executable, Path(__file__).with_name("client_start.py")]
+        command = [sys.executable, Path(__file__).with_name("client_start.py"), "1" if options.quick else "3"]
         return dict(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
     if part == "deployment":
         figures: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Processor seconds until the process of a ClientApp has loaded the app; called by `bench_rounds.py`."""
+"""Processor seconds until the process of a ClientApp has loaded the app, so many times; for `bench_rounds.py`."""
 
 import json
 import multiprocessing
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = str(Path(__file__).resolve().parent.parent)
-REPEATS = 3
 
 
 def load(queue: Any) -> None:
@@ -27,7 +26,7 @@ def load(queue: Any) -> None:
     queue.put(time.process_time())
 
 
-def forked() -> float:
+def forked(repeats: int) -> float:
     sys.path.insert(0, ROOT)
     from fl_split.node.executor import _LIBRARIES
 
@@ -35,7 +34,7 @@ def forked() -> float:
     context.set_forkserver_preload(_LIBRARIES)
     queue = context.Queue()
     seconds = []
-    for _ in range(REPEATS + 1):
+    for _ in range(repeats + 1):
         process = context.Process(target=load, args=(queue,))
         process.start()
         seconds.append(queue.get(timeout=600))
@@ -43,10 +42,10 @@ def forked() -> float:
     return statistics.median(seconds[1:])  # the first one touches pages for the first time
 
 
-def fresh() -> float:
+def fresh(repeats: int) -> float:
     seconds = []
     environment = {**os.environ, "PYTHONPATH": ROOT}
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-c", "import flwr.supernode.cli.flwr_clientapp, client_app"]
         subprocess.run(command, env=environment, check=True)
@@ -56,4 +55,5 @@ def fresh() -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"client-app-start-cpu-s/cold": fresh(), "client-app-start-cpu-s/warm": forked()}))
+    times = int(sys.argv[1])
+    print(json.dumps({"client-app-start-cpu-s/cold": fresh(times), "client-app-start-cpu-s/warm": forked(times)}))

@@ -188,8 +188,7 @@ def bench_soak(setting: Any) -> Figures:
     expected = Expected.from_checkpoint(folder, 2, 2)
     local = LocalTrunk(hold_layers(folder, 2, 2).model)
     seconds = 10.0 if setting.quick else 180.0
-    stop, answered = threading.Event(), threading.Event()
-    dtypes = (1 if setting.quick else 2) * list(TOLERANCES)
+    stop, calm, dtypes = threading.Event(), threading.Event(), (1 if setting.quick else 2) * list(TOLERANCES)
     with ExitStack() as stack:
         replicas = [Server(folder, 2, 2, "limits.queue-tokens=8192") for _ in range(2 if setting.quick else 3)]
         for replica in replicas:
@@ -197,11 +196,9 @@ def bench_soak(setting: Any) -> Figures:
         address = ",".join(replica.address for replica in replicas)
         client = stack.enter_context(TrunkConnection(address, expected, wire_dtype="float32", timeout_s=120))
         client.connect()
-        works: list[Callable[[Counter[str]], None]] = [
-            *(partial(_traffic, address, expected, local, dtype, stop) for dtype in dtypes),
-            partial(_nuisance, replicas, stop),
-            *(partial(_churn, replica, expected, seed, stop, answered) for seed, replica in enumerate(replicas)),
-        ]
+        churns = [partial(_churn, replica, expected, seed, calm) for seed, replica in enumerate(replicas)]
+        callers = [partial(_traffic, address, expected, local, dtype, stop) for dtype in dtypes]
+        works: list[Callable[[Counter[str]], None]] = [*callers, partial(_nuisance, replicas, stop), *churns]
         counts = [Counter[str]() for _ in works]
         threads = [threading.Thread(target=work, args=(mine,)) for work, mine in zip(works, counts, strict=True)]
         for thread in threads:
@@ -210,10 +207,10 @@ def bench_soak(setting: Any) -> Figures:
             losses = _train(folder, client, lambda step, started: step < 2 or time.monotonic() - started < seconds)
         finally:
             stop.set()
-            for thread in threads[: -len(replicas)]:
-                thread.join()
-            answered.set()
-            for thread in threads[-len(replicas) :]:
+            for thread in threads[: -len(churns)]:  # a replica ends with the thread that has started it again:
+                thread.join()  # whoever still waits for an answer needs it
+            calm.set()
+            for thread in threads[-len(churns) :]:
                 thread.join()
         retries = client.num_retries
     undisturbed = _train(folder, local, lambda step, started: step < len(losses))
@@ -236,18 +233,8 @@ def bench_soak(setting: Any) -> Figures:
     }
 
 
-def _churn(
-    replica: Server,
-    expected: Expected,
-    seed: int,
-    stop: threading.Event,
-    answered: threading.Event,
-    counts: Counter[str],
-) -> None:
-    """Let a replica serve for a while, kill it, start it again; nothing keeps all of them from being dead at once.
-
-    The last start serves until `answered`: a server ends with the thread that started it.
-    """
+def _churn(replica: Server, expected: Expected, seed: int, stop: threading.Event, counts: Counter[str]) -> None:
+    """Let a replica serve for a while, kill it, start it again; nothing keeps all of them from being dead at once."""
     rng = random.Random(seed)
     while not stop.wait(rng.uniform(1.0, 8.0)):
         replica.kill()
@@ -258,7 +245,6 @@ def _churn(
             with TrunkConnection(replica.address, expected, timeout_s=1) as probe, suppress(TrunkUnavailable):
                 probe.connect()
                 break
-    answered.wait()
 
 
 def _traffic(

@@ -1,6 +1,8 @@
 """Files and folders: written atomically, cached, kept by round, so that a kill at any moment loses nothing finished."""
 
 import errno
+import json
+import math
 import os
 import re
 import shutil
@@ -8,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fl_split.errors import FLSplitError
 
@@ -75,6 +77,24 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def line_of(entry: Mapping[str, Any]) -> str:
+    """An entry of a ``metrics.jsonl`` as strict JSON, which knows no NaN: null, and back again by `read_entries`."""
+    finite = {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in entry.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def read_entries(file: Path) -> list[dict[str, Any]]:
+    """The entries of a ``metrics.jsonl``, a node's or a server's; a line that a kill has cut off is left out."""
+    entries = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        entries.append({key: math.nan if value is None else value for key, value in entry.items()})
+    return entries
 
 
 class Rounds:

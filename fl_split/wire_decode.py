@@ -120,6 +120,9 @@ def decode_action(data: bytes, limits: wire.CallLimits, kept: Sequence[int], max
 
 def cut(packed: wire.Packed, max_tokens: int) -> Iterator[wire.Packed]:
     """Cut a step between tokens, into pieces of about `max_tokens` at most, each with the next tokens of all."""
+    if len(packed.rows) <= max_tokens:
+        yield packed
+        return
     rows = packed.rows.split(packed.lengths)
     places = None if packed.positions is None else packed.positions.split(packed.lengths)
     done = 0

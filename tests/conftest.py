@@ -212,7 +212,8 @@ def run_app(
         "train.steps": 2,
         "data.max-length": 48,
         "data.holdout": 0.02,
-        "surrogate.check": False,  # which has tests of its own
+        "surrogate.kind": "blocks",  # `auto` and `surrogate.check` have tests of their own
+        "surrogate.check": False,
         "run.dir": str(run_dir),
         "run.name": name,
         **changes,

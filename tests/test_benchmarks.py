@@ -15,14 +15,19 @@ CASES = {  # script: (arguments, a figure that it writes)
     "bench_bottom": (["--bench", BENCH, "--jobs", "1", "--work", "{tmp}"], "gap-closed/matched-2"),
     "bench_classifier": (["--bench", BENCH], "accuracy/whole"),
     "bench_families": ([], "families-exact"),
-    "bench_federation": (["--bench", BENCH, "--jobs", "1", "--work", "{tmp}"], "heldout-loss/both"),
+    "bench_federation": (["--bench", BENCH, "--jobs", "1", "--work", "{tmp}"], "gain-over-local/as-is/both"),
     "bench_generate": ([], "decode-ratio/local"),
     "bench_memory": (["--work", "{tmp}"], "client-peak-over-share"),
+    "bench_privacy": (
+        ["--models", f"{BENCH}/llama-7m", "--data", f"{BENCH}/medquad/niddk.jsonl"],
+        "recovered/llama-7m/2/none",
+    ),
     "bench_real": (
         ["--model", f"{BENCH}/llama-7m", "--data", f"{BENCH}/medquad/niddk.jsonl", "--kinds", "none", "exact"],
         "heldout-loss/2+2/exact",
     ),
     "bench_rounds": (["--only", "start", "deployment", "simulation"], "round-overhead-s/simulation"),
+    "bench_secure": ([], "secure-sum-error/4-nodes"),
     "bench_trunk": (["--bench", BENCH, "--only", "bytes"], "heldout-loss/float32"),
 }
 

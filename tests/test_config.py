@@ -64,7 +64,7 @@ def test_flat_form_round_trips() -> None:
         ("nonsense.key", 1, r"nonsense: no such key"),
         ("model.dtype", "int8", r"model\.dtype='int8': input should be 'float32' or 'bfloat16'"),
         ("split.bottom-layers", True, r"split\.bottom-layers=True: input should be a valid integer"),
-        ("surrogate.kind", "magic", r"surrogate\.kind='magic': input should be 'none', 'identity'"),
+        ("surrogate.kind", "magic", r"surrogate\.kind='magic': input should be 'auto', 'none', 'identity'"),
         ("lora.dropout", 1.0, r"lora\.dropout=1\.0: input should be less than 1"),
         ("data.holdout", 0.0, r"data\.holdout=0\.0: input should be greater than 0"),
         ("data.partitioner", "column", r"data\.partitioner='column' goes by a column's values: name it in"),

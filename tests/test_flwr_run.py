@@ -91,7 +91,9 @@ def run_to_the_end(environment: dict[str, str], app: Path, **config: Any) -> dic
     )
     if not submitted["success"]:
         raise RuntimeError(f"flwr run said: {submitted}")
-    for _ in range(400):
+    log = [BIN / "flwr", "log", str(submitted["run-id"]), "test"]
+    subprocess.run(log, env=environment, capture_output=True, timeout=900)  # it ends with the run
+    for _ in range(60):
         runs = flwr(environment, "ls", "test", "--run-id", str(submitted["run-id"]), "--format", "json")["runs"]
         status: dict[str, Any] = runs[0]
         if status["status"].startswith("finished"):

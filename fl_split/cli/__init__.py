@@ -6,13 +6,14 @@ from typing import Annotated
 import typer
 
 from fl_split import __version__
-from fl_split.cli import keys, node, tools, trunk
+from fl_split.cli import keys, node, privacy, tools, trunk
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its C core prints what our own errors say, some twelve times over
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(node.app)
 app.add_typer(tools.app)
+app.add_typer(privacy.app)
 app.add_typer(trunk.app, name="trunk")
 app.add_typer(keys.app, name="keys")
 

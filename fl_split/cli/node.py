@@ -45,7 +45,7 @@ def chat_command(
     temperature: Temperature = 0.0,
     lookup: Lookup = 0,
 ) -> None:
-    """Talk to what this node has trained; an empty line or Ctrl-D ends it."""
+    """Talk to what this node has trained; Ctrl-C ends an answer, an empty line or Ctrl-D the conversation."""
     from fl_split.node.answers import Sampling, answer
     from fl_split.node.replicas import Credentials
     from fl_split.node.tuned import load_tuned
@@ -58,18 +58,22 @@ def chat_command(
             while question := _ask():
                 messages.append({"role": "user", "content": question})
                 made, text = answer(tuned, tuned.encode(messages), sampling), ""
-                for piece in made:
-                    print(piece, end="", flush=True)
-                    text += piece
-                rate = made.num_tokens / made.seconds
-                print(f"\n({made.num_tokens} tokens, {rate:.1f} tokens/s)", file=sys.stderr)
+                try:
+                    for piece in made:
+                        print(piece, end="", flush=True)
+                        text += piece
+                    said = f"{made.num_tokens} tokens, {made.num_tokens / made.seconds:.1f} tokens/s"
+                except KeyboardInterrupt:
+                    made.cancel()
+                    said = "cut short"
+                print(f"\n({said})", file=sys.stderr)
                 messages.append({"role": "assistant", "content": text})
 
 
 def _ask() -> str:
     try:
         return input("> ").strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         return ""
 
 

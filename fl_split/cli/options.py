@@ -27,6 +27,8 @@ RunValues = Annotated[
     list[str] | None, typer.Option("--run-config", "-c", help="key=value of a run, as for flwr run; may be repeated")
 ]
 
+NodeValues = Annotated[list[str] | None, typer.Option(help="key=value of this node, as for flower-supernode")]
+
 
 @contextmanager
 def errors() -> Iterator[None]:

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from fl_split.cli.options import Bottom, Model, Revision, RunFile, RunValues, Top, columns, errors, log_to_stderr
+from fl_split.cli.options import (
+    Bottom,
+    Model,
+    NodeValues,
+    Revision,
+    RunFile,
+    RunValues,
+    Top,
+    columns,
+    errors,
+    log_to_stderr,
+)
 
 app = typer.Typer()
 surrogate = typer.Typer(no_args_is_help=True, help="What gives the bottom its gradient.")
@@ -92,9 +103,7 @@ def gradcheck_command(
 def doctor_command(
     config: RunFile = None,
     run_config: RunValues = None,
-    node_config: Annotated[
-        list[str] | None, typer.Option(help="key=value of this node, as for flower-supernode")
-    ] = None,
+    node_config: NodeValues = None,
     rows: Annotated[int, typer.Option(min=2, help="look at the first rows of the data")] = 10_000,
     show: Annotated[int, typer.Option(min=0, help="print so many examples as the model sees them")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
@@ -125,13 +134,21 @@ def doctor_command(
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs, <run.dir>/<run.name>; several are compared")],
     out: Annotated[Path, typer.Option(help="file to write")] = Path("report.html"),
+    privacy: Annotated[
+        bool, typer.Option("--privacy", help="what left a node, of its own folder: <out-dir>/<run.name>")
+    ] = False,
+    audit: Annotated[Path | None, typer.Option(help="for --privacy: the .json that 'fl-split audit' wrote")] = None,
 ) -> None:
-    """Write what runs came to as one HTML page."""
+    """Write what runs came to, or what left a node, as one HTML page."""
     from fl_split.files import write_atomic
+    from fl_split.tools.privacy_report import privacy_report
     from fl_split.tools.report import report
 
     with errors():
-        write_atomic(out, report(run.expanduser() for run in runs))
+        if privacy:
+            write_atomic(out, privacy_report(runs[0].expanduser(), audit))
+        else:
+            write_atomic(out, report(run.expanduser() for run in runs))
     print(out.resolve())
 
 
@@ -161,7 +178,7 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
     """Show what splits of a model cost in memory, bytes and time, from its configuration alone."""
-    from fl_split.config import RunConfig, read_values
+    from fl_split.config import AUTO, RunConfig, read_values
     from fl_split.plan.plan import Link, rows_of
 
     link = Link(bandwidth_mbps * 1e6, latency_ms / 1e3, node_tflops * 1e12, trunk_tflops * 1e12)
@@ -169,9 +186,12 @@ def plan_command(
         values = read_values(config, run_config or [])
         if model:
             values |= {"model.name": model, "model.revision": revision}
-        rows = rows_of(RunConfig.from_flat(values), split or [], link)
+        run = RunConfig.from_flat(values)
+        rows = rows_of(run, split or [], link)
     if as_json:
         for row in rows:
             print(json.dumps(row))
         return
     print(columns(rows))
+    if run.surrogate.kind == "auto":
+        print(f"surrogate.kind=auto, planned as blocks: {AUTO.replace('`', '')}")

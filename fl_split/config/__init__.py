@@ -3,6 +3,7 @@
 from fl_split.config.node import NodeConfig
 from fl_split.config.run import RunConfig
 from fl_split.config.sections import (
+    AUTO,
     Aggregation,
     Combine,
     Data,
@@ -27,6 +28,7 @@ from fl_split.config.sections import (
 from fl_split.config.values import Scalar, check_given, read_values
 
 __all__ = [
+    "AUTO",
     "Aggregation",
     "Combine",
     "Data",

@@ -15,6 +15,7 @@ from fl_split.config.sections import (
     Aggregation,
     Data,
     Dp,
+    Kind,
     Lora,
     Model,
     Positive,
@@ -32,6 +33,8 @@ from fl_split.config.values import KEYS, Scalar
 from fl_split.errors import ConfigError, explain_invalid
 
 _TRACKERS = ("tensorboard", "trackio", "mlflow", "wandb")
+
+_REDACTED = ("email", "url", "date", "phone", "number")
 
 
 class RunConfig(Section):
@@ -65,6 +68,10 @@ class RunConfig(Section):
         if self.run.resume and not self.run.name:
             raise ValueError("run.resume=true needs run.name: the name of the run to go on with")
         _check_aggregation(self.aggregation, self.dp)
+        if self.aggregation.secure:
+            _check_secure(self.aggregation, self.dp)
+        if self.aggregation.personal:
+            _check_personal(self.aggregation, self.dp, self.lora)
         if self.lora.variant == "dora" and (self.aggregation.combine, self.aggregation.tensors) != ("mean", "both"):
             raise ValueError(
                 "lora.variant='dora' needs aggregation.combine='mean' and aggregation.tensors='both', not "
@@ -98,10 +105,19 @@ class RunConfig(Section):
             raise ValueError(
                 "surrogate.kind='exact' makes gradients leave the nodes: for that, set trunk.exact-gradient=true too"
             )
-        _check_shares(self.surrogate.kind == "shares", self.trunk, self.model)
+        _check_shares(self.has_shares, self.surrogate.kind, self.trunk, self.model)
         if not embedded and not self.trunk.address.rpartition(":")[2].isdigit():
             raise ValueError(f"trunk.address={self.trunk.address!r}: expected 'embedded' or host:port")
         return self
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether nodes may send gradients in shares, to a second trunk."""
+        return self.surrogate.kind == "shares" or (self.surrogate.kind == "auto" and self.trunk.share_address != "")
+
+    def with_kind(self, kind: Kind) -> "RunConfig":
+        """The configuration of a node that has settled what gives its bottom a gradient."""
+        return self.model_copy(update={"surrogate": self.surrogate.model_copy(update={"kind": kind})})
 
     def with_rates(self) -> "RunConfig":
         """The configuration with numbers for rates that are ``auto``: what suits the demo's model wrecks a real one."""
@@ -177,11 +193,50 @@ def _check_aggregation(aggregation: Aggregation, dp: Dp) -> None:
         )
 
 
-def _check_shares(wanted: bool, trunk: TrunkService, model: Model) -> None:
+def _check_personal(aggregation: Aggregation, dp: Dp, lora: Lora) -> None:
+    """Refuse what `aggregation.personal` cannot keep its promise with: a node's own adapter is nobody's but its own."""
+    strategy = aggregation.strategy
+    reasons = {
+        "aggregation.share='none'": aggregation.share == "none" and "there is nothing to add to a node's own adapter",
+        f"aggregation.tensors={aggregation.tensors!r}": aggregation.tensors != "both"
+        and "half of the others' product B A is none",
+        f"aggregation.strategy={strategy!r}": strategy in ("fedavgm", "fedadam", "fedprox")
+        and "it moves nodes from where the server is, and here they never start there",
+        "aggregation.share-head=true": aggregation.share_head and "a head is no product B A",
+        "lora.variant='dora'": lora.variant == "dora" and "its update is no product B A",
+        f"aggregation.min-nodes={aggregation.min_nodes}": aggregation.min_nodes < 3
+        and dp.mode == "off"
+        and "the mean of two adapters shows each node the other's: set 3 or more, or dp.mode",
+    }
+    for given, reason in reasons.items():
+        if reason:
+            raise ValueError(f"aggregation.personal=true does not go with {given}: {reason}")
+
+
+def _check_secure(aggregation: Aggregation, dp: Dp) -> None:
+    """Refuse what needs a single node's part, which masks hide, or a sum without some of the nodes."""
+    strategy, combine = aggregation.strategy, aggregation.combine
+    robust = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
+    reasons = {
+        "aggregation.share='none'": aggregation.share == "none" and "nothing is shared",
+        f"aggregation.combine={combine!r}": combine != "mean" and "it needs each node's product B A, and masks hide it",
+        f"aggregation.strategy={strategy!r}": strategy in robust and "it compares single nodes, and masks hide them",
+        f"dp.mode={dp.mode!r}": dp.mode.startswith("server")
+        and "the server cannot clip what it does not see: use 'client-fixed' or 'client-adaptive'",
+        f"aggregation.fraction={aggregation.fraction:g}": aggregation.fraction < 1
+        and "the difference of two rounds' sums would be single nodes' parts",
+    }
+    for given, reason in reasons.items():
+        if reason:
+            raise ValueError(f"aggregation.secure=true does not go with {given}: {reason}")
+
+
+def _check_shares(wanted: bool, kind: str, trunk: TrunkService, model: Model) -> None:
     embedded = trunk.address == "embedded"
     if not wanted and trunk.share_address:
         raise ValueError(
-            f"trunk.share-address={trunk.share_address!r} is for surrogate.kind='shares': set that, or leave it empty"
+            f"trunk.share-address={trunk.share_address!r} is for surrogate.kind='shares' or 'auto', not "
+            f"{kind!r}: set one of them, or leave it empty"
         )
     if wanted and (not trunk.share_address or embedded != (trunk.share_address == "embedded")):
         raise ValueError(
@@ -210,6 +265,8 @@ def _check_task(task: Task, data: Data) -> None:
 
 
 def _check_data(data: Data) -> None:
+    if unknown := [kind for kind in data.redacted if kind not in _REDACTED]:
+        raise ValueError(f"data.redact={data.redact!r}: {unknown[0]!r} is none of {', '.join(_REDACTED)}")
     if data.text and data.messages:
         raise ValueError(f"data.text={data.text!r} and data.messages={data.messages!r}: an example is one or the other")
     if data.template not in ("auto", "plain", "chat"):
@@ -223,5 +280,7 @@ def _check_data(data: Data) -> None:
     if data.template != "auto" and (data.text or data.messages):
         key = "data.text" if data.text else "data.messages"
         raise ValueError(f"data.template={data.template!r} is for data.prompt and data.response, and {key} is set")
+    if data.samples and data.labels:
+        raise ValueError("data.samples is for language models: with data.labels, set data.samples=0")
     if data.packing and data.labels:
         raise ValueError("data.packing=true is for language models: with data.labels, set data.packing=false")

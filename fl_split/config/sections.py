@@ -20,6 +20,11 @@ StrategyName = Literal[
     "fedavg", "fedavgm", "fedadam", "fedprox", "fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"
 ]
 Kind = Literal["none", "identity", "blocks", "distilled", "matched", "streamed", "shares", "exact"]
+AUTO = (  # what each node does with `surrogate.kind = auto`; see `node.choice`
+    "`shares` where the run names a second trunk and the institution allows it; else `streamed` where the whole "
+    "checkpoint is on the node's disk and a round takes at most half of `run.round-timeout`; else `blocks` where "
+    "memory allows, if a trial shows that they help; else `none`"
+)
 Combine = Literal["mean", "svd", "stack", "exact"]
 Task = Literal["causal-lm", "sequence-classification"]
 Partitioner = Literal["", "iid", "column", "dirichlet", "pathological", "linear", "exponential"]
@@ -70,11 +75,12 @@ class Split(Section):
 class Surrogate(Section):
     """What gives the bottom its gradient."""
 
-    kind: Kind = Field(
-        "blocks",
-        description="`blocks`: kept trunk layers; `distilled`: those, trained on the way; `matched`: published by the "
-        "trunk; `streamed`: all trunk layers, read from disk one at a time; `identity`; `none`: the bottom stays "
-        "frozen; `shares`: dL/dh2 leaves the node as two shares, for two trunks; `exact`: dL/dh2 leaves the node",
+    kind: Literal["auto", Kind] = Field(
+        "auto",
+        description=f"`auto`: {AUTO}; `blocks`: the trunk's first layers; `distilled`: those, trained on the way; "
+        "`matched`: published by the trunk; `streamed`: all trunk layers, read from disk one at a time; `identity`; "
+        "`none`: the bottom stays frozen; `shares`: dL/dh2 leaves the node as two shares, for two trunks; `exact`: "
+        "dL/dh2 leaves the node",
     )
     layers: Positive = Field(2, description="trunk layers kept on the node, for `blocks` and `distilled`")
     check: bool = Field(
@@ -98,6 +104,11 @@ class Surrogate(Section):
     )
 
     @property
+    def planned(self) -> Kind:
+        """The kind; of `auto`, the one that needs the most memory."""
+        return "blocks" if self.kind == "auto" else self.kind
+
+    @property
     def trains_bottom(self) -> bool:
         """Whether the bottom gets a gradient; without one it has no adapter either."""
         return self.kind != "none"
@@ -115,7 +126,7 @@ class Surrogate(Section):
     @property
     def num_kept(self) -> int:
         """How many of the trunk's layers a node keeps as they are."""
-        return self.layers if self.kind in ("blocks", "distilled") else 0
+        return self.layers if self.planned in ("blocks", "distilled") else 0
 
 
 class Lora(Section):
@@ -162,6 +173,17 @@ class Data(Section):
         0.1, description="part held out for evaluation, never trained on; a row's side depends on nothing but the row"
     )
     holdout_max: Positive = Field(500, description="examples of the held-out part that are evaluated, at most")
+    samples: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="held-out prompts that a node answers after each round; the texts stay in its folder, exact match "
+        "and ROUGE-L are metrics",
+    )
+    redact: str = Field(
+        "",
+        description="what each node replaces by pseudonyms before anything is made of its text, with commas between: "
+        "`email`, `url`, `date`, `phone`, `number`; a node may add rules of its own (`redact-rules`); noise in its "
+        "place would not help: a node cannot be protected from the trunk's operator by noise",
+    )
     bad_rows: Literal["skip", "refuse"] = Field(
         "skip", description="rows that are empty, malformed or too long to learn from: leave out and count, or stop"
     )
@@ -181,6 +203,11 @@ class Data(Section):
         0.5, description="of `dirichlet`: the smaller, the more a node has of few values"
     )
     partition_classes: Positive = Field(2, description="of `pathological`: values that a node has")
+
+    @property
+    def redacted(self) -> tuple[str, ...]:
+        """`redact` one by one."""
+        return tuple(kind.strip() for kind in self.redact.split(",")) if self.redact else ()
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -260,6 +287,16 @@ class Aggregation(Section):
     share: Share = Field("none", description="adapters combined over the nodes; the rest never leaves a node")
     share_head: bool = Field(
         False, description="share a classifier's head with the top; it shows how frequent each label is on a node"
+    )
+    personal: bool = Field(
+        False,
+        description="each node's adapter trains as if nothing were shared; what the others' makes better is added to "
+        "it, as far as it does so on the node's own examples",
+    )
+    secure: bool = Field(
+        False,
+        description="nodes mask what they share, so that the server learns their mean and no node's part; every node "
+        "named in the nodes' `secure-peers` takes part in every round",
     )
     tensors: Tensors = Field(
         "both",

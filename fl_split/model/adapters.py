@@ -4,6 +4,7 @@ Module names of the ends are those of the full model, so their PEFT adapter *is*
 What leaves the node: `shared_state` decides it, by name, and nothing else reads adapter weights for a reply.
 """
 
+import math
 import os
 import re
 import tempfile
@@ -31,6 +32,7 @@ from fl_split.model.ends import head_of
 from fl_split.model.loading import boundaries_of
 
 Part = Literal["bottom", "trunk", "top"]
+PARTS: tuple[Part, ...] = ("bottom", "top")  # that have adapters
 Variant = Literal["lora", "rslora", "dora"]
 
 
@@ -209,8 +211,9 @@ def freeze_a(model: PeftModel, share: Share) -> None:
 
 
 def scaling_of(model: PeftModel) -> float:
-    """What B A is multiplied by: alpha / rank."""
-    return next(float(m.scaling["default"]) for m in model.modules() if isinstance(m, LoraLayer))
+    """What B A is multiplied by: alpha / rank, however `mix` weighs it."""
+    config = cast(LoraConfig, model.peft_config["default"])
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 
 def add_residual(model: PeftModel, residual: Mapping[str, Tensor]) -> None:
@@ -237,6 +240,27 @@ def add_residual(model: PeftModel, residual: Mapping[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         if ".residual." in name:
             parameter.requires_grad_(False)
+
+
+def mix(model: PeftModel, weights: Mapping[Part, float]) -> None:
+    """Weigh the residual against the node's own adapter: ``(1 - w) own + w residual``, with a w for each part.
+
+    Args:
+        model: With a residual; mutated.
+        weights: Of the residual; a part that is not named keeps its own adapter as it is.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            weight = weights.get(part_of(model, f"{name}."), 0.0)
+            module.set_scale("default", 1.0 - weight)
+            module.set_scale("residual", weight)
+
+
+def drop_residual(model: PeftModel) -> None:
+    """Leave the node's own adapter alone in the model, as it is; mutates the model."""
+    mix(model, {})
+    cast(LoraModel, model.base_model).delete_adapter("residual")
+    cast(LoraModel, model.base_model).set_adapter("default")
 
 
 def parameter_groups(model: PeftModel, bottom_lr: float, top_lr: float) -> list[dict[str, object]]:

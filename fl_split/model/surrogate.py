@@ -47,11 +47,14 @@ def join_exact(hidden_states: Tensor, trunk: Tensor, vjp: Callable[[Tensor], Ten
 
 
 def kept_layers(kind: Kind, count: int, first: int, end: int) -> tuple[int, ...]:
-    """Indices of the trunk layers that a node keeps as its surrogate, as they are.
+    """Indices of the trunk layers that a node keeps as its surrogate, as they are: the trunk's first ones.
+
+    Its early layers carry the Jacobian: of SmolLM2-135M's 14 middle layers the first 4 give the gradient a cosine of
+    0.54, evenly spaced ones 0.16; on a Llama of 12 layers there is hardly a difference (0.80 and 0.79).
 
     Args:
         kind: ``blocks`` and ``distilled`` keep layers; the others keep none.
-        count: How many to keep, evenly spaced.
+        count: How many to keep.
         first: First layer of the trunk.
         end: The layer after its last.
 
@@ -66,7 +69,7 @@ def kept_layers(kind: Kind, count: int, first: int, end: int) -> tuple[int, ...]
             f"surrogate.layers={count} cannot be kept of a trunk of {depth} layers: "
             f"use 1 to {depth}, or surrogate.kind='identity', which keeps none"
         )
-    return tuple(first + (2 * i + 1) * depth // (2 * count) for i in range(count))
+    return tuple(range(first, first + count))
 
 
 class _Join(torch.autograd.Function):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -92,7 +92,11 @@ def answer(tuned: Tuned, ids: Sequence[int], sampling: Sampling) -> Answer:
     """Begin to answer one prompt; its text comes as it is made.
 
     Iterating raises whatever went wrong, such as `TrunkUnavailable`.
+
+    Raises:
+        DataError: The prompt is empty, or too long.
     """
+    most = _room(tuned, [ids], sampling)
     streamer, cancelled = _Tokens(), _Cancelled()
     prompt = torch.tensor([list(ids)], device=tuned.model.device)
     failed: list[Exception] = []
@@ -106,10 +110,10 @@ def answer(tuned: Tuned, ids: Sequence[int], sampling: Sampling) -> Answer:
                 attention_mask=torch.ones_like(prompt),
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([cancelled]),
-                **options_of(tuned, sampling),
+                **{**options_of(tuned, sampling), "max_new_tokens": most},
             )
             made.num_tokens = out.shape[1] - prompt.shape[1]
-            made.reason = "length" if made.num_tokens >= sampling.max_tokens else "stop"
+            made.reason = "length" if made.num_tokens >= most and not cancelled.event.is_set() else "stop"
         except Exception as error:  # it belongs to whoever iterates
             failed.append(error)
             streamer.end()
@@ -118,7 +122,7 @@ def answer(tuned: Tuned, ids: Sequence[int], sampling: Sampling) -> Answer:
         thread = threading.Thread(target=generate, name="answer", daemon=True)
         thread.start()
         try:
-            yield from until_stop(_decode(tuned, streamer), sampling.stop)
+            yield from until_stop(_decode(tuned, streamer), sampling.stop, cancelled.event.set)
             thread.join()
         finally:
             cancelled.event.set()
@@ -128,6 +132,18 @@ def answer(tuned: Tuned, ids: Sequence[int], sampling: Sampling) -> Answer:
 
     made = Answer(texts(), prompt.shape[1], cancelled.event.set)
     return made
+
+
+def _room(tuned: Tuned, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
+    """How many tokens answers to these prompts may have."""
+    longest, most = max(map(len, prompts)), tuned.max_length
+    if sampling.max_tokens < 1:
+        raise DataError(f"max_tokens={sampling.max_tokens}: an answer has at least 1")
+    if not all(prompts):
+        raise DataError("the prompt is empty: ask something")
+    if longest >= most:
+        raise DataError(f"a prompt has {longest} tokens: model and trunk take at most {most}, its answer included")
+    return min(sampling.max_tokens, most - longest)
 
 
 def _decode(tuned: Tuned, tokens: _Tokens) -> Iterator[str]:
@@ -147,13 +163,14 @@ def _text(tuned: Tuned, ids: Sequence[int]) -> str:
     return str(tuned.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def until_stop(texts: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """Pass text on up to a stop string; what may be the beginning of one is held back."""
+def until_stop(texts: Iterator[str], stop: Sequence[str], stopped: Callable[[], None] = lambda: None) -> Iterator[str]:
+    """Pass text on up to a stop string, and say so; what may be the beginning of one is held back."""
     held = ""
     for text in texts:
         held += text
         found = [at for at in (held.find(s) for s in stop) if at >= 0]
         if found:
+            stopped()  # transformers sees a stop string only where tokens spell it
             yield held[: min(found)]
             for _ in texts:  # to its end: the rest is nobody's
                 pass
@@ -196,14 +213,16 @@ def answer_file(
         How many were answered now.
 
     Raises:
-        DataError: A row that holds no question, or answers to other questions.
+        DataError: A row that holds no question or too long a one, or answers to other questions.
     """
+    if questions.resolve() == answers.resolve():
+        raise DataError(f"--in and --out are both {answers}: name another file for the answers")
     rows = _read_rows(questions)
     prompts = [_prompt(tuned, row, column, i) for i, row in enumerate(rows)]
     done = _answered(rows, answers)
     progress(done, len(rows))
     first = done
-    with answers.open("a") as file:
+    with _appended(answers) as file:
         while done < len(rows):
             batch = slice(done, done + batch_size)
             texts = answer_batch(tuned, prompts[batch], sampling)
@@ -216,25 +235,38 @@ def answer_file(
     return done - first
 
 
+def _appended(answers: Path) -> TextIO:
+    try:
+        return answers.open("a", encoding="utf-8", errors="backslashreplace")  # half a letter, as JSON writes it
+    except OSError as error:
+        raise DataError(f"--out {answers} cannot be written ({type(error).__name__})") from None
+
+
 def answer_batch(tuned: Tuned, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
-    """Answer prompts at the same time, padded on the left."""
+    """Answer prompts at the same time, padded on the left.
+
+    Raises:
+        DataError: A prompt is empty, or too long.
+    """
+    most = _room(tuned, prompts, sampling)
     longest = max(map(len, prompts))
     pad = int(tuned.tokenizer.pad_token_id or 0)
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=tuned.model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=tuned.model.device)
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
-    out = tuned.model.generate(input_ids=ids, attention_mask=mask, **options_of(tuned, sampling))
+    options = {**options_of(tuned, sampling), "max_new_tokens": most}
+    out = tuned.model.generate(input_ids=ids, attention_mask=mask, **options)
     return ["".join(until_stop(iter([_text(tuned, row)]), sampling.stop)) for row in out[:, longest:].tolist()]
 
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # a text may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--in {file} cannot be read ({type(error).__name__}): expected a JSON object a line") from None
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines if lines[-1] else lines[:-1], 1):
         try:
             row = json.loads(line)
         except ValueError:
@@ -250,7 +282,12 @@ def _prompt(tuned: Tuned, row: Mapping[str, Any], column: str, index: int) -> li
     messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise DataError(f"line {index + 1} has no text and no messages in {column!r}: set --prompt to the key that has")
-    return tuned.encode(messages)
+    ids = tuned.encode(messages)
+    try:
+        _room(tuned, [ids], Sampling())
+    except DataError as error:
+        raise DataError(f"line {index + 1}: {error}") from None
+    return ids
 
 
 def _answered(rows: Sequence[Mapping[str, Any]], answers: Path) -> int:
@@ -262,7 +299,12 @@ def _answered(rows: Sequence[Mapping[str, Any]], answers: Path) -> int:
     if len(whole) < len(data):
         with answers.open("r+b") as file:
             file.truncate(len(whole))
-    found = [json.loads(line) for line in whole.splitlines()]
+    try:
+        found = [json.loads(line) for line in whole.splitlines()]
+    except ValueError:
+        raise DataError(f"--out {answers} is no file of answers: name another file, or remove it") from None
+    if not all(isinstance(row, dict) and "answer" in row for row in found):
+        raise DataError(f"--out {answers} holds lines without an answer: name a file of its own, or remove it")
     asked = [{key: value for key, value in row.items() if key != "answer"} for row in found]
     given = [{key: value for key, value in row.items() if key != "answer"} for row in rows[: len(found)]]
     if len(found) > len(rows) or asked != given:

@@ -19,6 +19,7 @@ from fl_split.model.ends import checkpoint_activations, load_ends
 from fl_split.model.packing import check_packing
 from fl_split.model.slots import Trunk
 from fl_split.node.expected import Expected
+from fl_split.node.ledger import Note
 from fl_split.node.replicas import Credentials
 from fl_split.node.shares import SharesTrunk, Sides
 from fl_split.node.trunk_cache import CachedTrunk
@@ -89,12 +90,12 @@ def find_model(config: RunConfig) -> Path:
         ConfigError: There is no such model.
     """
     split, surrogate = config.split, config.surrogate
-    needs = node_needs(split.bottom_layers, split.top_layers, surrogate.kind, surrogate.layers)
+    needs = node_needs(split.bottom_layers, split.top_layers, surrogate.planned, surrogate.layers)
     return resolve_model(config.model.name, config.model.revision, needs)
 
 
 def connect(
-    config: RunConfig, node: NodeConfig, folder: Path, address: str, stack: ExitStack
+    config: RunConfig, node: NodeConfig, folder: Path, address: str, stack: ExitStack, note: Note | None = None
 ) -> tuple[TrunkConnection, Expected]:
     """Reach the trunk and check that it is the run's.
 
@@ -104,6 +105,7 @@ def connect(
         folder: The base model's.
         address: Where the server says that the trunk is.
         stack: Closes the connection.
+        note: Gets every message before it is sent.
 
     Raises:
         TrunkError: It cannot be reached, is another, or does not let this node in.
@@ -116,6 +118,7 @@ def connect(
         timeout_s=config.trunk.timeout_s,
         in_flight=config.trunk.in_flight,
         credentials=_credentials(node),
+        note=note,
     )
     stack.enter_context(connection)
     connection.connect()
@@ -123,7 +126,12 @@ def connect(
 
 
 def connect_shares(
-    config: RunConfig, node: NodeConfig, folder: Path, addresses: tuple[str, str], stack: ExitStack
+    config: RunConfig,
+    node: NodeConfig,
+    folder: Path,
+    addresses: tuple[str, str],
+    stack: ExitStack,
+    note: Note | None = None,
 ) -> SharesTrunk:
     """Reach the two trunks that a gradient's shares go to; arguments and errors as of `connect`.
 
@@ -147,6 +155,7 @@ def connect_shares(
                 in_flight=config.trunk.in_flight,
                 credentials=own,
                 meet=partial(sides.meet, side),
+                note=note,
             )
         )
         for side, (place, own) in enumerate(zip(places, credentials, strict=True))
@@ -172,19 +181,23 @@ def with_cache(
     return cache
 
 
+def fetch_matched(config: RunConfig, connection: TrunkConnection) -> Path | None:
+    """The surrogate that the trunk publishes, if the run uses that."""
+    return connection.fetch_surrogate(cache_folder() / "surrogates") if config.surrogate.kind == "matched" else None
+
+
 def build_model(
-    config: RunConfig, lora: Lora, folder: Path, connection: TrunkConnection, trunk: Trunk, pad_token_id: int | None
+    config: RunConfig, lora: Lora, folder: Path, trunk: Trunk, pad_token_id: int | None, matched: Path | None = None
 ) -> PeftModel:
     """Load the two ends with their adapters, on the device that there is."""
-    kind = config.surrogate.kind
     model = load_ends(
         folder,
         config.split.bottom_layers,
         config.split.top_layers,
         trunk,
-        surrogate=kind,
+        surrogate=config.surrogate.planned,
         surrogate_layers=config.surrogate.layers,
-        matched=connection.fetch_surrogate(cache_folder() / "surrogates") if kind == "matched" else None,
+        matched=matched,
         dtype=config.model.torch_dtype,
         labels=config.data.label_names,
         seed=config.train.seed,

@@ -4,6 +4,7 @@ Data path: bottom -> **encode_step, over a stream, decode** -> top. The trunk ke
 the stream lasts. When it is lost, whoever opened it opens another, at any replica, with all that was sent.
 """
 
+import math
 import queue
 import threading
 import time
@@ -24,15 +25,18 @@ if TYPE_CHECKING:
     from fl_split.node.trunk_connection import TrunkConnection
 
 
+_TICK_S = 0.25  # how late a reply is found to be late
+
+
 class DecodeStream:
     """A `generation.Stream` that is a stream of a trunk's replica."""
 
     def __init__(self, connection: "TrunkConnection", replica: Replica, metadata: Any) -> None:
         self._connection, self._replica = connection, replica
         self._requests: queue.SimpleQueue[pb.DecodeRequest | None] = queue.SimpleQueue()
-        self._replies: queue.SimpleQueue[pb.ForwardReply | grpc.RpcError] = queue.SimpleQueue()
+        self._due, self._late, self._closed = math.inf, False, threading.Event()
         self._call = replica.decode(iter(self._requests.get, None), metadata=metadata)
-        threading.Thread(target=self._receive, name="trunk-stream", daemon=True).start()
+        threading.Thread(target=self._watch, name="trunk-stream", daemon=True).start()
 
     def begin(self, packed: wire.Packed, room: int, timeout_s: float) -> Tensor:
         """Open it, with its first step.
@@ -47,14 +51,13 @@ class DecodeStream:
             self.close()
             raise
 
-    def _receive(self) -> None:
-        try:
-            for reply in self._call:
-                self._replies.put(reply)
-        except grpc.RpcError as error:
-            self._replies.put(error)
-        else:
-            self._replies.put(LateReply())  # ended without a word
+    def _watch(self) -> None:
+        """End the call when a reply is late. Replies are taken without another thread: that took a token's time."""
+        while not self._closed.wait(_TICK_S):
+            if time.monotonic() > self._due:
+                self._late = True
+                self._call.cancel()
+                return
 
     def step(self, packed: wire.Packed) -> Tensor:
         """See `generation.Stream.step`.
@@ -73,6 +76,7 @@ class DecodeStream:
 
     def _exchange(self, packed: wire.Packed, timeout_s: float) -> Tensor:
         connection, started = self._connection, time.monotonic()
+        self._due = started + timeout_s
         sent = []
         for piece in wire_decode.cut(packed, connection.tokens_per_call()):
             request = wire_decode.encode_step(piece, connection.wire_dtype)
@@ -80,7 +84,7 @@ class DecodeStream:
             sent.append((request, piece.lengths))
         pieces = []
         for request, lengths in sent:
-            reply = self._take(started + timeout_s - time.monotonic())
+            reply = self._take()
             connection.check_origin(reply)
             try:
                 rows = wire.decode_reply(reply, request.step, connection.hidden_size)
@@ -88,16 +92,17 @@ class DecodeStream:
                 raise WireError(f"the trunk at {self._replica.address} sent a bad reply: {error}") from error
             pieces.append((rows, lengths))
             connection.count(request.ByteSize(), reply.ByteSize(), 0.0)
+        self._due = math.inf
         connection.count(0, 0, time.monotonic() - started)
         return wire_decode.join(pieces)
 
-    def _take(self, timeout_s: float) -> pb.ForwardReply:
+    def _take(self) -> pb.ForwardReply:
         try:
-            reply = self._replies.get(timeout=max(timeout_s, 0.001))
-        except queue.Empty:
-            raise LateReply from None
-        if isinstance(reply, grpc.RpcError):
-            raise reply
+            reply: pb.ForwardReply | None = next(self._call, None)
+        except grpc.RpcError as error:
+            raise (LateReply() if self._late else error) from None
+        if reply is None:  # ended without a word
+            raise LateReply
         return reply
 
     def truncate(self, lengths: Sequence[int]) -> None:
@@ -110,5 +115,6 @@ class DecodeStream:
 
     def close(self) -> None:
         """End the stream; what the trunk keeps for it is dropped."""
+        self._closed.set()
         self._requests.put(None)
         self._call.cancel()

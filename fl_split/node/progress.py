@@ -3,7 +3,6 @@
 round starts -> a line -> every few seconds a line (on a terminal a bar) and an entry -> a summary and an entry
 """
 
-import json
 import logging
 import math
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_split.errors import ConfigError
-from fl_split.files import write_atomic
+from fl_split.files import line_of, read_entries, write_atomic
 from fl_split.node.train import Step
 
 logger = logging.getLogger(__name__)
@@ -39,7 +38,7 @@ class Progress:
         self._board = _tensorboard(folder / "tensorboard") if to else None
         kept = [entry for entry in read_entries(self._file) if entry["round"] < server_round]
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self._file, "".join(_line(entry) for entry in kept))
+        write_atomic(self._file, "".join(line_of(entry) for entry in kept))
 
     def start(self, what: str) -> None:
         """Say what the round is about."""
@@ -90,22 +89,7 @@ class Progress:
     def _add(self, entry: Mapping[str, Any]) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(_line({"time": now, "round": self._round, **entry}))
-
-
-def read_entries(file: Path) -> list[dict[str, Any]]:
-    """The entries of a node's ``metrics.jsonl``; a line that a kill has cut off is left out."""
-    entries = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return entries
-
-
-def _line(entry: Mapping[str, Any]) -> str:
-    return json.dumps(entry, allow_nan=False) + "\n"
+            file.write(line_of({"time": now, "round": self._round, **entry}))
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fl_split.config import Combine
 from fl_split.model import adapters
-from fl_split.model.products import LORA_A, LORA_B, RESIDUAL_A, RESIDUAL_B, Arrays, modules, prefixes
+from fl_split.model.products import LORA_A, LORA_B, RESIDUAL_A, RESIDUAL_B, Arrays, add, modules, prefixes
 from fl_split.node.train import forget_moments
 
 
@@ -59,6 +59,26 @@ def take(
     if how == "stack":
         adapter |= {m + end: fresh[m + end] for m in prefixes(residual, RESIDUAL_A) for end in (LORA_A, LORA_B)}
     return adapter, residual
+
+
+def products(received: Arrays, how: Combine, scaling: float) -> dict[str, Tensor]:
+    """All that the server made of the nodes' adapters as whole products, of any rank, named as residuals.
+
+    Args:
+        received: From `combine`; empty at the start.
+        how: As there.
+        scaling: alpha / rank of this node, which is that of all where A and B are averaged apart.
+    """
+    result: dict[str, Tensor] = {}
+    for module in dict.fromkeys([*prefixes(received, LORA_A), *prefixes(received, RESIDUAL_A)]):
+        parts = []
+        if module + LORA_A in received:
+            parts.append((received[module + LORA_A], (1.0 if how == "svd" else scaling) * received[module + LORA_B]))
+        if module + RESIDUAL_A in received:
+            parts.append((received[module + RESIDUAL_A], received[module + RESIDUAL_B]))
+        a, b = add(parts)
+        result[module + RESIDUAL_A], result[module + RESIDUAL_B] = a.float(), b.float()
+    return result
 
 
 def moved(new: Arrays, old: Arrays) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -19,35 +20,40 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from fl_split.config import NodeConfig, RunConfig
+from fl_split.config import Aggregation, NodeConfig, RunConfig
 from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
 from fl_split.data.fits import check_fits
 from fl_split.data.load import Examples, load_examples
+from fl_split.data.store import Prepared
 from fl_split.errors import TrainingError
 from fl_split.model import adapters
 from fl_split.model.distill import Distiller
 from fl_split.model.loss import Batch
 from fl_split.model.slots import Trunk
-from fl_split.node import train
+from fl_split.node import masks, personal, train
 from fl_split.node.build import (
     build_model,
     check_consent,
     check_demo_data,
     connect,
     connect_shares,
+    fetch_matched,
     find_model,
     warn_of_room,
     with_cache,
 )
 from fl_split.node.card import base_name, card_text, write_recipe
+from fl_split.node.choice import settle
 from fl_split.node.evaluate import Scores, evaluate, scores_before
-from fl_split.node.metrics import RoundMetrics, heldout_metrics
+from fl_split.node.ledger import Ledger
+from fl_split.node.metrics import RoundMetrics, given_away, heldout_metrics
 from fl_split.node.progress import Progress
-from fl_split.node.received import receive
+from fl_split.node.received import products, receive
+from fl_split.node.samples import Sample, answer_heldout, check_scorer, keep, means
 from fl_split.node.shares import SharesTrunk
 from fl_split.node.state import NodeFolder, SavedRound
 from fl_split.node.train import RoundSettings, Trained, train_round
-from fl_split.node.trial import LEAST, MEASURED, STEPS, Gain, explain, is_due, try_bottom
+from fl_split.node.trial import LEAST, MEASURED, STEPS, Gain, Losses, explain, gain, is_due, measure, try_bottom
 from fl_split.node.trunk_cache import CachedTrunk
 from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.plan.plan import choose_split
@@ -62,7 +68,7 @@ class RoundResult:
     shared: dict[str, Tensor]  # adapter weights that `aggregation.share` and `aggregation.tensors` name
     scaling: float  # alpha / rank of this node, without which they mean nothing
     metrics: dict[str, int | float]  # numbers about the round: `node.metrics`
-    adapter: Path  # the export, on the node's own disk
+    adapter: str  # where the export is; of a deployed node not the path, which is its own affair
 
 
 @dataclass(frozen=True)
@@ -93,11 +99,16 @@ def run_round(
     """
     transformers_logging.disable_progress_bar()
     check_consent(config, node)
+    masks.check_consent(config, node)
     check_demo_data(config, node)
+    if config.data.samples:
+        check_scorer()
     with ExitStack() as stack:
         this = Round.build(choose_split(config).with_rates(), node, instructions, stack)
         this.restore(received)
         outcome = this.train()
+        if config.aggregation.personal:
+            outcome = this.weigh(outcome, received)
     return this.reply(outcome, this.save(outcome))
 
 
@@ -108,14 +119,16 @@ class Outcome:
     trained: Trained
     trial: Gain  # the newest one of the bottom's gradient
     trained_bottom: bool
-    heldout: dict[str, Scores]  # `base`, `before`, `shared`, `after`
+    heldout: dict[str, Scores]  # `base`, `before`, `shared`, `after`; and of `aggregation.personal`, `alone`
+    samples: list[Sample]  # private; their means are not
     evaluate_s: float
     trunk_forward_s: float  # of training
+    worth: personal.Worth | None = None  # of `aggregation.personal`
 
 
 @dataclass(frozen=True)
 class Round:
-    """All that a node needs for one round; its steps are `restore`, `train`, `save` and `reply`, in this order."""
+    """All that a node needs for one round; its steps, in order: `restore`, `train`, `weigh`, `save` and `reply`."""
 
     config: RunConfig  # with its split chosen
     node: NodeConfig
@@ -140,23 +153,30 @@ class Round:
         base = find_model(config)
         tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(base))
         home = node.folder(config, instructions.run_name)
-        if instructions.server_round == 1:
-            warn_of_room(config, node)
         examples = load_examples(config.data, node, tokenizer, config.train.seed, store=home / "examples")
         check_fits(AutoConfig.from_pretrained(base), tokenizer, examples, config.data)
+        folder = NodeFolder(home, instructions.run_id)
+        config = settle(config, node, base, tokenizer, examples, folder.choice)
+        check_consent(config, node)
+        if instructions.server_round == 1:
+            warn_of_room(config, node)
+        ledger = Ledger(home, instructions.server_round)
+        ledger.note(
+            "", "begin", 0, examples=len(examples.train) + len(examples.heldout), redacted=examples.report.redacted
+        )
         trunk: Trunk
         if config.surrogate.kind == "shares":
             addresses = (instructions.trunk_address, instructions.share_address)
-            trunk = connect_shares(config, node, base, addresses, stack)
+            trunk = connect_shares(config, node, base, addresses, stack, ledger.call)
             connection = trunk.first
         else:
-            connection, expected = connect(config, node, base, instructions.trunk_address, stack)
+            connection, expected = connect(config, node, base, instructions.trunk_address, stack, ledger.call)
             trunk = with_cache(config, connection, expected, home, stack)
-        model = build_model(config, node.lora(config.lora), base, connection, trunk, tokenizer.pad_token_id)
+        matched = fetch_matched(config, connection)
+        model = build_model(config, node.lora(config.lora), base, trunk, tokenizer.pad_token_id, matched)
         optimizer, distiller, surrogate = train.make_optimizer(model, config.train), None, config.surrogate
         if surrogate.is_trained:
             distiller = train.make_distiller(model, surrogate.distill_lr, surrogate.probe_every)
-        folder = NodeFolder(home, instructions.run_id)
         return cls(
             config=config,
             node=node,
@@ -188,7 +208,8 @@ class Round:
         return (
             f"{len(self.examples.train)} examples to train on and {len(self.examples.heldout)} held out, of "
             f"{self.node.data_path or config.data.path}; model {config.model.name}; trains "
-            f"{'bottom and top' if config.surrogate.trains_bottom else 'the top'}, "
+            f"{'bottom and top' if config.surrogate.trains_bottom else 'the top'} "
+            f"(surrogate.kind={config.surrogate.kind!r}), "
             f"{sum(p.numel() for p in trained):,} weights of rank {self.node.lora(config.lora).rank}, "
             "rates {:g} and {:g}".format(*config.train.rates)
         )
@@ -202,7 +223,8 @@ class Round:
             self.distiller.load(saved.surrogate)
             train.load_optimizer_state(self.model, self.distiller.optimizer, saved.surrogate_optimizer)
         seed = self.config.train.seed + self.instructions.server_round
-        receive(self.model, self.optimizer, received, self.config.aggregation.combine, seed)
+        if not self.config.aggregation.personal:
+            receive(self.model, self.optimizer, received, self.config.aggregation.combine, seed)
 
     def train(self) -> Outcome:
         """Score, train, score again.
@@ -214,7 +236,8 @@ class Round:
         config, server_round, partition = self.config, self.instructions.server_round, self.node.partition_id
         seed = config.train.seed
         started = time.monotonic()
-        heldout = scores_before(self.model, config.aggregation, seed, self.earlier_scores(), self.measure)
+        how = Aggregation() if config.aggregation.personal else config.aggregation  # a round alone
+        heldout = scores_before(self.model, how, seed, self.earlier_scores(), self.measure)
         evaluate_s = time.monotonic() - started
         if not isfinite(heldout["base"]["loss"]):
             raise TrainingError(
@@ -252,7 +275,42 @@ class Round:
                 "the held-out loss after training is not finite: this round is dropped, and the adapter of the last "
                 "good round stays; lower train.bottom-lr={:g} and train.top-lr={:g}".format(*config.train.rates)
             )
-        return Outcome(trained, trial, follow, heldout, evaluate_s + time.monotonic() - started, forward_s)
+        samples = self.answer()
+        return Outcome(trained, trial, follow, heldout, samples, evaluate_s + time.monotonic() - started, forward_s)
+
+    def weigh(self, outcome: Outcome, received: dict[str, Tensor]) -> Outcome:
+        """Take as much of the others' adapters as helps: `node.personal`; mutates the model, until the round's end."""
+        started, how = time.monotonic(), self.config.aggregation
+        chooses, reported = self.halves
+        worth, heldout = personal.Worth(), {**outcome.heldout, "alone": outcome.heldout["after"]}
+        others = products(received, how.combine, adapters.scaling_of(self.model))
+        if not chooses:
+            text = "%d held-out examples are too few to weigh the others' adapters: this node's own stays alone"
+            logger.warning(text, len(self.examples.heldout))
+        elif others and self.instructions.server_round > 1:  # what the first begins with is nobody's
+            parts = [part for part in adapters.PARTS if how.share in (part, "both")]
+            alone = self.losses_on(reported)
+            weights = personal.weigh(self.model, others, parts, partial(self.losses_on, chooses))
+            if weights:
+                worth = personal.Worth(weights, gain(alone, self.losses_on(reported)))
+                heldout["after"] = self.measure()
+            logger.info("%s", personal.explain(worth))
+        if chooses:
+            losses, targets = self.losses_on(chooses)
+            heldout["selection"] = {"loss": (losses.sum() / targets.sum()).item()}
+        evaluate_s = outcome.evaluate_s + time.monotonic() - started
+        return replace(outcome, heldout=heldout, worth=worth, evaluate_s=evaluate_s)
+
+    @property
+    def halves(self) -> tuple[Prepared, Prepared]:
+        """Held-out examples to choose by, of `aggregation.personal`, and those that are reported."""
+        heldout = self.examples.heldout
+        return personal.halves(heldout) if self.config.aggregation.personal else (heldout[:0], heldout)
+
+    def losses_on(self, examples: Prepared) -> Losses:
+        """Losses of single examples, with the model as it stands."""
+        batches = heldout_batches(examples, self.tokenizer, self.config.train.batch_size)
+        return measure(self.model, list(batches), self.config.trunk.in_flight)
 
     @property
     def same_heldout(self) -> bool:
@@ -294,8 +352,17 @@ class Round:
     def measure(self) -> Scores:
         """Score the model as it stands on the held-out examples."""
         config = self.config
-        batches = heldout_batches(self.examples.heldout, self.tokenizer, config.train.batch_size, config.data)
+        batches = heldout_batches(self.halves[1], self.tokenizer, config.train.batch_size, config.data)
         return evaluate(self.model, batches, config.trunk.in_flight)
+
+    def answer(self) -> list[Sample]:
+        """Answer the first held-out prompts, for the node's own eyes."""
+        examples, size = self.examples.heldout[: self.config.data.samples], self.config.train.batch_size
+        samples = answer_heldout(self.model, self.connection, self.tokenizer, examples, size) if examples else []
+        if samples:
+            keep(self.folder.samples, self.instructions.server_round, samples)
+            logger.info("%d held-out prompts are answered, for your eyes only: %s", len(samples), self.folder.samples)
+        return samples
 
     def batches(self, seed: int, first_example: int) -> Iterator[Batch]:
         """Endless batches of the examples to train on."""
@@ -305,9 +372,11 @@ class Round:
     def save(self, outcome: Outcome) -> int:
         """Keep on the node's own disk what was trained; export the adapter if it is the one to keep: whose round is."""
         config, server_round, distiller = self.config, self.instructions.server_round, self.distiller
-        now = {**outcome.heldout["after"], "round": float(server_round)}
+        after = outcome.heldout["after"]
+        chosen_by = outcome.heldout.get("selection", after)["loss"]
+        now = {**after, "round": float(server_round), "chosen-by": chosen_by}
         earlier = self.saved.scores.get("exported", now) if self.same_heldout else now
-        exported = now if config.train.keep == "last" else min(earlier, now, key=lambda scores: scores["loss"])
+        exported = now if config.train.keep == "last" else min(earlier, now, key=_chosen_by)
         if exported is now:  # before the round counts: what a kill leaves is then done again
             card = card_text(config, self.node, server_round, heldout_metrics(outcome.heldout), self.examples)
             base = base_name(config.model, self.base)
@@ -321,7 +390,7 @@ class Round:
                 distiller.state() if distiller else {},
                 train.optimizer_state(self.model, distiller.optimizer) if distiller else {},
                 outcome.trial,
-                {"base": outcome.heldout["base"], "after": outcome.heldout["after"], "exported": exported},
+                {"base": outcome.heldout["base"], "after": after, "exported": exported},
                 self.examples.heldout_id,
             )
         )
@@ -340,6 +409,7 @@ class Round:
             truncated_tokens=examples.report.num_cut,
             train_loss=trained.loss,
             heldout=outcome.heldout,
+            samples=means(outcome.samples),
             bottom_trained=int(outcome.trained_bottom),
             bottom_gain=outcome.trial.mean,
             bottom_gain_error=outcome.trial.error,
@@ -354,7 +424,16 @@ class Round:
             cached_sequences=self.trunk.hits if isinstance(self.trunk, CachedTrunk) else 0,
             rounds_missed=self.instructions.server_round - 1 - self.saved.number,
             exported_round=exported_round,
+            worth=outcome.worth.record() if outcome.worth else {},
         )
-        self.progress.finish(metrics.record(), time.monotonic() - self.started, self.folder.adapter)
-        shared = adapters.shared_state(self.model, how)
-        return RoundResult(shared, adapters.scaling_of(self.model), metrics.record(), self.folder.adapter)
+        record, path = metrics.record(), self.folder.adapter
+        self.progress.finish(record, time.monotonic() - self.started, path)
+        shared, scaling = adapters.shared_state(self.model, how), adapters.scaling_of(self.model)
+        where = f"<out-dir>/{self.instructions.run_name}/{path.name}" if self.node.out_dir else str(path)
+        num_heldout = len(examples.heldout)
+        return RoundResult(shared, scaling, given_away(record, num_heldout, self.node), where)
+
+
+def _chosen_by(scores: Scores) -> float:
+    """What `train.keep` goes by; rounds of older versions have no loss of its own for that."""
+    return scores.get("chosen-by", scores["loss"])

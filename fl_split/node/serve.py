@@ -183,7 +183,10 @@ def endpoint(tuned: Tuned, sampling: Sampling, token: str = "", local: bool = Tr
         return {"object": "list", "data": [entry]}
 
     def reply(request: Request, ids: list[int], kind: _Kind) -> Any:
-        made = answer(tuned, ids, request.sampling(sampling))
+        try:
+            made = answer(tuned, ids, request.sampling(sampling))
+        except DataError as error:
+            raise _Refused(400, str(error)) from error
         if request.stream:
             usage = request.stream_options is not None and request.stream_options.include_usage
             return StreamingResponse(_events(made, kind, usage), media_type="text/event-stream")

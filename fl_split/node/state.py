@@ -3,6 +3,8 @@
     <run.dir>/<run.name>/nodes/<partition-id>/    in simulation; on a deployed node <out-dir>/<run.name>/
         adapter/                                  the PEFT export
         state/<run id>/round-0003/                adapter, optimizer, surrogate and numbers as safetensors: private
+        state/<run id>/choice.json                what `surrogate.kind = auto` came to
+        samples.jsonl                             what it answers to held-out prompts: private
         examples/                                 the prepared examples: private
         trunk-cache.sqlite                        what the trunk answered, of a frozen bottom: private
 
@@ -43,7 +45,8 @@ class NodeFolder:
     """A node's private results. Nothing in here is read by anybody but the node."""
 
     def __init__(self, root: Path, run_id: str) -> None:
-        self.adapter = root / "adapter"
+        self.adapter, self.choice = root / "adapter", root / "state" / run_id / "choice.json"
+        self.samples = root / "samples.jsonl"
         self.rounds = Rounds(root / "state" / run_id)
 
     def load_before(self, server_round: int) -> SavedRound | None:

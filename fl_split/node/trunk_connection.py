@@ -8,6 +8,7 @@ whichever replica is there.
 import itertools
 import logging
 import random
+import sys
 import threading
 import time
 import uuid
@@ -28,8 +29,9 @@ from fl_split.model.thin import read_card
 from fl_split.node.call_errors import LOST, AnotherTrunk, NoHandshake, translate
 from fl_split.node.decode_stream import DecodeStream
 from fl_split.node.expected import Expected
-from fl_split.node.published import fetch_published
+from fl_split.node.ledger import Note
 from fl_split.node.replicas import Credentials, Replica, Replicas
+from fl_split.node.surrogate_file import fetch_published
 from fl_split.node.trouble import explain
 from fl_split.proto import trunk_pb2 as pb
 
@@ -55,6 +57,7 @@ class TrunkConnection:
         in_flight: int = 4,
         credentials: Credentials = Credentials(),  # noqa: B008  # frozen
         meet: Callable[[str], None] | None = None,
+        note: Note | None = None,
     ) -> None:
         """Prepare channels and threads; nothing is sent before `connect` or the first call.
 
@@ -68,6 +71,7 @@ class TrunkConnection:
             in_flight: Calls at the same time, at most.
             credentials: TLS and token.
             meet: For gradient shares: looks at an address whenever it is checked, and raises if it must get none.
+            note: Gets every message before it is sent; raises if it must not be.
 
         Raises:
             ConfigError: An address or credentials that cannot be used.
@@ -78,7 +82,7 @@ class TrunkConnection:
         self.wire_dtype: pb.DType = wire.NAMES[wire_dtype]
         self._meet = meet
         self._metadata = credentials.metadata()
-        self._replicas = Replicas(address, credentials)
+        self._replicas = Replicas(address, credentials, note)
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="trunk-call")
         self._lock = threading.Lock()
         self.trunk_id = b""  # of the first replica that was checked; the others must be the same trunk
@@ -117,6 +121,17 @@ class TrunkConnection:
 
         return _gather(calls, unpack)
 
+    @property
+    def offers_streams(self) -> bool:
+        """Whether every replica that was checked keeps keys and values for generation."""
+        found = self._replicas.descriptions
+        return bool(found) and all(about.HasField("decode") for about in found)
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Tokens of one sequence, at most, at every replica that was checked."""
+        return min((about.max_sequence_length for about in self._replicas.descriptions), default=sys.maxsize)
+
     def open(self, packed: wire.Packed, room: int) -> tuple[DecodeStream, Tensor]:
         """Begin a generation stream with its first step; see `generation.StreamingTrunk.open`.
 
@@ -129,11 +144,19 @@ class TrunkConnection:
             about = cast(pb.DescribeReply, replica.description)
             if not about.HasField("decode"):
                 raise TrunkRefused(
-                    f"the trunk at {replica.address} does not offer generation with a cache (limits.cache-mb=0, or its "
-                    "layers keep more than keys and values): pass use_cache=False, or ask its operator"
+                    f"the trunk at {replica.address} does not offer generation with a cache (limits.cache-mb=0, "
+                    "model.tensor-parallel, or layers that keep more than keys and values): pass use_cache=False, or "
+                    "ask its operator"
+                )
+            tokens = min(room, about.max_sequence_length)
+            if len(packed.lengths) * tokens * about.decode.bytes_per_token > about.decode.cache_bytes:
+                raise TrunkRefused(
+                    f"{len(packed.lengths)} answers of {tokens} tokens, prompts included, do not fit into the cache of "
+                    f"the trunk at {replica.address} (limits.cache-mb={about.decode.cache_bytes / 1e6:g}, "
+                    f"{about.decode.bytes_per_token} bytes a token): ask for fewer at a time, or for shorter ones"
                 )
             stream = DecodeStream(self, replica, metadata)
-            return stream, stream.begin(packed, min(room, about.max_sequence_length), left_s)
+            return stream, stream.begin(packed, tokens, left_s)
 
         return self._retry(begin)
 

@@ -9,7 +9,8 @@ read text from them: see docs/privacy.md.
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +19,10 @@ from typing import Any, Self, cast
 import torch
 from jinja2.exceptions import TemplateError
 from peft import PeftConfig, PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from fl_split import wire
 from fl_split.errors import ConfigError, DataError
 from fl_split.model.checkpoint import node_needs, read_config, resolve_model
 from fl_split.model.ends import load_ends
@@ -37,6 +39,7 @@ NOTICE = (
     "can read text from them (docs/privacy.md)"
 )
 Message = Mapping[str, str]
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -48,6 +51,12 @@ class Tuned:
     connection: TrunkConnection
     framing: str  # see `card.framing_of`
     name: str
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a prompt and its answer, at most."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return min(positions or sys.maxsize, self.connection.max_sequence_length)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a conversation, framed as in training, up to where the answer begins.
@@ -63,7 +72,10 @@ class Tuned:
         if self.framing == "chat":
             try:
                 coded: Any = tokenizer.apply_chat_template(
-                    [dict(m) for m in messages], add_generation_prompt=True, tokenize=True, return_dict=True
+                    [{**m, "content": m["content"].encode(errors="replace").decode()} for m in messages],
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
                 )
             except TemplateError as error:  # its text may quote the chat
                 raise DataError(f"the chat template refuses these messages ({type(error).__name__})") from None
@@ -74,7 +86,8 @@ class Tuned:
     def encode_text(self, text: str) -> list[int]:
         """Tokens of a text as it is, to be gone on with."""
         bos = self.tokenizer.bos_token_id
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        whole = text.encode(errors="replace").decode()  # halves of letters, which JSON can spell
+        ids: list[int] = self.tokenizer.encode(whole, add_special_tokens=False)
         return ids if bos is None else [cast(int, bos), *ids]
 
     def close(self) -> None:
@@ -119,12 +132,22 @@ def load_tuned(
     folder = Path(adapter).expanduser()
     config = _adapter_config(folder)
     recipe = _recipe(folder)
-    name, revision = base or str(config.base_model_name_or_path), "" if base else str(config.revision or "")
+    name, revision = base or config.base_model_name_or_path, "" if base else str(config.revision or "")
+    if not name:
+        raise ConfigError(f"the adapter in {folder} does not name its base model: set --base")
+    try:
+        num_layers = int(read_config(name, revision).num_hidden_layers)
+    except ConfigError as error:
+        raise ConfigError(f"the base model is not found, --base names another place: {error}") from error
     about = description_of(trunk_address, credentials, timeout_s)
     first, end = about.first_layer, about.end_layer
-    top = int(read_config(name, revision).num_hidden_layers) - end
+    if end >= num_layers:
+        raise ConfigError(
+            f"the trunk holds layers {first} to {end - 1}, and {name} has {num_layers}: ask its own trunk"
+        )
+    top = num_layers - end
     place = resolve_model(name, revision, node_needs(first, top, "none", 0))
-    tokenizer = _tokenizer_of(place)
+    tokenizer = _tokenizer(place)
     connection = TrunkConnection(
         trunk_address,
         Expected.from_checkpoint(place, first, top),
@@ -138,9 +161,9 @@ def load_tuned(
         ends = load_ends(place, first, top, connection, surrogate="none", dtype=dtype)
         ends.generation_config.pad_token_id = tokenizer.pad_token_id
         ends.generation_config.use_cache = True
-        _check_layers(folder, boundaries_of(ends).layers_name, range(first, end))
+        _check_layers(folder, boundaries_of(ends).layers_name, range(first, end), num_layers)
         torch.nn.Module.to(ends, "cuda" if torch.cuda.is_available() else "cpu")
-        model = PeftModel.from_pretrained(ends, folder).eval()
+        model = _with_adapter(ends, folder, name)
     except BaseException:
         connection.close()
         raise
@@ -149,48 +172,83 @@ def load_tuned(
     return Tuned(model, tokenizer, connection, framing, folder.name)
 
 
-def _tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    tokenizer.padding_side = "left"  # so that all answers begin at the same column
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def _adapter_config(folder: Path) -> PeftConfig:
     if not (folder / "adapter_config.json").is_file():
         raise ConfigError(
             f"{folder} holds no adapter: expected the folder with adapter_config.json that a run exported"
         )
-    config = PeftConfig.from_pretrained(str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ConfigError(
+            f"{folder / 'adapter_config.json'} cannot be read ({type(error).__name__}): export the adapter again"
+        ) from None
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ConfigError(f"the adapter in {folder} is of a classifier ({config.task_type}): it has no answers to give")
     return cast(PeftConfig, config)
 
 
-def _recipe(folder: Path) -> dict[str, Any]:
+def _tokenizer(place: Path) -> PreTrainedTokenizerBase:
     try:
-        recipe: dict[str, Any] = json.loads((folder / RECIPE).read_text())
-        return recipe
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"the base model in {place} has no tokenizer that can be read ({type(error).__name__}): put its tokenizer "
+            "files there"
+        ) from None
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _with_adapter(ends: Any, folder: Path, base: str) -> Any:
+    try:
+        return PeftModel.from_pretrained(ends, folder).eval()
+    except (RuntimeError, ValueError) as error:  # shapes; names of modules
+        raise ConfigError(
+            f"the adapter in {folder} does not fit {base} ({type(error).__name__}): it was trained on another model"
+        ) from None
+
+
+def _recipe(folder: Path) -> dict[str, str]:
+    """How the adapter was trained, as `card.write_recipe` noted it; empty without a note."""
+    known: dict[str, Collection[str] | None] = {"framing": None, "dtype": _DTYPES, "wire-dtype": wire.NAMES}
+    try:
+        recipe = json.loads((folder / RECIPE).read_text())
+        for key, values in known.items():
+            if key in recipe and not (isinstance(recipe[key], str) and (values is None or recipe[key] in values)):
+                raise ValueError(key)
+        return {key: recipe[key] for key in known if key in recipe}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{folder / RECIPE} cannot be read ({type(error).__name__}): remove it, or export again"
         ) from None
 
 
-def _check_layers(folder: Path, layers_name: str, trunk: range) -> None:
-    """An adapter that was trained with another split would be used in part only.
+def _check_layers(folder: Path, layers_name: str, trunk: range, num_layers: int) -> None:
+    """An adapter that was trained with another split or model would be used in part only, or not at all.
 
     Raises:
         ConfigError: It was.
     """
     pattern = re.compile(rf"\.{re.escape(layers_name)}\.(\d+)\.")
-    with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
-        found = {int(match[1]) for key in tensors.keys() if (match := pattern.search(key))}
+    try:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
+            found = {int(match[1]) for key in tensors.keys() if (match := pattern.search(key))}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{folder / 'adapter_model.safetensors'} cannot be read ({type(error).__name__}): export the adapter again"
+        ) from None
     if inside := sorted(found & set(trunk)):
         raise ConfigError(
             f"the adapter in {folder} changes layer {inside[0]}, and this trunk holds layers {trunk[0]} to "
             f"{trunk[-1]}: ask a trunk that is split as the one that it was trained with"
+        )
+    if not found or max(found) >= num_layers:
+        raise ConfigError(
+            f"the adapter in {folder} changes none of this model's layers, or others than it has ({num_layers}): it "
+            "was trained on another model"
         )

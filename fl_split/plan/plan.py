@@ -16,13 +16,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from fl_split import wire
-from fl_split.config import RunConfig
+from fl_split.config import Aggregation, Dp, Report, Run, RunConfig
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.checkpoint import read_config
 from fl_split.model.family import Anatomy, examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.surrogate import kept_layers
-from fl_split.plan.step_memory import layers_of, on_meta, step_on_meta
+from fl_split.plan.step_memory import key_value_bytes, layers_of, on_meta, step_on_meta
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.shares import SEED_BYTES
 
@@ -68,6 +68,7 @@ class Plan:
     node: Memory
     trunk_weights: int  # bytes, in the run's `model.dtype`
     full_weights: int  # bytes of the whole model, for comparison
+    token_bytes: int  # what the trunk keeps of one token of an answer, in the run's `model.dtype`
     request_bytes: int  # of one micro-batch of full-length examples, probes on average
     reply_bytes: int
     node_flop: float  # of one micro-batch, forward and backward
@@ -91,6 +92,9 @@ class Plan:
         return away + here + (self.accumulation - 1) * slowest
 
 
+_planned: dict[tuple[str, str, RunConfig], Plan] = {}
+
+
 def auto_class(run: RunConfig) -> Any:
     """What builds the model of a run's task."""
     return AutoModelForSequenceClassification if run.task == "sequence-classification" else AutoModelForCausalLM
@@ -107,12 +111,21 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
         SplitError: The model cannot be split, or not here.
         ConfigError: Surrogate or adapters do not fit the model.
     """
+    run = run.model_copy(update={"run": Run(), "report": Report(), "aggregation": Aggregation(), "dp": Dp()})
+    key = (type(config).__name__, config.to_json_string(), run)  # many nodes of a simulation ask for the same
+    if key not in _planned:
+        _planned[key] = _make_plan(config, run)
+    return _planned[key]
+
+
+def _make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     if run.task == "sequence-classification":
         config = copy.deepcopy(config)
         config.num_labels, config.pad_token_id = len(run.data.label_names), config.pad_token_id or 0
     anatomy = examine(config, auto_class(run))
     cut = Boundaries.of(anatomy, run.split.bottom_layers, run.split.top_layers)
-    kind = "blocks" if run.surrogate.kind == "matched" else run.surrogate.kind  # thin layers, of as many layers' size
+    kind = run.surrogate.planned
+    kind = "blocks" if kind == "matched" else kind  # thin layers, of as many layers' size
     kept = kept_layers(kind, run.surrogate.layers, cut.first, cut.end)
     dtype = run.model.torch_dtype
     model = on_meta(config, anatomy, dtype)
@@ -121,6 +134,7 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     own = [*cut.bottom, *kept, *cut.top]
     streamed = cut.trunk if kind == "streamed" else ()  # in memory one at a time
     kept_params = sum(sizes[i] for i in kept)
+    token_bytes = key_value_bytes(model, cut.trunk) if run.task == "causal-lm" else 0
     training, activations = _step(model, config, anatomy, cut, kept, run)
     if run.surrogate.is_trained:
         training += 3 * kept_params * dtype.itemsize
@@ -146,6 +160,7 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
         ),
         trunk_weights=sum(sizes[i] for i in cut.trunk) * dtype.itemsize,
         full_weights=(outside + sum(sizes)) * dtype.itemsize,
+        token_bytes=token_bytes,
         request_bytes=sent,
         reply_bytes=received,
         node_flop=tokens * (4 * head + flop(own, passes) + flop(streamed, 3)),
@@ -267,6 +282,7 @@ def rows_of(run: RunConfig, wanted: list[str], link: Link) -> list[dict[str, str
                 "activations": round(plan.node.activations / 1e9, 2),
                 "trunk GB": round(plan.trunk_weights / 1e9, 2),
                 "whole GB": round(plan.full_weights / 1e9, 2),
+                "cache B/token": plan.token_bytes,
                 "up B/token": round(plan.request_bytes / tokens, 1),
                 "down": round(plan.reply_bytes / tokens, 1),
                 "s/step": round(plan.step_s(link), 3),

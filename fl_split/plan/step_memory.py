@@ -6,6 +6,7 @@ within one operation, such as a matrix kernel's own buffers.
 """
 
 import copy
+import inspect
 import weakref
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PretrainedConfig
+from transformers.cache_utils import DynamicCache
 
 from fl_split.config import RunConfig
 from fl_split.model import adapters
@@ -47,6 +49,30 @@ def layers_of(model: Any, anatomy: Anatomy) -> nn.ModuleList:
     """The layers of a model from `on_meta`."""
     layers: nn.ModuleList = model.base_model.get_submodule(anatomy.layers_path)
     return layers
+
+
+def key_value_bytes(model: Any, layers: range) -> int:
+    """What one token's keys and values take in these layers of a model from `on_meta`; 0 if they keep anything else.
+
+    The trunk finds out by trying whether it can offer generation at all: `key_values.bytes_per_token`.
+    """
+    cache, core, dtype = DynamicCache(), model.base_model, model.dtype
+    name = "cache" if "cache" in inspect.signature(type(core).forward).parameters else "past_key_values"
+    attention, core.config._attn_implementation = core.config._attn_implementation, "eager"  # some need the mask
+    nn.Module.to(model, torch.bfloat16)  # the one that experts' kernels know on the meta device
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            token = torch.zeros(
+                1, 1, core.get_input_embeddings().embedding_dim, dtype=torch.bfloat16
+            )  # ids would be looked at
+            core(inputs_embeds=token, use_cache=True, **{name: cache})
+        kept: Any = [cache.layers[i] for i in layers]
+        return sum(int(layer.keys.numel() + layer.values.numel()) for layer in kept) * int(dtype.itemsize)
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, NotImplementedError):
+        return 0
+    finally:
+        core.config._attn_implementation = attention
+        nn.Module.to(model, dtype)
 
 
 def step_on_meta(

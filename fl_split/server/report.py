@@ -24,6 +24,8 @@ _COLUMNS = (
     ("before", "heldout-loss-before", ".3f"),
     ("after", "heldout-loss-after", ".3f"),
     ("gain", "gain", "+.3f"),
+    ("over alone", "gain-over-alone", "+.4f"),  # of aggregation.personal
+    ("its error", "gain-over-alone-error", ".4f"),
     ("accuracy", "heldout-accuracy-after", ".3f"),  # of classifiers only
     ("macro-F1", "heldout-macro-f1-after", ".3f"),
     ("bottom's gain", "bottom-gain", ".3f"),
@@ -91,7 +93,7 @@ def _warn(node: dict[str, Any]) -> None:
             node["heldout-loss-after"],
             node["heldout-loss-base"],
         )
-    if node["bottom-gain-error"] and not node["bottom-trained"]:
+    if node["bottom-gain-error"] > 0 and not node["bottom-trained"]:  # nan, if the node does not say
         logger.warning(
             "%s: the bottom was not trained, since a trial of its gradient won too little (%.4f, standard error %.4f): "
             "see docs/surrogates.md for what would help",
@@ -106,6 +108,13 @@ def gain(node: dict[str, Any]) -> float:
     return float(node["heldout-loss-base"]) - float(node["heldout-loss-after"])
 
 
+def worth(node: dict[str, Any]) -> str:
+    """What the others' adapters brought a node beyond training alone, where that is known."""
+    if "gain-over-alone" not in node:
+        return ""
+    return f", of which the others' {node['gain-over-alone']:+.4f} (error {node['gain-over-alone-error']:.4f})"
+
+
 def final_table(run: RunFolder, seconds: float) -> str:
     """A line for each node: from the base model's held-out loss to the last, and where its adapter is."""
     last = {entry["partition-id"]: entry for entry in run.read_metrics() if "partition-id" in entry}
@@ -118,8 +127,8 @@ def final_table(run: RunFolder, seconds: float) -> str:
         accuracy = f", accuracy {entry[_ACCURACY]:.3f}" if _ACCURACY in entry else ""
         missed = "" if entry["round"] == run.num_finished else f" (last seen in round {entry['round']})"
         lines.append(
-            f"  {_name(entry)}{missed}: held-out loss {base:.3f} -> {after:.3f}, gain {gain(entry):+.3f}{accuracy}, "
-            f"adapter: {entry['adapter']}"
+            f"  {_name(entry)}{missed}: held-out loss {base:.3f} -> {after:.3f}, gain {gain(entry):+.3f}"
+            f"{worth(entry)}{accuracy}, adapter: {entry['adapter']}"
         )
     return "\n".join(lines)
 

@@ -10,7 +10,6 @@ A round's folder is written under another name and renamed when complete.
 """
 
 import json
-import math
 import os
 import time
 import uuid
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from fl_split.config import RunConfig, Scalar
 from fl_split.errors import ConfigError, NodeStateError
-from fl_split.files import KEPT_ROUNDS, Rounds, write_atomic
+from fl_split.files import KEPT_ROUNDS, Rounds, line_of, read_entries, write_atomic
 
 _MAY_CHANGE = ("num-server-rounds", "run.", "report.", "trunk.", "aggregation.min-nodes")
 _MAY_NOT = ("trunk.wire-dtype",)  # what the trunk is given, so the numbers that come out
@@ -105,7 +104,7 @@ class RunFolder:
         run = cls(root, run_id, finished, config)
         write_atomic(about, _dump({"run-id": run_id, "config": config.to_flat(), "versions": dict(versions)}))
         if run.metrics.exists():
-            write_atomic(run.metrics, "".join(_line(entry) for entry in run.read_metrics()))
+            write_atomic(run.metrics, "".join(line_of(entry) for entry in run.read_metrics()))
         return run
 
     @property
@@ -134,7 +133,7 @@ class RunFolder:
     ) -> None:
         """Record a round; it counts as finished from the moment that this returns."""
         with self.metrics.open("a") as file:
-            file.writelines(_line(entry) for entry in entries)
+            file.writelines(line_of(entry) for entry in entries)
             file.flush()
             os.fsync(file.fileno())
         files = {"shared": shared, "server": server_state or {}}
@@ -165,18 +164,6 @@ def read_run(root: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return about, [entry for entry in read_entries(root / "metrics.jsonl") if entry["round"] <= finished]
 
 
-def read_entries(file: Path) -> list[dict[str, Any]]:
-    """The entries of a ``metrics.jsonl``, a node's or a server's; a line that a kill has cut off is left out."""
-    entries = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        entries.append({key: math.nan if value is None else value for key, value in entry.items()})
-    return entries
-
-
 def _resumed(saved: Mapping[str, Scalar], now: RunConfig, given: Mapping[str, Scalar] | None) -> RunConfig:
     """A run's own configuration with what may change of what was given."""
     flat, default = now.to_flat(), RunConfig().to_flat()
@@ -194,12 +181,6 @@ def _resumed(saved: Mapping[str, Scalar], now: RunConfig, given: Mapping[str, Sc
             + "; leave these out, since the run's own configuration is used, or choose another run.name"
         )
     return RunConfig.from_flat({**saved, **given, **{key: flat[key] for key in ("run.name", "run.dir", "run.resume")}})
-
-
-def _line(entry: Mapping[str, Any]) -> str:
-    """An entry as strict JSON, which knows no NaN: null, and back again by `read_metrics`."""
-    finite = {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in entry.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def _dump(value: object) -> str:

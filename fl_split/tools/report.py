@@ -1,6 +1,7 @@
 """`fl-split report`: what one or several runs came to, as one HTML page that needs no server and no script.
 
-It reads what the server keeps of a run, and of simulated nodes their own losses by step; no example, and no weight.
+It reads what the server keeps of a run, and of simulated nodes their own losses by step and their samples
+(`data.samples`); no weight.
 """
 
 import math
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fl_split.config import RunConfig
-from fl_split.server.run_folder import read_entries, read_run
+from fl_split.files import read_entries
+from fl_split.server.run_folder import read_run
 from fl_split.tools.charts import Chart, Line, draw, look, steps_of
 
 Entry = Mapping[str, Any]
@@ -138,6 +140,9 @@ def _run(run: Record) -> str:
     shared = (
         f"The server gave each node {size:,.2f} MB of shared weights in all." if size else "No weights were shared."
     )
+    worth = run.by_round("gain-over-alone")
+    if any(worth.values()):
+        charts.append(Chart("What the others' adapters won beyond training alone", "round", "nats", worth))
     spent = {entry["round"]: entry["epsilon"] for entry in run.rounds if "epsilon" in entry}
     if spent:
         charts.append(Chart("Privacy spent", "round", "epsilon", {"epsilon": spent}))
@@ -163,6 +168,10 @@ def _quality(run: Record) -> list[dict[str, Any]]:
             "gain": _gain(base - after),
             "exported": f"round {last['exported-round']}" if "exported-round" in last else "",
         }
+        if "gain-over-alone" in last:
+            weights = ", ".join(f"{last[f'others-weight-{part}']:g} {part}" for part in ("bottom", "top"))
+            row["over training alone"] = f"{last['gain-over-alone']:+.4f} ± {last['gain-over-alone-error']:.4f}"
+            row["weight of the others"] = weights
         if run.config["aggregation.share"] == "none":
             del row["shared alone"]
         if "heldout-accuracy-after" in last:
@@ -195,10 +204,16 @@ def _cost(run: Record) -> list[dict[str, Any]]:
 
 
 def _samples(run: Record) -> str:
-    """Sample outputs, if somebody has put any into the run's folder."""
-    file = run.root / "samples.jsonl"
-    samples = read_entries(file)
-    return f"<h3>Sample outputs</h3>{_table(samples)}" if samples else ""
+    """Sample outputs, if somebody has put any into the run's folder, and the newest ones of nodes that are here."""
+    parts = []
+    for name, folder in {
+        "": run.root,
+        **{f" of {run.label(i)}": run.root / "nodes" / str(i) for i in run.nodes},
+    }.items():
+        samples = read_entries(folder / "samples.jsonl")
+        newest = [entry for entry in samples if entry.get("round") == samples[-1].get("round")]
+        parts += [f"<h3>Sample outputs{escape(name)}</h3>{_table(newest)}"] if newest else []
+    return "".join(parts)
 
 
 def _configuration(run: Record) -> str:

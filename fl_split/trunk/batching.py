@@ -247,6 +247,10 @@ class Batcher:
         finally:
             del job  # its future holds an exception, whose frames hold it: memory that only the collector would find
 
+    def forget(self, sender: object) -> None:
+        """Wait for nothing more of this sender."""
+        self._seen.pop(sender, None)
+
     def _retry_after_s(self) -> float:
         """Estimate when half of what is waiting now should be done."""
         rate = self._tokens_per_s

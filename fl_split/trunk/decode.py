@@ -160,17 +160,23 @@ class Decoder:
         with self.pool.lease(call.caller, size_bytes) as lease:
             call.num_sequences = opened.sequences
             kept = KeyValues(opened.sequences, opened.max_tokens)
-            while (data := await self._next(call, lease)) is not None:
-                check_sizes(data, limits, _FIELDS)
-                decode = partial(wire_decode.decode_action, data, limits, kept.lengths, kept.capacity)
-                match await in_thread_if(len(data), decode):
-                    case wire_decode.Truncate(lengths):
-                        kept.truncate(lengths)
-                    case wire_decode.Reorder(sources):
-                        await asyncio.to_thread(kept.reorder, sources)
-                    case wire_decode.Step(packed, dtype):
-                        await self._answer(call, kept, packed, dtype)
+            try:
+                while (data := await self._next(call, lease)) is not None:
+                    check_sizes(data, limits, _FIELDS)
+                    await self._act(call, kept, data, limits)
+            finally:
+                self._batcher.forget(id(kept))
         await call.check_not_refused()
+
+    async def _act(self, call: Call, kept: KeyValues, data: bytes, limits: wire.CallLimits) -> None:
+        decode = partial(wire_decode.decode_action, data, limits, kept.lengths, kept.capacity)
+        match await in_thread_if(len(data), decode):
+            case wire_decode.Truncate(lengths):
+                kept.truncate(lengths)
+            case wire_decode.Reorder(sources):
+                await asyncio.to_thread(kept.reorder, sources)
+            case wire_decode.Step(packed, dtype):
+                await self._answer(call, kept, packed, dtype)
 
     async def _next(self, call: Call, lease: Lease) -> bytes | None:
         """The next message, None at the caller's end of the stream."""

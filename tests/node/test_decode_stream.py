@@ -101,6 +101,17 @@ def test_int8_and_bfloat16_travel(folder: Path, held: HeldLayers) -> None:
                 assert model.generate(IDS * MASK, **OPTIONS).shape == (3, 33)
 
 
+def test_a_bfloat16_trunk_writes_the_bfloat16_models_tokens(demo_model: Path) -> None:
+    full: Any = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.bfloat16)
+    expected = Expected.from_checkpoint(demo_model, 2, 2)
+    with server.embedded(hold_layers(demo_model, 2, 2, torch.bfloat16)) as address:
+        with TrunkConnection(address, expected, wire_dtype="bfloat16") as connection:
+            model: Any = load_ends(demo_model, 2, 2, connection, surrogate="none", dtype=torch.bfloat16)
+            for ids in (IDS[:1], IDS[1:2, :5], IDS[2:, :1]):
+                options = {**OPTIONS, "attention_mask": torch.ones_like(ids)}
+                assert torch.equal(model.generate(ids, **options), full.generate(ids, **options))
+
+
 def test_a_long_prompt_travels_in_several_messages(
     folder: Path, held: HeldLayers, full: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +181,12 @@ def test_no_room_is_waited_for_and_then_named(folder: Path, held: HeldLayers) ->
             assert refusals and first is not None
             del first
             assert model.generate(ids, **options).shape == (40, 59)
+
+
+def test_what_would_never_fit_is_named_at_once(folder: Path, held: HeldLayers) -> None:
+    with serving(held, **{"cache-mb": 1}) as address, ends(folder, address) as (model, _):
+        with pytest.raises(TrunkRefused, match=r"70 answers of .. tokens, .* do not fit .*limits.cache-mb=1,.*fewer"):
+            model.generate(IDS[:1].repeat(70, 1), **{**OPTIONS, "attention_mask": None, "max_new_tokens": 50})
 
 
 def test_a_trunk_that_does_not_offer_it_is_named(folder: Path, held: HeldLayers) -> None:

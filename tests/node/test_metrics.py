@@ -13,6 +13,7 @@ def test_keys_are_these_and_no_others() -> None:
         truncated_tokens=6,
         train_loss=7.0,
         heldout={"base": {"loss": 8.0, "macro_f1": 9.0}, "after": {"loss": 10.0}},
+        samples={"sample-rouge-l": 11.0},
         bottom_trained=1,
         bottom_gain=12.0,
         bottom_gain_error=13.0,
@@ -30,9 +31,9 @@ def test_keys_are_these_and_no_others() -> None:
     )
     keys = (
         "partition-id num-examples weight bad-rows truncated-examples truncated-tokens train-loss heldout-loss-base "
-        "heldout-macro-f1-base heldout-loss-after bottom-trained bottom-gain bottom-gain-error top-gain train-tokens "
-        "tokens-per-s train-s evaluate-s trunk-forward-s activation-bytes share-leak-bits cached-sequences "
-        "rounds-missed exported-round"
+        "heldout-macro-f1-base heldout-loss-after sample-rouge-l bottom-trained bottom-gain bottom-gain-error top-gain "
+        "train-tokens tokens-per-s train-s evaluate-s trunk-forward-s activation-bytes share-leak-bits "
+        "cached-sequences rounds-missed exported-round"
     )
-    numbers = [*range(1, 11), 1, *range(12, 25)]
+    numbers = [*range(1, 12), 1, *range(12, 25)]
     assert metrics.record() == dict(zip(keys.split(), numbers, strict=True))

@@ -114,6 +114,7 @@ def test_several_callers_at_once(client: OpenAI, full: Any, demo_model: Path) ->
         ({"model": "gpt"}, openai.NotFoundError, "serves 'adapter'"),
         ({"n": 2}, openai.BadRequestError, "n is not supported"),
         ({"logprobs": 3}, openai.BadRequestError, "logprobs is not supported"),
+        ({"prompt": "private words " * 300}, openai.BadRequestError, "a prompt has 2... tokens"),
         ({"max_tokens": 0}, openai.BadRequestError, "max_tokens: Input should be greater"),
     ],
 )

@@ -155,6 +155,7 @@ def run(tmp_path: Path, name: str, **changes: Any) -> list[dict[str, Any]]:
     """One node's rounds on the demo, in this process; the metrics of each."""
     config = {
         **RunConfig().to_flat(),
+        "surrogate.kind": "blocks",
         "num-server-rounds": 2,
         "train.steps": 3,
         "train.bottom-lr": 4e-3,

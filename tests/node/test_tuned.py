@@ -2,14 +2,17 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import fl_split
@@ -20,7 +23,7 @@ from fl_split.model import adapters
 from fl_split.model.ends import load_ends
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node import answers
-from fl_split.node.answers import Sampling, answer, answer_file, until_stop
+from fl_split.node.answers import Sampling, answer, answer_batch, answer_file, until_stop
 from fl_split.node.card import framing_of, write_recipe
 from fl_split.node.tuned import Tuned, load_tuned
 from fl_split.trunk import server
@@ -210,9 +213,64 @@ def test_what_is_no_question_is_named_by_its_line(tuned: Tuned, jsonl: Callable[
     ask(jsonl([{"question": "a"}]))
     with pytest.raises(DataError, match="answers to other questions"):
         ask(jsonl([{"question": "b"}]))
+    for written, match in (("no json\n", "is no file of answers"), ('{"question": "a"}\n', "lines without an answer")):
+        out.write_text(written)
+        with pytest.raises(DataError, match=match):
+            ask(jsonl([{"question": "a"}]))
+    with pytest.raises(DataError, match="line 1: a prompt has"):
+        ask(jsonl([{"question": "a " * 300}]))
+    with pytest.raises(DataError, match="--in and --out are both"):
+        ask(out)
+    out = tmp_path / "none" / "out.jsonl"
+    with pytest.raises(DataError, match=r"--out .* cannot be written \(FileNotFoundError\)"):
+        ask(jsonl([{"question": "a"}]))
+
+
+def test_a_line_ends_at_its_end_only(tuned: Tuned, tmp_path: Path) -> None:
+    """JSON may hold what Python takes for the end of a line, and half a letter."""
+    questions, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    questions.write_text('{"question": "a\u2028b"}\n{"question": "\\ud800"}\n', encoding="utf-8")
+    assert answer_file(tuned, questions, out, "question", Sampling(2), 2) == 2
+    assert [json.loads(line)["question"] for line in out.read_text("utf-8").split("\n")[:-1]] == ["a\u2028b", "\ud800"]
+    assert answer_file(tuned, questions, out, "question", Sampling(2), 2) == 0
 
 
 # ------------------------------------------------------------------------------------------------------- terminal
+
+
+def test_interrupting_an_answer_ends_that_answer(
+    adapter: Path, address: str, full: Any, demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer_, cut = answers.answer, []
+
+    def interrupted(*args: Any) -> Any:
+        made = answer_(*args)
+
+        def texts() -> Iterator[str]:
+            yield next(iter(made))
+            raise KeyboardInterrupt
+
+        if not cut:
+            cut.append(made)
+            return replace(made, texts=texts(), cancel=lambda: cut.append("cancelled"))
+        return made
+
+    monkeypatch.setattr(answers, "answer", interrupted)
+    options = ["chat", str(adapter), address, "--max-tokens", "12"]
+    result = CliRunner().invoke(app, options, input=f"{QUESTIONS[0]}\n{QUESTIONS[2]}\n")
+    assert result.exit_code == 0, result.output
+    assert cut[1:] == ["cancelled"] and "(cut short)" in result.stderr
+    assert expected(full, demo_model, QUESTIONS[2], 12).strip() in result.stdout
+
+
+def test_interrupting_a_question_ends_the_conversation(
+    adapter: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupt)
+    assert CliRunner().invoke(app, ["chat", str(adapter), address]).exit_code == 0
 
 
 def test_chat_in_a_terminal(
@@ -261,6 +319,80 @@ def test_a_trunk_of_another_split_is_refused(adapter: Path, demo_model: Path) ->
     with server.embedded(hold_layers(demo_model, 1, 1)) as other:
         with pytest.raises(ConfigError, match="changes layer 1, and this trunk holds layers 1 to"):
             load_tuned(adapter, other)
+
+
+def test_a_trunk_of_a_deeper_model_is_refused(adapter: Path, tmp_path: Path) -> None:
+    config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=16, num_attention_heads=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with server.embedded(hold_layers(tmp_path, 2, 2)) as other:
+        with pytest.raises(ConfigError, match=r"the trunk holds layers 2 to 13, and .* has 8"):
+            load_tuned(adapter, other)
+
+
+def rewrite(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def no_layers_of_it(folder: Path, name: Callable[[str], str]) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name(key): value for key, value in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), r"cannot be read \(FileNotFoundError\)"),
+    "cut weights": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"1" * 99), "model.safetensors cannot be"),
+    "cut config": (lambda f: (f / "adapter_config.json").write_text("{"), r"adapter_config.json cannot be read"),
+    "no base": (lambda f: rewrite(f / "adapter_config.json", base_model_name_or_path=None), "set --base"),
+    "base gone": (
+        lambda f: rewrite(f / "adapter_config.json", base_model_name_or_path="/nowhere"),
+        "the base model is not found, --base names another place: .*no config.json",
+    ),
+    "dtype": (lambda f: rewrite(f / "fl-split.json", dtype="float99"), r"fl-split.json cannot be read \(ValueError"),
+    "wire": (lambda f: rewrite(f / "fl-split.json", **{"wire-dtype": 3}), r"fl-split.json cannot be read"),
+    "no layer": (lambda f: no_layers_of_it(f, lambda key: key.replace("layers", "h")), "changes none of this model's"),
+    "layer 9": (lambda f: no_layers_of_it(f, lambda key: key.replace("s.0.", "s.9.")), "or others than it has"),
+    "rank": (lambda f: rewrite(f / "adapter_config.json", r=3), "does not fit .* it was trained on another model"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_folder_that_cannot_be_used_is_named(adapter: Path, address: str, tmp_path: Path, how: str) -> None:
+    shutil.copytree(adapter, tmp_path / "adapter")
+    damage, message = BROKEN[how]
+    damage(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=message):
+        load_tuned(tmp_path / "adapter", address)
+
+
+def test_a_base_without_its_tokenizer_is_named(adapter: Path, address: str, demo_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(demo_model, tmp_path / "model", ignore=shutil.ignore_patterns("*token*"))
+    with pytest.raises(ConfigError, match="has no tokenizer that can be read"):
+        load_tuned(adapter, address, base=str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("ids", "max_tokens", "match"),
+    [
+        ([], 5, "the prompt is empty"),
+        ([5] * 256, 5, "has 256 tokens: .* at most 256, its answer"),
+        ([5], 0, "at least 1"),
+    ],
+)
+def test_a_prompt_that_cannot_be_answered_is_named(tuned: Tuned, ids: list[int], max_tokens: int, match: str) -> None:
+    with pytest.raises(DataError, match=match):
+        answer(tuned, ids, Sampling(max_tokens))
+    with pytest.raises(DataError, match=match):
+        answer_batch(tuned, [ids], Sampling(max_tokens))
+
+
+def test_an_answer_ends_where_the_model_does(tuned: Tuned) -> None:
+    made = answer(tuned, [5] * 253, Sampling(50))
+    assert len(list(made)) > 0
+    assert (made.num_tokens, made.reason) == (3, "length")
+
+
+def test_halves_of_letters_are_taken_for_question_marks(tuned: Tuned) -> None:
+    assert tuned.encode_text("\ud800 a") == tuned.encode_text("? a")
 
 
 def test_no_trunk_is_named(adapter: Path) -> None:

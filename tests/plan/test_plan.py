@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import DECODERS, Family
 from transformers import AutoConfig, MixtralConfig, MptConfig
 
 from fl_split import wire
@@ -16,6 +17,8 @@ from fl_split.errors import ConfigError, SplitError
 from fl_split.model import adapters, loss
 from fl_split.model.checkpoint import read_config
 from fl_split.model.ends import checkpoint_activations, load_ends
+from fl_split.model.family import examine
+from fl_split.model.key_values import bytes_per_token
 from fl_split.model.loss import Batch
 from fl_split.model.trunk import load_trunk
 from fl_split.node import train
@@ -32,6 +35,7 @@ from fl_split.plan.plan import (
     rows_of,
     splits,
 )
+from fl_split.plan.step_memory import key_value_bytes, on_meta
 from fl_split.trunk import server
 from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.layers import hold_layers
@@ -80,7 +84,7 @@ def test_bytes_weights_and_activations_are_those_of_a_real_step(checkpoint: Call
 
 def peak_of_a_step(folder: Path, run: RunConfig) -> int:
     """Most bytes that a real step has from torch's allocator at once, the adapters' gradients left out."""
-    client = load_ends(folder, 2, 2, Echo("bfloat16"), surrogate=run.surrogate.kind, surrogate_layers=1)
+    client = load_ends(folder, 2, 2, Echo("bfloat16"), surrogate=run.surrogate.planned, surrogate_layers=1)
     if run.train.activation_checkpointing:
         checkpoint_activations(client)
     model = adapters.attach(client, run.lora, train_bottom=True, seed=0).train()
@@ -152,7 +156,7 @@ def test_bytes_of_probes_and_exact_gradients_are_those_on_the_wire(
     with server.embedded(hold_layers(folder, 2, 2), config=config) as address:
         expected = Expected.from_checkpoint(folder, 2, 2)
         with TrunkConnection(address, expected, wire_dtype=run.trunk.wire_dtype) as trunk:
-            client = load_ends(folder, 2, 2, trunk, surrogate=run.surrogate.kind, surrogate_layers=1)
+            client = load_ends(folder, 2, 2, trunk, surrogate=run.surrogate.planned, surrogate_layers=1)
             model = adapters.attach(client, run.lora, train_bottom=True, seed=0).train()
             if kind == "distilled":
                 train.make_distiller(model, 1e-3, run.surrogate.probe_every)
@@ -272,3 +276,29 @@ def test_a_step_takes_transfers_latency_and_computation_overlapped_as_far_as_the
     four = {"train.accumulation": 4}
     assert plan(**four, **{"trunk.in-flight": 1}).step_s(busy) == pytest.approx(16.0, rel=1e-3)
     assert plan(**four, **{"trunk.in-flight": 4}).step_s(busy) == pytest.approx(7.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2", "mpt", "opt-projected", "minimax"])
+def test_what_the_trunk_keeps_of_a_token_is_planned_to_the_byte(name: str, tmp_path: Path) -> None:
+    family = next(f for f in DECODERS if f.name == name)
+    family.save(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = on_meta(family.config(), examine(family.config()), dtype)
+        planned = key_value_bytes(model, range(2, 4))
+        measured = bytes_per_token(load_trunk(tmp_path, 2, 2, dtype=dtype))
+        assert planned == measured
+        assert (planned == 0) == (name == "minimax")
+        assert model.dtype == dtype
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", DECODERS, ids=lambda family: family.name)
+def test_what_the_trunk_keeps_is_planned_for_every_family(family: Family, tmp_path: Path) -> None:
+    family.save(tmp_path)
+    model = on_meta(family.config(), examine(family.config()), torch.float32)
+    assert key_value_bytes(model, range(2, 4)) == bytes_per_token(load_trunk(tmp_path, 2, 2))
+
+
+def test_a_row_says_what_the_trunk_keeps_of_a_token(checkpoint: Callable[[str], Path]) -> None:
+    [row] = rows_of(run_config(**{"model.name": str(checkpoint("llama"))}), ["2+2"], Link(1e8, 0.02))
+    assert row["cache B/token"] == bytes_per_token(load_trunk(checkpoint("llama"), 2, 2))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fl_split import wire
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.trunk import decode, server
+from fl_split.trunk import batching, decode, server
 from fl_split.trunk.batching import Batcher
 from fl_split.trunk.cache_pool import CacheFull, CachePool
 from fl_split.trunk.config import Batching, TrunkConfig
@@ -295,6 +295,21 @@ def test_senders_out_of_step_come_to_share_passes(share: float, together: bool) 
 
     asyncio.run(run())
     assert (sizes.count(2) >= 4) == together
+
+
+def test_nobody_waits_for_a_stream_that_has_ended(held: HeldLayers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "_WAIT_SHARE", 100_000.0)  # of a pass, of some milliseconds
+    monkeypatch.setattr(batching, "_ACTIVE_S", 20.0)
+    with serving(held) as (_, channel):
+        ended = Stream(channel)
+        ended.step(rows_of(3))
+        ended.close()
+        stream = Stream(channel)
+        started = time.monotonic()
+        for row in rows_of(5):
+            stream.step(row[None])
+        assert time.monotonic() - started < 10
+        stream.close()
 
 
 # ------------------------------------------------------------------------------------------------------- the pool

@@ -75,7 +75,7 @@ class Process:
         self.lines.extend(iter(self.process.stderr.readline, ""))
 
     def wait_ready(self) -> None:
-        for _ in range(600):
+        for _ in range(3600):  # on a busy machine imports alone take a minute
             if any("ready at" in line for line in self.lines):
                 return
             assert self.process.poll() is None, self.lines

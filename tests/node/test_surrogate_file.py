@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fl_split.errors import SurrogateError, TrunkUnavailable
-from fl_split.node.published import fetch_published
+from fl_split.node.surrogate_file import fetch_published
 from fl_split.proto import trunk_pb2 as pb
 
 

@@ -1,0 +1,1 @@
+"""`fl-split audit`: how much of a node's text the trunk's operator could read."""

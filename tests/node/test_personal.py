@@ -1,0 +1,255 @@
+"""A node's own adapter beside the others': trained alone, and mixed as far as that helps."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_app
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from fl_split.config import Lora, RunConfig
+from fl_split.data.store import Prepared
+from fl_split.errors import ConfigError
+from fl_split.model import adapters
+from fl_split.model.ends import load_ends
+from fl_split.model.trunk import LocalTrunk, load_trunk
+from fl_split.node import personal
+from fl_split.node.state import NodeFolder, SavedRound
+from fl_split.node.trial import Gain, Losses
+
+PERSONAL = {"aggregation.personal": True, "aggregation.share": "both", "aggregation.min-nodes": 3}
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def run(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Three nodes of 90 alike rows, two rounds: the run's folder."""
+    data = tmp_path_factory.mktemp("data")
+    for node in range(3):
+        rows = [{"question": f"number {i}?", "answer": f"it is {i * 7 % 10}"} for i in range(node, 270, 3)]
+        (data / f"{node}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {"data.path": str(data), "data.holdout": 0.4, "data.max-length": 32, "train.batch-size": 4}
+
+    @cache
+    def once(*changes: tuple[str, Any]) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        run_app(folder, nodes=3, **{**common, "train.steps": 4, **dict(changes)})
+        return folder / "x"
+
+    return lambda **changes: once(*sorted(changes.items()))
+
+
+def kept(folder: Path, node: int) -> SavedRound:
+    """What a node has on its own disk of the second round."""
+    [run_id] = [state.name for state in (folder / "nodes" / str(node) / "state").iterdir()]
+    saved = NodeFolder(folder / "nodes" / str(node), run_id).load_before(3)
+    assert saved is not None and saved.number == 2
+    return saved
+
+
+def entries(folder: Path) -> list[dict[str, Any]]:
+    """A node's metrics of the second round, by node."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [entry for entry in lines if entry["round"] == 2 and "partition-id" in entry]
+
+
+# ---------------------------------------------------------------------------------------------------- the promise
+
+
+@pytest.mark.parametrize("combine", ["mean", "svd", "stack", "exact"])
+def test_own_adapter_is_that_of_a_run_that_shares_nothing_bit_for_bit(run: Run, combine: str) -> None:
+    alone, shared = run(), run(**PERSONAL, **{"aggregation.combine": combine})
+    for node in range(3):
+        expected, got = kept(alone, node), kept(shared, node)
+        for field in ("adapter", "optimizer"):
+            wanted, values = getattr(expected, field), getattr(got, field)
+            assert wanted and wanted.keys() == values.keys()
+            assert all(torch.equal(value, wanted[name]) for name, value in values.items()), field
+
+
+def test_export_with_weight_0_is_that_of_a_run_that_shares_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(personal, "GRID", ())
+    alone, shared = run(), run(**PERSONAL, **{"train.keep": "last"})
+    for node in range(3):
+        file = f"nodes/{node}/adapter/adapter_model.safetensors"
+        expected, got = load_file(alone / file), load_file(shared / file)
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in got.items())
+        assert entries(shared)[node]["gain-over-alone"] == 0
+
+
+def test_metrics_say_what_the_others_are_worth_on_examples_that_chose_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(personal, "gain", lambda alone, mixed: Gain(1.0))  # the first of the grid is chosen
+    for entry in entries(run(**PERSONAL, **{"aggregation.combine": "stack", "num-server-rounds": 2})):
+        assert (entry["others-weight-bottom"], entry["others-weight-top"]) == (0.25, 0.25)
+        gain, error = entry["gain-over-alone"], entry["gain-over-alone-error"]
+        assert gain == pytest.approx(entry["heldout-loss-alone"] - entry["heldout-loss-after"], abs=1e-4)
+        assert gain != 0 and 0 < error < 0.1
+        assert entry["heldout-loss-selection"] != entry["heldout-loss-after"]
+
+
+def test_a_server_whose_products_grow_up_is_not_added_twice(run: Run) -> None:
+    """`stack` and `exact` add to what is part of every node's model; here nothing ever becomes part of it."""
+    folder = run(**PERSONAL, **{"aggregation.combine": "stack"})
+    shared = load_file(folder / "checkpoints" / "round-0002" / "shared.safetensors")
+    name = next(name for name in shared if name.endswith("residual_A.weight"))
+    got = shared[name.replace("_A.", "_B.")].double() @ shared[name].double()
+    states = [kept(folder, node).adapter for node in range(3)]
+    counts = [float(entry["num-examples"]) for entry in entries(folder)]
+    a = name.replace("residual", "lora")
+    products = [2.0 * state[a.replace("_A.", "_B.")].double() @ state[a].double() for state in states]
+    expected = sum((product * count for product, count in zip(products, counts, strict=True))) / sum(counts)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"aggregation.share": "none"}, r"share='none': there is nothing to add"),
+        ({"aggregation.tensors": "a-only"}, r"tensors='a-only': half of"),
+        ({"aggregation.strategy": "fedprox"}, r"strategy='fedprox': it moves nodes"),
+        ({"aggregation.strategy": "fedadam"}, r"strategy='fedadam'"),
+        ({"lora.variant": "dora"}, r"variant='dora': its update"),
+        ({"aggregation.min-nodes": 2}, r"min-nodes=2: the mean of two adapters shows each node the other's"),
+        (
+            {
+                "aggregation.share-head": True,
+                "task": "sequence-classification",
+                "data.labels": "a,b",
+                "data.text": "t",
+            },
+            r"share-head=true: a head is no product",
+        ),
+    ],
+)
+def test_what_breaks_the_promise_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"aggregation\.personal=true does not go with .*{message}"):
+        RunConfig.from_flat({**PERSONAL, **changes})
+
+
+def test_two_nodes_may_with_noise() -> None:
+    noisy = {"dp.mode": "client-fixed", "aggregation.weighting": "equal", "aggregation.min-nodes": 2}
+    assert RunConfig.from_flat({**PERSONAL, **noisy}).aggregation.personal
+
+
+# -------------------------------------------------------------------------------------------------- the mixture
+
+
+@pytest.fixture
+def model(checkpoint: Callable[[str], Path]) -> PeftModel:
+    """A client of 2 + 2 + 2 layers whose adapter does something."""
+    folder = checkpoint("llama")
+    client = load_ends(folder, 2, 2, LocalTrunk(load_trunk(folder, 2, 2)))
+    model = adapters.attach(client, Lora(rank=4), train_bottom=True, seed=0)
+    adapters.load_adapter_state(model, some(adapters.adapter_state(model), 1))
+    return model.eval()
+
+
+def some(like: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Random arrays of these names and shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in like.items()}
+
+
+@pytest.fixture
+def others(model: PeftModel) -> dict[str, Tensor]:
+    """Whole products of the names of the model's adapter."""
+    return {name.replace(".lora_", ".residual_"): x for name, x in some(adapters.adapter_state(model), 2).items()}
+
+
+IDS = torch.arange(3, 12)[None]
+
+
+def logits(model: PeftModel) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(input_ids=IDS).logits
+    return result
+
+
+def test_export_of_a_mixture_gives_the_full_model_the_same_logits(
+    model: PeftModel, others: dict[str, Tensor], checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    own = adapters.adapter_state(model)
+    alone = logits(model)
+    adapters.add_residual(model, others)
+    adapters.mix(model, {"bottom": 0.25, "top": 1.0})
+    mixed = logits(model)
+    adapters.export(model, tmp_path / "adapter", str(checkpoint("llama")))
+    full = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(checkpoint("llama")), tmp_path / "adapter"
+    ).eval()
+    torch.testing.assert_close(logits(full), mixed, rtol=0, atol=1e-4)
+    assert full.peft_config["default"].r == 8 and (mixed - alone).abs().max() > 0.1
+    products = {
+        name: (1 - w) * 4.0 * own[name.replace("_A", "_B")] @ own[name]
+        + w * others[name.replace("lora_A", "residual_B")] @ others[name.replace("lora_A", "residual_A")]
+        for name in own
+        if ".lora_A." in name
+        for w in [0.25 if adapters.part_of(model, name) == "bottom" else 1.0]
+    }
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, expected in products.items():
+        torch.testing.assert_close(written[name.replace("_A", "_B")] @ written[name], expected, rtol=1e-4, atol=1e-6)
+    assert adapters.scaling_of(model) == 4.0  # of the node's own, which is what it says of what it shares
+
+
+def test_without_others_the_model_is_what_it_was(model: PeftModel, others: dict[str, Tensor]) -> None:
+    before = logits(model)
+    assert personal.weigh(model, others, ["bottom", "top"], lambda: losses(1.0)) == {}
+    assert torch.equal(logits(model), before) and list(model.peft_config) == ["default"]
+
+
+def losses(mean: float, spread: float = 0.0) -> Losses:
+    """Of 20 examples of one target each."""
+    values = mean + spread * torch.linspace(-1, 1, 20, dtype=torch.float64)
+    return values, torch.ones(20, dtype=torch.float64)
+
+
+def test_weights_are_the_best_of_the_grid_first_for_all_then_for_the_bottom(
+    model: PeftModel, others: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[dict[str, float]] = [{}]
+    monkeypatch.setattr(adapters, "mix", lambda model, weights: tried.append(dict(weights)))
+
+    def measure() -> Losses:
+        now = tried[-1]
+        return losses(1 + abs(now.get("bottom", 0) - 0.25) + 2 * abs(now.get("top", 0) - 0.75))
+
+    assert personal.weigh(model, others, ["bottom", "top"], measure) == {"bottom": 0.25, "top": 0.75}
+    assert tried[-1] == {"bottom": 0.25, "top": 0.75} and len(tried) < 12  # and is left so
+
+
+def test_a_gain_within_one_standard_error_is_none(model: PeftModel, others: dict[str, Tensor]) -> None:
+    answers: Iterator[Losses] = iter([losses(1.0), *(losses(0.99, spread=0.5) for _ in range(4))])
+    assert personal.weigh(model, others, ["top"], lambda: next(answers)) == {}
+    answers = iter([losses(1.0), *(losses(0.7, spread=0.5) for _ in range(4))])
+    assert personal.weigh(model, others, ["top"], lambda: next(answers)) == {"top": 0.25}
+
+
+def heldout(keys: list[int]) -> Prepared:
+    return Prepared([], {"key": np.array(keys, dtype=np.uint64)}, np.arange(len(keys)))
+
+
+def test_what_chooses_is_not_what_is_reported_and_each_row_keeps_its_side() -> None:
+    rng = np.random.default_rng(0)
+    keys = rng.integers(0, 2**63, 100).tolist()
+    first, second = personal.halves(heldout([*keys, keys[0]]))
+    assert not set(first.keys.tolist()) & set(second.keys.tolist())
+    assert len(first) + len(second) == 101 and min(len(first), len(second)) > 30
+    more, _ = personal.halves(heldout([*keys, *rng.integers(0, 2**63, 50).tolist()]))
+    assert set(first.keys.tolist()) <= set(more.keys.tolist())
+
+
+def test_too_few_to_choose_by_means_alone() -> None:
+    chooses, reported = personal.halves(heldout([*range(0, 40, 2), *range(1, 15, 2)]))
+    assert len(chooses) == 0 and len(reported) == 27
