@@ -1,13 +1,15 @@
 """The ClientApp: one message is one local round on one institution's data. Wiring only.
 
 What leaves the node: to the trunk, hidden states (`fl_split.wire`); to the server, the reply built at the end of
-`train`: shared adapter weights by name, numbers, and where the adapter is. All of it stands in the node's ledger.
+`train`: shared adapter weights by name, under masks with `aggregation.secure`, numbers, and what the adapter is called.
 """
 
 import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Ray's workers put the folder that Flower's SuperLink was started in before the app's own: if that is a checkout of
@@ -15,15 +17,16 @@ from pathlib import Path
 if Path(sys.argv[0]).name == "flwr-simulation":
     os.chdir(Path(__file__).resolve().parent)
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict  # noqa: E402
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict  # noqa: E402
 from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod  # noqa: E402
 from flwr.clientapp.typing import ClientAppCallable  # noqa: E402
 
 from fl_split.config import NodeConfig, RunConfig  # noqa: E402
-from fl_split.errors import FLSplitError  # noqa: E402
+from fl_split.errors import ConfigError, FLSplitError  # noqa: E402
 from fl_split.log import show_log  # noqa: E402
 from fl_split.node.ledger import Ledger  # noqa: E402
+from fl_split.node.masks import Identity, Statement, agree, digest, mask, state_key  # noqa: E402
 from fl_split.node.received import moved  # noqa: E402
 from fl_split.node.round import Instructions, run_round  # noqa: E402
 
@@ -38,42 +41,110 @@ def clip(msg: Message, context: Context, call_next: ClientAppCallable) -> Messag
     return mods[mode](msg, context, call_next) if mode in mods else call_next(msg, context)
 
 
+def conceal(msg: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Mask what leaves the node, clipped or not, if the run asks for that (``aggregation.secure``)."""
+    config = _config(msg)
+    if not config.aggregation.secure:
+        return call_next(msg, context)
+    with _explained(msg, context):
+        node, told = NodeConfig.from_flat(context.node_config), msg.content.config_records["config"]
+        records = msg.content.config_records["keys"]
+        given = zip(*(records[name] for name in ("public", "identity", "signature")), strict=True)
+        statements = [Statement(*map(bytes, each)) for each in given]
+        received = msg.content.array_records["arrays"].to_torch_state_dict()
+        all_told = digest(received, *(str(told[name]) for name in sorted(told)))
+        secrets = agree(Identity.of(node), _folder(config, node, msg), _about(msg), statements, all_told)
+    reply = call_next(msg, context)
+    with _explained(msg, context):
+        shared = reply.content.array_records["arrays"].to_torch_state_dict()
+        weight = int(reply.content.metric_records["metrics"]["weight"])  # type: ignore[arg-type]
+        hidden = mask(shared, weight, secrets)
+        reply.content["arrays"] = ArrayRecord({name: Array(value) for name, value in hidden.items()})
+    return reply
+
+
+def account(msg: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Write down what leaves for the server, as it leaves."""
+    reply = call_next(msg, context)
+    for name, record in reply.content.items():
+        _ledger(msg, context).note("server", {"arrays": "shared-adapter"}.get(name, name), record.count_bytes())
+    return reply
+
+
+@app.query("keys", mods=[account])
+def keys(msg: Message, context: Context) -> Message:
+    """Make this node's key of a round's masks; the public one leaves, signed."""
+    with _explained(msg, context):
+        node = NodeConfig.from_flat(context.node_config)
+        statement = state_key(Identity.of(node), _folder(_config(msg), node, msg), _about(msg))
+    return Message(RecordDict({"key": ConfigRecord({**vars(statement)})}), reply_to=msg)
+
+
+def _about(msg: Message) -> bytes:
+    told = msg.content.config_records["config"]
+    return f"{told['run-id']!s} {told['server-round']!s}\n".encode()
+
+
+def _folder(config: RunConfig, node: NodeConfig, msg: Message) -> Path:
+    return node.folder(config, str(msg.content.config_records["config"]["run-name"]))
+
+
+def _ledger(msg: Message, context: Context) -> Ledger:
+    """Where this node writes down what leaves it.
+
+    Raises:
+        ConfigError: The node's configuration cannot be used.
+    """
+    number = int(msg.content.config_records["config"]["server-round"])  # type: ignore[arg-type]  # the ServerApp's own
+    return Ledger(_folder(_config(msg), NodeConfig.from_flat(context.node_config), msg), number)
+
+
+@contextmanager
+def _explained(msg: Message, context: Context) -> Iterator[None]:
+    """Make errors safe to leave the node: their text goes to the server, what led to them stays here."""
+    name = f"node {context.node_config.get('partition-id', '?')}"
+    try:
+        yield
+        return
+    except FLSplitError as error:
+        kind, text = type(error), f"{name}: {error}"
+    except Exception as error:
+        logger.exception("the round failed")
+        kind, text = (
+            FLSplitError,
+            f"{name}: {type(error).__name__} on the node; its own log says more (data may be private)",
+        )
+    with suppress(ConfigError):  # of a node without a folder, there is nowhere to write it down
+        _ledger(msg, context).note("server", "error", len(text.encode()))
+    raise kind(text)
+
+
 def _config(msg: Message) -> RunConfig:
     """The run's configuration as the server has it: a resumed run's own, not what this start was given."""
     return RunConfig.from_flat(json.loads(str(msg.content.config_records["config"]["run-config"])))
 
 
-@app.train(mods=[clip])
+@app.train(mods=[account, conceal, clip])
 def train(msg: Message, context: Context) -> Message:
     """Train this node's adapters for one round; the reply holds what `aggregation.share` names, and metrics."""
     instructions = msg.content.config_records["config"]
     received = msg.content.array_records["arrays"].to_torch_state_dict()
     show_log()
-    config, name = _config(msg), f"node {context.node_config.get('partition-id', '?')}"
-    number, run_name = int(instructions["server-round"]), str(instructions["run-name"])  # type: ignore[arg-type]
-    ledger: Ledger | None = None
-    try:
-        own = NodeConfig.from_flat(context.node_config)
-        ledger = Ledger(own.folder(config, run_name), number)
+    config = _config(msg)
+    with _explained(msg, context):
         result = run_round(
             config,
-            own,
+            NodeConfig.from_flat(context.node_config),
             received,
             Instructions(
-                server_round=number,
-                run_name=run_name,
+                server_round=int(instructions["server-round"]),  # type: ignore[arg-type]  # the ServerApp's own
+                run_name=str(instructions["run-name"]),
                 run_id=str(instructions["run-id"]),
                 trunk_address=str(instructions["trunk-address"]),
                 share_address=str(instructions.get("share-address", "")),
                 proximal_mu=float(instructions.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
             ),
         )
-    except FLSplitError as error:
-        raise _answer(type(error), f"{name}: {error}", ledger) from None  # what led to it stays here
-    except Exception as error:
-        logger.exception("the round failed")
-        text = f"{name}: {type(error).__name__} on the node; its own log says more (data may be private)"
-        raise _answer(FLSplitError, text, ledger) from None
     clipped = config.dp.mode != "off"  # here or on the server
     reply = RecordDict(
         {
@@ -82,13 +153,4 @@ def train(msg: Message, context: Context) -> Message:
             "node": ConfigRecord({"adapter": result.adapter, "scaling": result.scaling}),
         }
     )
-    for name, record in reply.items():
-        ledger.note("server", {"arrays": "shared-adapter"}.get(name, name), record.count_bytes())
     return Message(reply, reply_to=msg)
-
-
-def _answer(kind: type[FLSplitError], text: str, ledger: Ledger | None) -> FLSplitError:
-    """An error whose text goes to the server."""
-    if ledger is not None:
-        ledger.note("server", "error", len(text.encode()))
-    return kind(text)

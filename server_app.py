@@ -83,6 +83,7 @@ def _run_rounds(grid: Grid, run: RunFolder, stack: ExitStack) -> None:
         round_offset=run.num_finished,
         num_rounds=config.num_server_rounds,
         institutions=Institutions(run.numbers()),
+        secure=config.aggregation.secure,
         on_round=partial(record_round, run, open_trackers(run, stack)),
     )
     shared = run.shared()

@@ -31,6 +31,7 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from math import nan
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -269,7 +270,7 @@ def summarize(runs: Runs, setting: Setting, rates: Mapping[str, float], seeds: i
     """Means over the seeds; gains are over training alone, of the same seed and so the same held-out examples."""
     figures: Figures = {}
     names = [file.stem for file in setting.files]
-    alone = [runs.of(Task("local", seed, rates["local"])) for seed in range(seeds)]
+    alone = [runs.of(Task("local", seed, rates["local"])) if "local" in rates else {} for seed in range(seeds)]
     pooled = [runs.of(Task("pooled", seed, rates["pooled"])) for seed in range(seeds)] if "pooled" in rates else []
     for mode, rate in rates.items():
         done = [runs.of(Task(mode, seed, rate)) for seed in range(seeds)]
@@ -281,19 +282,22 @@ def summarize(runs: Runs, setting: Setting, rates: Mapping[str, float], seeds: i
         }
         gains: dict[str, list[float]] = {}
         for name in names:
-            pairs = zip(alone, done, strict=True)
-            gains[name] = [d.get(f"alone/{name}", a[f"own/{name}"]) - d[f"own/{name}"] for a, d in pairs]
-            figures[f"heldout-loss-base/{setting.kind}/{name}"] = statistics.mean(d[f"base/{name}"] for d in alone)
+            figures[f"heldout-loss-base/{key}/{name}"] = statistics.mean(d[f"base/{name}"] for d in done)
             figures[f"heldout-loss/{key}/{name}"] = statistics.mean(d[f"own/{name}"] for d in done)
-            figures[f"gain-over-local/{key}/{name}"] = statistics.mean(gains[name])
             for what in ("combined", "error", "weight"):
                 if f"{what}/{name}" in done[0]:
                     figures[f"{what}/{key}/{name}"] = statistics.mean(d[f"{what}/{name}"] for d in done)
+            if "local" in rates or f"alone/{name}" in done[0]:
+                pairs = [(d.get(f"alone/{name}") or a[f"own/{name}"], d) for a, d in zip(alone, done, strict=True)]
+                gains[name] = [loss - d[f"own/{name}"] for loss, d in pairs]
+                figures[f"gain-over-local/{key}/{name}"] = statistics.mean(gains[name])
+        if not gains:
+            continue
         means = [statistics.mean(each) for each in zip(*gains.values(), strict=True)]
         figures[f"gain-over-local/{key}"] = statistics.mean(means)
         figures[f"gain-over-local-spread/{key}"] = max(means) - min(means)
         figures[f"worst-gain/{key}"] = min(min(each) for each in gains.values())
-        if pooled:
+        if pooled and "local" in rates:
             bound = statistics.mean(
                 a[f"own/{n}"] - p[f"own/{n}"] for a, p in zip(alone, pooled, strict=True) for n in names
             )
@@ -307,12 +311,11 @@ def show(figures: Figures, setting: Setting, modes: Iterable[str]) -> None:
     print(f"{'mode':15}{'rate':>7}" + "".join(f"{n:>14}" for n in names) + "     mean    worst  to pooled  MB a round")
     for mode in modes:
         key = f"{setting.kind}/{mode}"
-        cells = "".join(f"{figures[f'gain-over-local/{key}/{n}']:+14.4f}" for n in names)
-        line = f"{mode:15}{figures[f'rate/{key}']:7.3f}{cells}{figures[f'gain-over-local/{key}']:+9.4f}"
-        line += f"{figures[f'worst-gain/{key}']:+9.4f}{figures.get(f'gap-to-pooled/{key}', float('nan')):+11.4f}"
+        cells = "".join(f"{figures.get(f'gain-over-local/{key}/{n}', nan):+14.4f}" for n in names)
+        line = f"{mode:15}{figures[f'rate/{key}']:7.3f}{cells}{figures.get(f'gain-over-local/{key}', nan):+9.4f}"
+        line += f"{figures.get(f'worst-gain/{key}', nan):+9.4f}{figures.get(f'gap-to-pooled/{key}', nan):+11.4f}"
         print(line + f"{figures[f'bytes-per-round/{key}'] / 1e6:12.2f}")
-    loss = ", ".join(f"{n} {figures[f'heldout-loss/{setting.kind}/local/{n}']:.3f}" for n in names)
-    print(f"held-out loss of local: {loss}")
+        print("  held-out loss: " + ", ".join(f"{n} {figures[f'heldout-loss/{key}/{n}']:.3f}" for n in names))
 
 
 def main() -> None:
@@ -320,7 +323,9 @@ def main() -> None:
     parser.add_argument("--bench", type=Path, required=True)
     parser.add_argument("--institutions", nargs="+", default=["cdc", "niddk", "ninds", "seniorhealth"])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="local comes with any")
+    parser.add_argument(
+        "--modes", nargs="+", choices=list(MODES), default=list(MODES), help="gains need local, but for personal's"
+    )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="per round")
@@ -342,7 +347,6 @@ def main() -> None:
     block = about(" ".join(map(str, range(options.seeds))))
     bench = options.bench.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
-    modes = list(dict.fromkeys(["local", *options.modes]))
     for kind in options.settings:
         setting = Setting(
             next(bench.glob("*/config.json")).parent,
@@ -354,7 +358,7 @@ def main() -> None:
             0.02 if options.quick else SETTINGS[kind],
             options.batch_size,
         )
-        figures = measure(setting, modes, options)
+        figures = measure(setting, options.modes, options)
         print(block)
         write(options.json, figures | block, keep=True)  # settings that were run before stay
 

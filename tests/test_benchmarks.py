@@ -27,6 +27,7 @@ CASES = {  # script: (arguments, a figure that it writes)
         "heldout-loss/2+2/exact",
     ),
     "bench_rounds": (["--only", "start", "deployment", "simulation"], "round-overhead-s/simulation"),
+    "bench_secure": ([], "secure-sum-error/4-nodes"),
     "bench_trunk": (["--bench", BENCH, "--only", "bytes"], "heldout-loss/float32"),
 }
 

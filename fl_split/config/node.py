@@ -35,6 +35,8 @@ class NodeConfig(BaseModel):
     trunk_share_key: str = ""
     trunk_share_token_file: str = ""
     allow_gradient_shares: bool = False
+    secure_key: str = ""
+    secure_peers: str = ""
     lora_rank: Annotated[int, Field(ge=0, alias="lora.rank")] = 0  # 0: the run's
     redact_rules: str = ""
     metrics_allow: str = ""

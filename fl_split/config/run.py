@@ -68,6 +68,8 @@ class RunConfig(Section):
         if self.run.resume and not self.run.name:
             raise ValueError("run.resume=true needs run.name: the name of the run to go on with")
         _check_aggregation(self.aggregation, self.dp)
+        if self.aggregation.secure:
+            _check_secure(self.aggregation, self.dp)
         if self.aggregation.personal:
             _check_personal(self.aggregation, self.dp, self.lora)
         if self.lora.variant == "dora" and (self.aggregation.combine, self.aggregation.tensors) != ("mean", "both"):
@@ -209,6 +211,24 @@ def _check_personal(aggregation: Aggregation, dp: Dp, lora: Lora) -> None:
     for given, reason in reasons.items():
         if reason:
             raise ValueError(f"aggregation.personal=true does not go with {given}: {reason}")
+
+
+def _check_secure(aggregation: Aggregation, dp: Dp) -> None:
+    """Refuse what needs a single node's part, which masks hide, or a sum without some of the nodes."""
+    strategy, combine = aggregation.strategy, aggregation.combine
+    robust = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
+    reasons = {
+        "aggregation.share='none'": aggregation.share == "none" and "nothing is shared",
+        f"aggregation.combine={combine!r}": combine != "mean" and "it needs each node's product B A, and masks hide it",
+        f"aggregation.strategy={strategy!r}": strategy in robust and "it compares single nodes, and masks hide them",
+        f"dp.mode={dp.mode!r}": dp.mode.startswith("server")
+        and "the server cannot clip what it does not see: use 'client-fixed' or 'client-adaptive'",
+        f"aggregation.fraction={aggregation.fraction:g}": aggregation.fraction < 1
+        and "the difference of two rounds' sums would be single nodes' parts",
+    }
+    for given, reason in reasons.items():
+        if reason:
+            raise ValueError(f"aggregation.secure=true does not go with {given}: {reason}")
 
 
 def _check_shares(wanted: bool, kind: str, trunk: TrunkService, model: Model) -> None:

@@ -173,16 +173,16 @@ class Data(Section):
         0.1, description="part held out for evaluation, never trained on; a row's side depends on nothing but the row"
     )
     holdout_max: Positive = Field(500, description="examples of the held-out part that are evaluated, at most")
+    samples: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="held-out prompts that a node answers after each round; the texts stay in its folder, exact match "
+        "and ROUGE-L are metrics",
+    )
     redact: str = Field(
         "",
         description="what each node replaces by pseudonyms before anything is made of its text, with commas between: "
         "`email`, `url`, `date`, `phone`, `number`; a node may add rules of its own (`redact-rules`); noise in its "
         "place would not help: a node cannot be protected from the trunk's operator by noise",
-    )
-    samples: Annotated[int, Field(ge=0)] = Field(
-        0,
-        description="held-out prompts that a node answers after each round; the texts stay in its folder, exact match "
-        "and ROUGE-L are metrics",
     )
     bad_rows: Literal["skip", "refuse"] = Field(
         "skip", description="rows that are empty, malformed or too long to learn from: leave out and count, or stop"
@@ -292,6 +292,11 @@ class Aggregation(Section):
         False,
         description="each node's adapter trains as if nothing were shared; what the others' makes better is added to "
         "it, as far as it does so on the node's own examples",
+    )
+    secure: bool = Field(
+        False,
+        description="nodes mask what they share, so that the server learns their mean and no node's part; every node "
+        "named in the nodes' `secure-peers` takes part in every round",
     )
     tensors: Tensors = Field(
         "both",

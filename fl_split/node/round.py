@@ -30,7 +30,7 @@ from fl_split.model import adapters
 from fl_split.model.distill import Distiller
 from fl_split.model.loss import Batch
 from fl_split.model.slots import Trunk
-from fl_split.node import personal, train
+from fl_split.node import masks, personal, train
 from fl_split.node.build import (
     build_model,
     check_consent,
@@ -99,6 +99,7 @@ def run_round(
     """
     transformers_logging.disable_progress_bar()
     check_consent(config, node)
+    masks.check_consent(config, node)
     check_demo_data(config, node)
     if config.data.samples:
         check_scorer()
@@ -154,15 +155,15 @@ class Round:
         home = node.folder(config, instructions.run_name)
         examples = load_examples(config.data, node, tokenizer, config.train.seed, store=home / "examples")
         check_fits(AutoConfig.from_pretrained(base), tokenizer, examples, config.data)
-        ledger = Ledger(home, instructions.server_round)
-        ledger.note(
-            "", "begin", 0, examples=len(examples.train) + len(examples.heldout), redacted=examples.report.redacted
-        )
         folder = NodeFolder(home, instructions.run_id)
         config = settle(config, node, base, tokenizer, examples, folder.choice)
         check_consent(config, node)
         if instructions.server_round == 1:
             warn_of_room(config, node)
+        ledger = Ledger(home, instructions.server_round)
+        ledger.note(
+            "", "begin", 0, examples=len(examples.train) + len(examples.heldout), redacted=examples.report.redacted
+        )
         trunk: Trunk
         if config.surrogate.kind == "shares":
             addresses = (instructions.trunk_address, instructions.share_address)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from fl_split.errors import ConfigError, RoundFailed
 from fl_split.server.aggregation import check, check_scaling
 from fl_split.server.flower import ProductAveraging, privacy_spent, server_state, updates_of
 from fl_split.server.progress import Institutions, WatchedGrid, clock
+from fl_split.server.secure import collect_keys, unmask
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class SplitStrategy(Strategy):
         num_rounds: Of the whole run.
         institutions: Names of the nodes.
         on_round: Called with each finished round.
+        secure: Whether nodes mask what they share: `server.secure`.
     """
 
     def __init__(
@@ -64,15 +66,19 @@ class SplitStrategy(Strategy):
         num_rounds: int,
         institutions: Institutions,
         on_round: Callable[[FinishedRound], None],
+        secure: bool = False,
     ) -> None:
         self._inner, self._lora, self._min_nodes, self._node_wait_s = inner, lora, min_nodes, node_wait_s
         self._round_timeout, self._round_offset, self._on_round = round_timeout, round_offset, on_round
         self._num_rounds, self._institutions = num_rounds, institutions
+        self._secure = secure
+        self._grid: Grid | None = None  # Flower's own
         self._number = round_offset  # of the round that runs
         self._asked: list[Metadata] = []  # of its messages; Flower gives them their ids in place
 
     def watched(self, grid: Grid) -> Grid:
         """The grid to `start` with."""
+        self._grid = grid
         return cast(Grid, WatchedGrid(grid, self._answered, self._silent))
 
     def _answered(self, reply: Message, num_done: int, num_asked: int, seconds: float) -> None:
@@ -108,6 +114,12 @@ class SplitStrategy(Strategy):
             time.sleep(0.5)
         seen = cast(Grid, SimpleNamespace(get_node_ids=lambda: nodes))  # of those one may leave, and Flower would wait
         messages = list(self._inner.configure_train(self._number, arrays, config, seen))
+        if self._secure:
+            about = messages[0].content.config_records["config"]
+            asked = [message.metadata.dst_node_id for message in messages]
+            keys = collect_keys(self._grid or grid, asked, about, self._round_timeout, self._reason)
+            for message in messages:
+                message.content["keys"] = keys
         self._asked = [message.metadata for message in messages]
         logger.info("round %d/%d: %d nodes are asked", self._number, self._num_rounds, len(messages))
         return messages
@@ -118,7 +130,8 @@ class SplitStrategy(Strategy):
         """Combine what was shared and record the round.
 
         Raises:
-            RoundFailed: Fewer than `min_nodes` nodes finished; Flower would report success.
+            RoundFailed: Fewer than `min_nodes` nodes finished; Flower would report success. Or one is missing whose
+                masks the sum needs.
             ConfigError: Two nodes have the same number.
             AggregationError: What they share does not belong together.
         """
@@ -134,6 +147,9 @@ class SplitStrategy(Strategy):
             )
         for node, reason in missing.items():
             logger.warning("round %d goes on without %s: %s", number, node, reason)
+        if self._secure:
+            _check_all_there(number, missing)
+            unmask(done)
         done.sort(key=_partition)  # replies come in any order, and sums round differently in another
         nodes = [self._metrics(reply) for reply in done]
         _check_numbers(nodes)
@@ -151,6 +167,10 @@ class SplitStrategy(Strategy):
         state, epsilon = server_state(self._inner, list(shared)), privacy_spent(self._inner)
         self._on_round(FinishedRound(number, self._num_rounds, shared, nodes, state, epsilon))
         return ArrayRecord(shared), metrics
+
+    def _reason(self, node: int, text: str | None) -> str:
+        reason = self._institutions.reason(node, text)  # learns the node's number as well
+        return f"{self._institutions.name(node)}: {reason}"
 
     def _missing(self, replies: list[Message]) -> dict[str, str]:
         """Find the nodes that were asked and have not finished, by name, and why."""
@@ -194,6 +214,15 @@ class SplitStrategy(Strategy):
 
 def _partition(reply: Message) -> int:
     return int(next(iter(reply.content.metric_records.values()))["partition-id"])  # type: ignore[arg-type]
+
+
+def _check_all_there(number: int, missing: Mapping[str, str]) -> None:
+    if missing:
+        reasons = "".join(f"\n  {node}: {reason}" for node, reason in missing.items())
+        raise RoundFailed(
+            f"round {number}: with aggregation.secure=true the sum needs every node that has sent a key, as only all "
+            f"masks cancel; nothing of earlier rounds is lost, go on with run.resume=true{reasons}"
+        )
 
 
 def _check_numbers(nodes: Iterable[dict[str, Any]]) -> None:

@@ -140,7 +140,8 @@ def _run(run: Record) -> str:
     shared = (
         f"The server gave each node {size:,.2f} MB of shared weights in all." if size else "No weights were shared."
     )
-    if worth := run.by_round("gain-over-alone"):
+    worth = run.by_round("gain-over-alone")
+    if any(worth.values()):
         charts.append(Chart("What the others' adapters won beyond training alone", "round", "nats", worth))
     spent = {entry["round"]: entry["epsilon"] for entry in run.rounds if "epsilon" in entry}
     if spent:

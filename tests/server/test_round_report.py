@@ -63,6 +63,16 @@ def test_a_round_of_registered_nodes_that_share_has_their_names_and_what_is_shar
     assert "finished 1 of 3 rounds, 1:01 since this start" in last
 
 
+def test_what_the_others_are_worth_to_a_node_is_in_the_table_and_in_its_last_line(
+    folder: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    worth = {"gain-over-alone": 0.0321, "gain-over-alone-error": 0.0044}
+    record(folder, node(0, **worth), node(1, **worth))
+    assert "over alone  its error" in caplog.text and "+0.0321     0.0044" in caplog.text
+    assert "gain +1.000, of which the others' +0.0321 (error 0.0044), adapter: /nodes/0" in final_table(folder, 1.0)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_never_raises(
     folder: RunFolder, bad: float, caplog: pytest.LogCaptureFixture

@@ -19,8 +19,8 @@ from fl_split.tools.report import report
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 
 
-def make_run(tmp_path: Path, name: str, **changes: Any) -> Path:
-    """A finished run of two rounds and two nodes."""
+def make_run(tmp_path: Path, name: str, extra: dict[str, float] | None = None, **changes: Any) -> Path:
+    """A finished run of two rounds and two nodes, with extra numbers of each."""
     run = RunFolder.open(
         RunConfig.from_flat({"run.dir": str(tmp_path), "run.name": name, "num-server-rounds": 2, **changes}),
         {"torch": "2.13.0"},
@@ -32,7 +32,7 @@ def make_run(tmp_path: Path, name: str, **changes: Any) -> Path:
                 "num-examples": 1234, "train-loss": 3.0, "heldout-loss-base": 4.0, "heldout-loss-shared": 3.75,
                 "heldout-loss-before": 3.5, "heldout-loss-after": 2.875 if i == 0 else math.nan, "bottom-gain": 0.5,
                 "activation-bytes": 1_500_000, "train-tokens": 500, "train-s": 2.0, "trunk-forward-s": 1.0,
-                "exported-round": 1, "bad-rows": 7,
+                "exported-round": 1, "bad-rows": 7, **(extra or {}),
             }
             for i in (0, 1)
         ]  # fmt: skip
@@ -77,6 +77,16 @@ def test_the_page_stands_by_itself_and_has_the_numbers(tmp_path: Path) -> None:
     assert text.count("shared alone") == 1  # the other run shares nothing
     assert "Training loss by step" in text and "Privacy spent" in text and "Mean held-out loss of each run" in text
     assert "prefers-color-scheme: dark" in text and "#010203" not in text
+
+
+def test_an_institution_reads_what_sharing_was_worth_to_it(tmp_path: Path) -> None:
+    personal = {"aggregation.personal": True, "aggregation.share": "both", "aggregation.min-nodes": 3}
+    worth = {"gain-over-alone": 0.0321, "gain-over-alone-error": 0.0044}
+    weights = {"others-weight-bottom": 0.0, "others-weight-top": 0.5}
+    text = report([make_run(tmp_path, "one", worth | weights, **personal)])
+    assert {"+0.0321 ± 0.0044", "0 bottom, 0.5 top"} <= set(Page(text).cells)
+    title = "What the others&#x27; adapters won beyond training alone"
+    assert text.count(title) == 1 and title not in report([make_run(tmp_path, "two")])
 
 
 def test_the_command_writes_the_page_and_refuses_a_folder_without_a_run(tmp_path: Path) -> None:
