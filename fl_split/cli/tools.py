@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, cast
 
 import typer
@@ -200,4 +201,4 @@ def plan_command(
         return
     print(columns(rows))
     if run.surrogate.kind == "auto":
-        print(f"surrogate.kind=auto, planned as blocks: {AUTO.replace('`', '')}")
+        print(fill(f"surrogate.kind=auto, planned as blocks: {AUTO.replace('`', '')}", 80))
