@@ -201,7 +201,9 @@ def fit_surrogate(setting: Setting, files: list[Path] | None, layers: int, steps
         text = public_text(setting, files)
         print(f"fitting a surrogate worth {layers} layers, {steps} steps ...", flush=True)
         started = time.monotonic()
-        card = fit(setting.model, BOTTOM, TOP, text, Fit(layers=layers, steps=steps, length=MAX_LENGTH), out)
+        card = fit(
+            setting.model, BOTTOM, TOP, text, Fit(layers=layers, steps=steps, length=MAX_LENGTH, lessons=steps), out
+        )
         print(
             f"  {time.monotonic() - started:.0f} s; gradient cosine {card['gradient-cosine']:.3f} on other public text"
         )
