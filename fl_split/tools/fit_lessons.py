@@ -21,6 +21,9 @@ from fl_split.tools.fit_text import draw, question
 
 _TUNING_RATES = (6e-3, 8e-3, 1e-2, 1.2e-2)  # of the simulated fine-tunings, in turn
 _TUNING_STEPS = 200  # of each at most, so that many lessons do not come from models that no node comes to
+# Of the median's norm: a token that the model never saw may be all but 0, and in every layer the gradient of its norm
+# is then a thousand times as large.
+_LEAST_EMBEDDING = 0.1
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,14 @@ class Batches:
 
     def __init__(self, teacher: PreTrainedModel, fit: Fit) -> None:
         self._fit, self._config = fit, teacher.config
+        embeddings = cast(Tensor, teacher.get_input_embeddings().weight)
+        norms = embeddings.float().norm(dim=1).cpu()
+        self._tokens = (norms > _LEAST_EMBEDDING * norms.median()).nonzero().flatten()
 
     def draw(self, text: Tensor, number: int, stream: int, *, random_tokens: bool = False) -> tuple[Tensor, Tensor]:
         """Batch `number` of one of several streams: token ids and labels; see `fit_text.draw`."""
         fit, size, vocab = self._fit, min(self._fit.batch_size, len(text)), self._config.vocab_size
-        ids, labels = draw(text, size, number, fit.seed + stream, random_tokens)
+        ids, labels = draw(text, size, number, fit.seed + stream, self._tokens if random_tokens else None)
         if fit.task == "sequence-classification":
             labels = question(ids, cast(int, self._config.num_labels), vocab, fit.seed, stream)
         return ids.to(fit.device), labels.to(fit.device)

@@ -68,24 +68,22 @@ def generator(*numbers: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(repr(numbers).encode()))
 
 
-def draw(text: Tensor, size: int, number: int, seed: int, random_tokens: bool = False) -> tuple[Tensor, Tensor]:
+def draw(text: Tensor, size: int, number: int, seed: int, random_tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Batch `number` of a text that is gone through again and again: token ids and labels, ``[size, length]`` each.
 
     In half of the sequences a random prefix counts for nothing, like a prompt. With `random_tokens`, a part of the
-    tokens of every other sequence is random: private text surprises the model more than public text does, and a match
-    on unsurprising text alone does not carry over to it. They are tokens that the text knows: of one that the model
-    never saw, the hidden state may be all but 0, where a norm's gradient is a thousand times as large.
+    tokens of every other sequence is one of these: private text surprises the model more than public text does, and a
+    match on unsurprising text alone does not carry over to it.
     """
     epoch, place = divmod(number, len(text) // size)
     order = torch.randperm(len(text), generator=generator(seed, "epoch", epoch))
     ids, chance = text[order[place * size : (place + 1) * size]], generator(seed, "batch", number)
     prompt = torch.randint(1, max(2, ids.shape[1] * 2 // 5), (size, 1), generator=chance)
     prompt *= torch.randint(0, 2, (size, 1), generator=chance)
-    if random_tokens:
-        known = text.unique()
+    if random_tokens is not None:
         random = torch.rand(ids.shape, generator=chance) < _RANDOM_TOKENS
         random &= torch.rand(size, 1, generator=chance) < 0.5
-        ids = torch.where(random, known[torch.randint(len(known), ids.shape, generator=chance)], ids)
+        ids = torch.where(random, random_tokens[torch.randint(len(random_tokens), ids.shape, generator=chance)], ids)
     return ids, ids.masked_fill(torch.arange(ids.shape[1])[None] < prompt, IGNORED)
 
 
