@@ -50,12 +50,15 @@ def conceal(msg: Message, context: Context, call_next: ClientAppCallable) -> Mes
     with _explained(msg, context):
         node, told = NodeConfig.from_flat(context.node_config), msg.content.config_records["config"]
         records = msg.content.config_records["keys"]
+        del msg.content["keys"]  # Flower's clipping takes one ConfigRecord and no other
         given = zip(*(records[name] for name in ("public", "identity", "signature")), strict=True)
         statements = [Statement(*map(bytes, each)) for each in given]
         received = msg.content.array_records["arrays"].to_torch_state_dict()
         all_told = digest(received, *(str(told[name]) for name in sorted(told)))
         secrets = agree(Identity.of(node), _folder(config, node, msg), _about(msg), statements, all_told)
     reply = call_next(msg, context)
+    if reply.has_error():  # Flower's clipping answers so
+        return reply
     with _explained(msg, context):
         shared = reply.content.array_records["arrays"].to_torch_state_dict()
         weight = int(reply.content.metric_records["metrics"]["weight"])  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ _SEEN = {
     "generation": "hidden states of questions and answers, from which text can be read",
     "question": "what the trunk holds; nothing of this node",
     "shared-adapter": "weights trained on private text, from which parts of it may be found",
+    "key": "a public key for masks over shared weights; nothing of this node's text",
     "metrics": "numbers about the round",
     "node": "name and scale of the adapter",
     "error": "why a round failed; no text of examples",
