@@ -57,6 +57,11 @@ def draw(chart: Chart) -> str:
                 axes.axhline(chart.levels[name], color=colour, lw=1, ls=(0, (2, 3)))
         axes.set(xlabel=chart.x, ylabel=chart.y)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        places = {x for line in chart.lines.values() for x in line}
+        if len(places) == 1:  # matplotlib would write parts of a round
+            (x,) = places
+            axes.set_xlim(x - 1, x + 1)
+            axes.set_xticks([x])
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color=_INK, alpha=0.12, lw=0.8)
         file = io.StringIO()

@@ -232,7 +232,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         return "<p class='faint'>nothing</p>"
     head = "".join(f"<th>{escape(str(key))}</th>" for key in rows[0])
     body = "".join(f"<tr>{''.join(f'<td>{escape(str(value))}</td>' for value in row.values())}</tr>" for row in rows)
-    return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    kind = " class='pairs'" if list(rows[0]) == ["key", "value"] else ""
+    return f"<div class='wide'><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _figures(charts: Sequence[Chart]) -> str:

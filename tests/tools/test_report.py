@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fl_split.cli import app
 from fl_split.config import RunConfig
 from fl_split.errors import ConfigError, NodeStateError
 from fl_split.server.run_folder import RunFolder
+from fl_split.tools.charts import Chart, draw
 from fl_split.tools.report import report
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
@@ -115,3 +117,8 @@ def test_sample_outputs_are_shown_if_there_are_any(tmp_path: Path) -> None:
     kept.write_text('{"round": 1, "answer": "old"}\n{"round": 2, "answer": "newest"}\n')
     page = report([root])
     assert "Sample outputs of node 0" in page and "newest" in page and ">old<" not in page
+
+
+def test_a_single_round_is_one_whole_number() -> None:
+    svg = draw(Chart("losses", "round", "loss", {"a": {3: 4.1}, "b": {3: 4.2}}))
+    assert ">3</text>" in svg and "3.0" not in re.sub(r'="[^"]*"', "", svg)
