@@ -55,7 +55,9 @@ class RoundMetrics:
         return record
 
 
-def given_away(record: Mapping[str, int | float], num_heldout: int, node: NodeConfig) -> dict[str, int | float]:
+def given_away(
+    record: Mapping[str, int | float], num_heldout: int, node: NodeConfig, num_samples: int = 0
+) -> dict[str, int | float]:
     """What of a round's numbers leaves the node; what is withheld is nan, since the server reads every key.
 
     Withheld is what `metrics-allow` does not name, and, with `metrics-least`, counts of fewer examples than that, and
@@ -65,11 +67,14 @@ def given_away(record: Mapping[str, int | float], num_heldout: int, node: NodeCo
         record: All numbers.
         num_heldout: Examples that the scores are of.
         node: The node's own configuration.
+        num_samples: Held-out examples that were answered, `data.samples`.
     """
     least, allowed = node.metrics_least, node.allowed_metrics
+    scored = {"heldout-": num_heldout, "sample-": num_samples}
     kept = dict(record)
     for key, value in record.items():
-        few = key in _COUNTS and 0 < value < least or key.startswith("heldout-") and num_heldout < least
+        few = key in _COUNTS and 0 < value < least
+        few |= any(key.startswith(prefix) and number < least for prefix, number in scored.items())
         if key not in _NEEDED and (few or (allowed and not any(fnmatch(key, pattern) for pattern in allowed))):
             kept[key] = math.nan
     if node.metrics_least and record["weight"] > 1:  # 1: all nodes weigh the same
