@@ -24,6 +24,7 @@ from flwr.clientapp.typing import ClientAppCallable  # noqa: E402
 
 from fl_split.config import NodeConfig, RunConfig  # noqa: E402
 from fl_split.errors import ConfigError, FLSplitError  # noqa: E402
+from fl_split.files import disk_in_words  # noqa: E402
 from fl_split.log import show_log  # noqa: E402
 from fl_split.node.ledger import Ledger  # noqa: E402
 from fl_split.node.masks import Identity, Statement, agree, digest, mask, state_key  # noqa: E402
@@ -49,12 +50,15 @@ def conceal(msg: Message, context: Context, call_next: ClientAppCallable) -> Mes
     with _explained(msg, context):
         node, told = NodeConfig.from_flat(context.node_config), msg.content.config_records["config"]
         records = msg.content.config_records["keys"]
+        del msg.content["keys"]  # Flower's clipping takes one ConfigRecord and no other
         given = zip(*(records[name] for name in ("public", "identity", "signature")), strict=True)
         statements = [Statement(*map(bytes, each)) for each in given]
         received = msg.content.array_records["arrays"].to_torch_state_dict()
         all_told = digest(received, *(str(told[name]) for name in sorted(told)))
         secrets = agree(Identity.of(node), _folder(config, node, msg), _about(msg), statements, all_told)
     reply = call_next(msg, context)
+    if reply.has_error():  # Flower's clipping answers so
+        return reply
     with _explained(msg, context):
         shared = reply.content.array_records["arrays"].to_torch_state_dict()
         weight = int(reply.content.metric_records["metrics"]["weight"])  # type: ignore[arg-type]
@@ -66,8 +70,9 @@ def conceal(msg: Message, context: Context, call_next: ClientAppCallable) -> Mes
 def account(msg: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Write down what leaves for the server, as it leaves."""
     reply = call_next(msg, context)
-    for name, record in reply.content.items():
-        _ledger(msg, context).note("server", {"arrays": "shared-adapter"}.get(name, name), record.count_bytes())
+    with _explained(msg, context):
+        for name, record in reply.content.items():
+            _ledger(msg, context).note("server", {"arrays": "shared-adapter"}.get(name, name), record.count_bytes())
     return reply
 
 
@@ -104,7 +109,8 @@ def _explained(msg: Message, context: Context) -> Iterator[None]:
     """Make errors safe to leave the node: their text goes to the server, what led to them stays here."""
     name = f"node {context.node_config.get('partition-id', '?')}"
     try:
-        yield
+        with disk_in_words(_folder(_config(msg), NodeConfig.from_flat(context.node_config), msg)):
+            yield
         return
     except FLSplitError as error:
         kind, text = type(error), f"{name}: {error}"
@@ -114,7 +120,7 @@ def _explained(msg: Message, context: Context) -> Iterator[None]:
             FLSplitError,
             f"{name}: {type(error).__name__} on the node; its own log says more (data may be private)",
         )
-    with suppress(ConfigError):  # of a node without a folder, there is nowhere to write it down
+    with suppress(ConfigError, OSError):  # of a node without a folder, or on a full disk, there is nowhere to write
         _ledger(msg, context).note("server", "error", len(text.encode()))
     raise kind(text)
 

@@ -3,7 +3,7 @@
     python benchmarks/bench_federation.py --bench DIR [--quick] [--json FILE] [--work DIR] [--jobs N] [--modes ...]
 
 DIR holds a model folder (the only one with a config.json) and ``medquad/<institution>.jsonl``. Settings: ``as-is``, a
-node for each institution; ``scarce``, the same with 120 rows each, of which 80 % are held out: about 24 to train on;
+node for each institution; ``scarce``, the same with 120 rows each, of which 80 % are held out: about 22 to train on;
 ``alike`` and ``alike-dirichlet``, one institution dealt out to 8 nodes, evenly or by topic; ``newcomer``, as
 ``as-is``, but the first institution joins in the last round but one. Every mode trains the same nodes on the same
 batches for the same rounds, through the code of a node's round and a real trunk on loopback, without Flower's messages

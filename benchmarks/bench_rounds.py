@@ -118,10 +118,11 @@ def measure_deployment(num_nodes: int, rounds: int, warm: bool) -> dict[str, Any
 def follow(run: Path, rounds: int, ended: Callable[[], object], timeout_s: float = 1200) -> dict[int, float]:
     """When each round was recorded."""
     found: dict[int, float] = {}
-    deadline = time.monotonic() + timeout_s
-    while len(found) < rounds and not ended():
+    deadline, over = time.monotonic() + timeout_s, False
+    while len(found) < rounds and not over:
         if time.monotonic() > deadline:
             raise SystemExit(f"{len(found)} of {rounds} rounds were done after {timeout_s:g} s")
+        over = bool(ended())  # asked before the look: what was recorded until then is seen
         for path in (run / "checkpoints").glob("round-*"):
             found.setdefault(int(path.name.removeprefix("round-")), time.monotonic())
         time.sleep(0.1)
@@ -298,7 +299,7 @@ def simulate(folder: Path, nodes: int, rounds: int, model: str) -> tuple[list[fl
             if time.monotonic() > looked[0] + 0.5:  # adding up pages takes time from the run
                 peak[0] = max(peak[0], proportional_mb(superlink.pid))
                 looked[0] = time.monotonic()
-            return superlink.poll() is not None or b"exception" in (folder / "superlink.log").read_bytes().lower()
+            return superlink.poll() is not None or b"Finished task" in (folder / "superlink.log").read_bytes()
 
         ends = follow(folder / "runs" / "x", rounds, gone)
         if len(ends) < 2:

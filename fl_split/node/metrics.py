@@ -10,6 +10,7 @@ from fl_split.node.evaluate import Scores
 
 _NEEDED = ("partition-id", "weight")
 _COUNTS = ("num-examples", "bad-rows", "truncated-examples", "cached-sequences")  # of examples
+_SCORES = ("heldout-", "sample-", "gain-over-")  # how keys of scores on held-out ones begin
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,10 @@ def given_away(
         num_samples: Held-out examples that were answered, `data.samples`.
     """
     least, allowed = node.metrics_least, node.allowed_metrics
-    scored = {"heldout-": num_heldout, "sample-": num_samples}
     kept = dict(record)
     for key, value in record.items():
-        few = key in _COUNTS and 0 < value < least
-        few |= any(key.startswith(prefix) and number < least for prefix, number in scored.items())
+        few = key in _COUNTS and 0 < value < least or key.startswith(_SCORES) and num_heldout < least
+        few |= key.startswith("sample-") and num_samples < least
         if key not in _NEEDED and (few or (allowed and not any(fnmatch(key, pattern) for pattern in allowed))):
             kept[key] = math.nan
     if node.metrics_least and record["weight"] > 1:  # 1: all nodes weigh the same

@@ -131,15 +131,8 @@ def load_tuned(
         SplitError: The adapter has weights in layers that the trunk holds.
     """
     folder = Path(adapter).expanduser()
-    config = _adapter_config(folder)
+    name, revision, num_layers = _base_of(folder, base)
     recipe = _recipe(folder)
-    name, revision = base or config.base_model_name_or_path, "" if base else str(config.revision or "")
-    if not name:
-        raise ConfigError(f"the adapter in {folder} does not name its base model: set --base")
-    try:
-        num_layers = int(read_config(name, revision).num_hidden_layers)
-    except ConfigError as error:
-        raise ConfigError(f"the base model is not found, --base names another place: {error}") from error
     about = description_of(trunk_address, credentials, timeout_s)
     first, end = about.first_layer, about.end_layer
     if end >= num_layers:
@@ -171,6 +164,22 @@ def load_tuned(
     logger.warning(NOTICE.format(address=trunk_address))
     framing = recipe.get("framing", "chat" if tokenizer.chat_template else PLAIN)
     return Tuned(model, tokenizer, connection, framing, folder.name)
+
+
+def _base_of(folder: Path, base: str) -> tuple[str, str, int]:
+    """Name, revision and number of layers of an adapter's base model; `base` is another name of it, if not empty.
+
+    Raises:
+        ConfigError: It has no name, or there is no such model.
+    """
+    config = _adapter_config(folder)
+    name, revision = base or config.base_model_name_or_path, "" if base else str(config.revision or "")
+    if not name:
+        raise ConfigError(f"the adapter in {folder} does not name its base model: set --base")
+    try:
+        return name, revision, int(read_config(name, revision).num_hidden_layers)
+    except ConfigError as error:
+        raise ConfigError(f"the base model is not found, --base names another place: {error}") from error
 
 
 def _adapter_config(folder: Path) -> PeftConfig:

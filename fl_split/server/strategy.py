@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -130,7 +130,8 @@ class SplitStrategy(Strategy):
         """Combine what was shared and record the round.
 
         Raises:
-            RoundFailed: Fewer than `min_nodes` nodes finished; Flower would report success.
+            RoundFailed: Fewer than `min_nodes` nodes finished; Flower would report success. Or one is missing whose
+                masks the sum needs.
             ConfigError: Two nodes have the same number.
             AggregationError: What they share does not belong together.
         """
@@ -147,12 +148,7 @@ class SplitStrategy(Strategy):
         for node, reason in missing.items():
             logger.warning("round %d goes on without %s: %s", number, node, reason)
         if self._secure:
-            if missing:
-                reasons = "".join(f"\n  {node}: {reason}" for node, reason in missing.items())
-                raise RoundFailed(
-                    f"round {number}: with aggregation.secure=true the sum needs every node that has sent a key, since "
-                    f"only all masks cancel; nothing of earlier rounds is lost, go on with run.resume=true{reasons}"
-                )
+            _check_all_there(number, missing)
             unmask(done)
         done.sort(key=_partition)  # replies come in any order, and sums round differently in another
         nodes = [self._metrics(reply) for reply in done]
@@ -218,6 +214,15 @@ class SplitStrategy(Strategy):
 
 def _partition(reply: Message) -> int:
     return int(next(iter(reply.content.metric_records.values()))["partition-id"])  # type: ignore[arg-type]
+
+
+def _check_all_there(number: int, missing: Mapping[str, str]) -> None:
+    if missing:
+        reasons = "".join(f"\n  {node}: {reason}" for node, reason in missing.items())
+        raise RoundFailed(
+            f"round {number}: with aggregation.secure=true the sum needs every node that has sent a key, as only all "
+            f"masks cancel; nothing of earlier rounds is lost, go on with run.resume=true{reasons}"
+        )
 
 
 def _check_numbers(nodes: Iterable[dict[str, Any]]) -> None:

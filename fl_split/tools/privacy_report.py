@@ -23,6 +23,7 @@ _SEEN = {
     "generation": "hidden states of questions and answers, from which text can be read",
     "question": "what the trunk holds; nothing of this node",
     "shared-adapter": "weights trained on private text, from which parts of it may be found",
+    "key": "a public key for masks over shared weights; nothing of this node's text",
     "metrics": "numbers about the round",
     "node": "name and scale of the adapter",
     "error": "why a round failed; no text of examples",
@@ -57,7 +58,7 @@ def privacy_report(folder: Path, audit: Path | None) -> str:
         ("What has left this node", _left(sums)),
         ("What of it can be read", _read_by(found)),
         ("What was replaced before", _replaced(sums)),
-        ("What remains", f"<ul>{''.join(f'<li>{escape(risk)}</li>' for risk in _RISKS)}</ul>"),
+        ("What remains", f"<ul>{''.join(f'<li>{escape(risk, quote=False)}</li>' for risk in _RISKS)}</ul>"),
         ("By which this can be checked", table(_hashes(folder, sums, found))),
     )
     return (

@@ -244,3 +244,17 @@ def test_what_needs_a_single_nodes_part_is_refused(changes: dict[str, Any], mess
     given = {"aggregation.share": "top", "aggregation.secure": True, **changes}
     with pytest.raises(FLSplitError, match=rf"aggregation\.secure=true does not go with .*{message}"):
         RunConfig.from_flat(given)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"aggregation.personal": True, "aggregation.min-nodes": 3},
+        {"aggregation.strategy": "fedavgm"},
+        {"aggregation.tensors": "a-only"},
+        {"dp.mode": "client-fixed", "aggregation.weighting": "equal"},
+    ],
+)
+def test_what_is_linear_in_the_nodes_parts_goes_with_masks(changes: dict[str, Any]) -> None:
+    config = RunConfig.from_flat({"aggregation.share": "top", "aggregation.secure": True, **changes})
+    assert config.aggregation.secure

@@ -345,7 +345,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no base": (lambda f: rewrite(f / "adapter_config.json", base_model_name_or_path=None), "set --base"),
     "base gone": (
         lambda f: rewrite(f / "adapter_config.json", base_model_name_or_path="/nowhere"),
-        "the base model is not found, --base names another place: .*no config.json",
+        "the base model is not found, --base names another place: .*there is no such folder",
     ),
     "dtype": (lambda f: rewrite(f / "fl-split.json", dtype="float99"), r"fl-split.json cannot be read \(ValueError"),
     "wire": (lambda f: rewrite(f / "fl-split.json", **{"wire-dtype": 3}), r"fl-split.json cannot be read"),

@@ -1,5 +1,6 @@
 """A run whose nodes mask what they share, as the server sees it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,3 +85,28 @@ def test_a_node_that_sends_noise_is_found_out_by_the_sum(run: Run) -> None:
 
     with pytest.raises(AggregationError, match="masks of this round do not cancel"):
         run(grid_class=Noisy, **{"aggregation.secure": True})
+
+
+def test_own_adapters_and_clipped_ones_are_masked_too(run: Run, tmp_path: Path) -> None:
+    personal = {
+        "aggregation.personal": True,
+        "aggregation.min-nodes": 3,
+        "aggregation.secure": True,
+        "data.holdout": 0.5,
+    }
+    private = {"dp.mode": "client-fixed", "dp.noise-multiplier": 0.01, "aggregation.weighting": "equal"}
+    run(**personal, **private)
+    lines = [json.loads(line) for line in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()]
+    nodes = [entry for entry in lines if "gain-over-alone" in entry]
+    assert len(nodes) == 6 and lines[-1]["epsilon"] > 0
+    assert shared(tmp_path / "x")
+
+
+def test_an_error_of_the_clipping_is_said_as_it_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(message: Message, *rest: object) -> Message:
+        return Message(Error(6, "two of them"), reply_to=message)
+
+    monkeypatch.setattr("client_app.fixedclipping_mod", fails)
+    private = {"dp.mode": "client-fixed", "aggregation.weighting": "equal", "aggregation.min-nodes": 3}
+    with pytest.raises(RoundFailed, match=r"0 nodes finished[\s\S]*two of them"):
+        run(**private, **{"aggregation.secure": True})
