@@ -56,7 +56,9 @@ class RoundMetrics:
         return record
 
 
-def given_away(record: Mapping[str, int | float], num_heldout: int, node: NodeConfig) -> dict[str, int | float]:
+def given_away(
+    record: Mapping[str, int | float], num_heldout: int, node: NodeConfig, num_samples: int = 0
+) -> dict[str, int | float]:
     """What of a round's numbers leaves the node; what is withheld is nan, since the server reads every key.
 
     Withheld is what `metrics-allow` does not name, and, with `metrics-least`, counts of fewer examples than that, and
@@ -66,11 +68,13 @@ def given_away(record: Mapping[str, int | float], num_heldout: int, node: NodeCo
         record: All numbers.
         num_heldout: Examples that the scores are of.
         node: The node's own configuration.
+        num_samples: Held-out examples that were answered, `data.samples`.
     """
     least, allowed = node.metrics_least, node.allowed_metrics
     kept = dict(record)
     for key, value in record.items():
         few = key in _COUNTS and 0 < value < least or key.startswith(_SCORES) and num_heldout < least
+        few |= key.startswith("sample-") and num_samples < least
         if key not in _NEEDED and (few or (allowed and not any(fnmatch(key, pattern) for pattern in allowed))):
             kept[key] = math.nan
     if node.metrics_least and record["weight"] > 1:  # 1: all nodes weigh the same

@@ -431,7 +431,7 @@ class Round:
         shared, scaling = adapters.shared_state(self.model, how), adapters.scaling_of(self.model)
         where = f"<out-dir>/{self.instructions.run_name}/{path.name}" if self.node.out_dir else str(path)
         num_heldout = len(examples.heldout)
-        return RoundResult(shared, scaling, given_away(record, num_heldout, self.node), where)
+        return RoundResult(shared, scaling, given_away(record, num_heldout, self.node, len(outcome.samples)), where)
 
 
 def _chosen_by(scores: Scores) -> float:

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,7 +214,9 @@ def _tokenizer(place: Path) -> PreTrainedTokenizerBase:
 
 def _with_adapter(ends: Any, folder: Path, base: str) -> Any:
     try:
-        return PeftModel.from_pretrained(ends, folder).eval()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT asks for it
+            return PeftModel.from_pretrained(ends, folder).eval()
     except (RuntimeError, ValueError) as error:  # shapes; names of modules
         raise ConfigError(
             f"the adapter in {folder} does not fit {base} ({type(error).__name__}): it was trained on another model"

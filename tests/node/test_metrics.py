@@ -1,6 +1,11 @@
 """The numbers of a round: exactly these keys reach the server, its records and whoever reads them."""
 
-from fl_split.node.metrics import RoundMetrics
+from math import isnan
+
+import pytest
+
+from fl_split.config import NodeConfig
+from fl_split.node.metrics import RoundMetrics, given_away
 
 
 def test_keys_are_these_and_no_others() -> None:
@@ -37,3 +42,10 @@ def test_keys_are_these_and_no_others() -> None:
     )
     numbers = [*range(1, 12), 1, *range(12, 25)]
     assert metrics.record() == dict(zip(keys.split(), numbers, strict=True))
+
+
+@pytest.mark.parametrize(("least", "withheld"), [(3, True), (2, False)])
+def test_scores_on_few_answered_prompts_are_withheld(least: int, withheld: bool) -> None:
+    record = {"partition-id": 0, "weight": 9, "sample-rouge-l": 0.5}
+    node = NodeConfig.from_flat({"partition-id": 0, "metrics-least": least})
+    assert isnan(given_away(record, 99, node, num_samples=2)["sample-rouge-l"]) == withheld
