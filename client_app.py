@@ -1,7 +1,7 @@
 """The ClientApp: one message is one local round on one institution's data. Wiring only.
 
 What leaves the node: to the trunk, hidden states (`fl_split.wire`); to the server, the reply built at the end of
-`train`: shared adapter weights by name, numbers, and the path of the adapter on the node's own disk.
+`train`: shared adapter weights by name, under masks with `aggregation.secure`, numbers, and what the adapter is called.
 """
 
 import json
@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Ray's workers put the folder that Flower's SuperLink was started in before the app's own: if that is a checkout of
@@ -23,8 +23,10 @@ from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod  # noqa: 
 from flwr.clientapp.typing import ClientAppCallable  # noqa: E402
 
 from fl_split.config import NodeConfig, RunConfig  # noqa: E402
-from fl_split.errors import FLSplitError  # noqa: E402
+from fl_split.errors import ConfigError, FLSplitError  # noqa: E402
+from fl_split.files import disk_in_words  # noqa: E402
 from fl_split.log import show_log  # noqa: E402
+from fl_split.node.ledger import Ledger  # noqa: E402
 from fl_split.node.masks import Identity, Statement, agree, digest, mask, state_key  # noqa: E402
 from fl_split.node.received import moved  # noqa: E402
 from fl_split.node.round import Instructions, run_round  # noqa: E402
@@ -45,7 +47,7 @@ def conceal(msg: Message, context: Context, call_next: ClientAppCallable) -> Mes
     config = _config(msg)
     if not config.aggregation.secure:
         return call_next(msg, context)
-    with _explained(context):
+    with _explained(msg, context):
         node, told = NodeConfig.from_flat(context.node_config), msg.content.config_records["config"]
         records = msg.content.config_records["keys"]
         del msg.content["keys"]  # Flower's clipping takes one ConfigRecord and no other
@@ -57,7 +59,7 @@ def conceal(msg: Message, context: Context, call_next: ClientAppCallable) -> Mes
     reply = call_next(msg, context)
     if reply.has_error():  # Flower's clipping answers so
         return reply
-    with _explained(context):
+    with _explained(msg, context):
         shared = reply.content.array_records["arrays"].to_torch_state_dict()
         weight = int(reply.content.metric_records["metrics"]["weight"])  # type: ignore[arg-type]
         hidden = mask(shared, weight, secrets)
@@ -65,10 +67,22 @@ def conceal(msg: Message, context: Context, call_next: ClientAppCallable) -> Mes
     return reply
 
 
-@app.query("keys")
+def account(msg: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Write down what leaves for the server, as it leaves."""
+    reply = call_next(msg, context)
+    with _explained(msg, context):
+        if reply.has_error():  # Flower's clipping answers so
+            _ledger(msg, context).note("server", "error", len((reply.error.reason or "").encode()))
+            return reply
+        for name, record in reply.content.items():
+            _ledger(msg, context).note("server", {"arrays": "shared-adapter"}.get(name, name), record.count_bytes())
+    return reply
+
+
+@app.query("keys", mods=[account])
 def keys(msg: Message, context: Context) -> Message:
     """Make this node's key of a round's masks; the public one leaves, signed."""
-    with _explained(context):
+    with _explained(msg, context):
         node = NodeConfig.from_flat(context.node_config)
         statement = state_key(Identity.of(node), _folder(_config(msg), node, msg), _about(msg))
     return Message(RecordDict({"key": ConfigRecord({**vars(statement)})}), reply_to=msg)
@@ -83,19 +97,35 @@ def _folder(config: RunConfig, node: NodeConfig, msg: Message) -> Path:
     return node.folder(config, str(msg.content.config_records["config"]["run-name"]))
 
 
+def _ledger(msg: Message, context: Context) -> Ledger:
+    """Where this node writes down what leaves it.
+
+    Raises:
+        ConfigError: The node's configuration cannot be used.
+    """
+    number = int(msg.content.config_records["config"]["server-round"])  # type: ignore[arg-type]  # the ServerApp's own
+    return Ledger(_folder(_config(msg), NodeConfig.from_flat(context.node_config), msg), number)
+
+
 @contextmanager
-def _explained(context: Context) -> Iterator[None]:
+def _explained(msg: Message, context: Context) -> Iterator[None]:
     """Make errors safe to leave the node: their text goes to the server, what led to them stays here."""
     name = f"node {context.node_config.get('partition-id', '?')}"
     try:
-        yield
+        with disk_in_words(_folder(_config(msg), NodeConfig.from_flat(context.node_config), msg)):
+            yield
+        return
     except FLSplitError as error:
-        raise type(error)(f"{name}: {error}") from None
+        kind, text = type(error), f"{name}: {error}"
     except Exception as error:
         logger.exception("the round failed")
-        raise FLSplitError(
-            f"{name}: {type(error).__name__} on the node; its own log says more (data may be private)"
-        ) from None
+        kind, text = (
+            FLSplitError,
+            f"{name}: {type(error).__name__} on the node; its own log says more (data may be private)",
+        )
+    with suppress(ConfigError, OSError):  # of a node without a folder, or on a full disk, there is nowhere to write
+        _ledger(msg, context).note("server", "error", len(text.encode()))
+    raise kind(text)
 
 
 def _config(msg: Message) -> RunConfig:
@@ -103,14 +133,14 @@ def _config(msg: Message) -> RunConfig:
     return RunConfig.from_flat(json.loads(str(msg.content.config_records["config"]["run-config"])))
 
 
-@app.train(mods=[conceal, clip])
+@app.train(mods=[account, conceal, clip])
 def train(msg: Message, context: Context) -> Message:
     """Train this node's adapters for one round; the reply holds what `aggregation.share` names, and metrics."""
     instructions = msg.content.config_records["config"]
     received = msg.content.array_records["arrays"].to_torch_state_dict()
     show_log()
     config = _config(msg)
-    with _explained(context):
+    with _explained(msg, context):
         result = run_round(
             config,
             NodeConfig.from_flat(context.node_config),
@@ -129,7 +159,7 @@ def train(msg: Message, context: Context) -> Message:
         {
             "arrays": ArrayRecord(moved(result.shared, received) if clipped else result.shared),
             "metrics": MetricRecord({**result.metrics}),
-            "node": ConfigRecord({"adapter": str(result.adapter), "scaling": result.scaling}),
+            "node": ConfigRecord({"adapter": result.adapter, "scaling": result.scaling}),
         }
     )
     return Message(reply, reply_to=msg)

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from fl_split import __version__
 from fl_split.config import RunConfig, check_given
+from fl_split.files import disk_in_words
 from fl_split.log import show_log
 from fl_split.model.checkpoint import resolve_model, trunk_needs
 from fl_split.plan.plan import choose_split
@@ -49,6 +50,7 @@ def main(grid: Grid, context: Context) -> None:
     packages = ("flwr", "torch", "transformers", "peft", "grpcio")
     versions = {"fl-split": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}
     with ExitStack() as stack:
+        stack.enter_context(disk_in_words(config.run.root))
         stack.enter_context(claimed(config))
         run = RunFolder.open(config, versions, given)
         flower_log.file = run.root / "errors.log"

@@ -35,15 +35,14 @@ from typing import Any
 import torch
 from about import about, write
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fl_split.config import Data, Lora, NodeConfig, Train
 from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
 from fl_split.data.load import Examples, load_examples
 from fl_split.model.distill import Distiller
-from fl_split.model.family import examine
-from fl_split.model.loading import Boundaries
+from fl_split.model.loading import boundaries_of
 from fl_split.model.loss import Batch, accumulate
 from fl_split.model.trunk import LocalTrunk, load_trunk, run_trunk
 from fl_split.node import train
@@ -51,7 +50,10 @@ from fl_split.node.evaluate import evaluate
 from fl_split.node.expected import Expected
 from fl_split.node.trunk_cache import CachedTrunk
 from fl_split.node.trunk_connection import TrunkConnection
-from fl_split.tools.fit_surrogate import Fit, fit, observe, read_text, sample_text
+from fl_split.tools.fit_folder import Fit
+from fl_split.tools.fit_lessons import load_teacher, observe
+from fl_split.tools.fit_surrogate import fit
+from fl_split.tools.fit_text import read_text, sample_text
 from fl_split.tools.gradcheck import Candidate, build, gradcheck, surrogate_params
 from fl_split.trunk import server
 from fl_split.trunk.layers import hold_layers
@@ -189,7 +191,7 @@ def public_text(setting: Setting, files: list[Path] | None) -> torch.Tensor:
         return read_text(files, setting.model, MAX_LENGTH)
     file = python_documentation(setting.work / "documentation.txt", 8 * MAX_LENGTH * setting.public)
     text = read_text([file], setting.model, MAX_LENGTH)
-    text = torch.cat([text[: setting.public], sample_text(setting.model, setting.public, MAX_LENGTH)])
+    text = torch.cat([text[: setting.public], sample_text(setting.model, setting.public, Fit(length=MAX_LENGTH))])
     return text[torch.randperm(len(text), generator=torch.Generator().manual_seed(0))]
 
 
@@ -208,10 +210,8 @@ def fit_surrogate(setting: Setting, files: list[Path] | None, layers: int, steps
 
 def spsa_cosine(setting: Setting, batch: Batch, queries: int) -> float:
     """Cosine of dL/dh1 as estimated from random perturbations of h1 with the exact one, for one batch."""
-    full = AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32).requires_grad_(False).eval()
-    full.config.use_cache = False
-    cut = Boundaries.of(examine(full.config), BOTTOM, TOP)
-    lesson = observe(full, cut, batch["input_ids"], batch["labels"])
+    full = load_teacher(setting.model, BOTTOM, TOP, Fit())
+    lesson = observe(full, boundaries_of(full), batch["input_ids"], batch["labels"])
     trunk, generator = load_trunk(setting.model, BOTTOM, TOP), torch.Generator().manual_seed(0)
     estimate = torch.zeros_like(lesson.h1)
     for _ in range(queries):

@@ -3,17 +3,21 @@
     python benchmarks/bench_generate.py [--model FOLDER] [--bottom 2 --top 2] [--quick] [--json FILE]
 
 A node and a trunk in a process each, one thread each, over loopback; the full model with a thread as well. A relay
-between them adds half of a round trip each way. Rates are tokens per second after the first token, greedy, float32,
-medians of repeats that are interleaved; the prompt is random tokens (with prompt lookup: a few, over and over).
+between them adds half of a round trip each way. Rates are tokens per second after the first token, greedy, float32;
+the prompt is random tokens (with prompt lookup: a few, over and over). All are measured by turns, repeat after repeat,
+and figures are medians; ratios are medians of each repeat's own. `--json` is written after each repeat, so that a run
+may be cut short.
 `decode-ratio/local`: split with its cache over full with its own. `decode-ratio/uncached`: split with its cache over
 split without, at the same prompt. `overhead-per-token-ms`: what a token takes longer than with the trunk's layers and
-cache in the node's process. `streams-speedup/N`: tokens per second of N streams at once over those of one, at the
-trunk, whose callers are at no loss for the next token. `cache-bytes-error`: what the trunk reserves for a token beside
-what its tensors take, relative.
+cache in the node's process, lower quartiles of single tokens by turns; `/toy`: of a step of a trunk of one layer, as
+wide as the model, where nothing hides it. `streams-speedup/N`: tokens per second of N streams at once over those of
+one, at the trunk, whose callers are at no loss for the next token. `cache-bytes-error`: what `fl-split plan` says of a
+token beside what the trunk keeps, relative.
 """
 
 import argparse
 import asyncio
+import itertools
 import multiprocessing
 import queue
 import statistics
@@ -24,21 +28,24 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
 import torch
 from about import about, write
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from fl_split import demo, wire
+from fl_split.config import RunConfig
 from fl_split.model.ends import load_ends
-from fl_split.model.key_values import KeyValues, Part, bytes_per_token, run_pass
+from fl_split.model.key_values import KeyValues, Part, run_pass
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node.expected import Expected
 from fl_split.node.trunk_connection import TrunkConnection
+from fl_split.plan.plan import make_plan
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.layers import hold_layers
@@ -46,6 +53,7 @@ from fl_split.trunk.server import embedded
 from fl_split.wire_decode import encode_open, encode_step
 
 SEED = 0
+OPTIONS = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "use_cache": True}
 
 
 def serve(folder: Path, bottom: int, top: int, out: Any) -> None:
@@ -109,16 +117,8 @@ def measure(model: Any, ids: torch.Tensor, num_tokens: int, **options: Any) -> t
     """Seconds to the first token, tokens per second after it."""
     clock = Clock()
     started = time.perf_counter()
-    model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=num_tokens,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=None,
-        streamer=clock,
-        **{"use_cache": True, **options},
-    )
+    mask = torch.ones_like(ids)
+    model.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, streamer=clock, **{**OPTIONS, **options})
     first, last = clock.times[1], clock.times[-1]
     return first - started, sum(clock.counts[2:]) / (last - first)
 
@@ -152,10 +152,102 @@ def streams(address: str, hidden_size: int, number: int, num_tokens: int, past: 
         return number * num_tokens / (time.perf_counter() - started)
 
 
-def cache_bytes_error(trunk: Any) -> float:
+def token_times(model: Any, ids: torch.Tensor, num_tokens: int) -> list[float]:
+    """Milliseconds of each token after the first two."""
+    clock = Clock()
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, streamer=clock, **OPTIONS)
+    return [1e3 * (b - a) for a, b in itertools.pairwise(clock.times[2:])]
+
+
+def toy_overhead(hidden_size: int, num_steps: int) -> float:
+    """Milliseconds that a step takes longer at a service than in this process, with a trunk of one layer."""
+    config = LlamaConfig(
+        vocab_size=99,
+        hidden_size=hidden_size,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=hidden_size // 64 or 1,
+        max_position_embeddings=2048,
+    )
+    with TemporaryDirectory() as place, ExitStack() as stack:
+        folder = Path(place)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        address = stack.enter_context(process(serve, folder, 1, 1))
+        expected = Expected.from_checkpoint(folder, 1, 1)
+        connection = stack.enter_context(TrunkConnection(address, expected, wire_dtype="float32"))
+        connection.connect()
+        rows, times = torch.randn(64, hidden_size), []
+        trunks = [LocalTrunk(load_trunk(folder, 1, 1)), connection]
+        both = [trunk.open(wire.Packed(rows, [64], None), 1100)[0] for trunk in trunks]
+        for i in range(num_steps):
+            for stream in both:
+                started = time.perf_counter()
+                stream.step(wire.Packed(rows[i % 64, None], [1], None))
+                times.append(1e3 * (time.perf_counter() - started))
+        for stream in both:
+            stream.close()
+    return quartile(times[1::2]) - quartile(times[::2])
+
+
+def quartile(values: list[float]) -> float:
+    """The lower one: what others on the machine do to a time makes it longer."""
+    return statistics.quantiles(values, n=4)[0]
+
+
+def cache_bytes_error(folder: Path, trunk: Any, bottom: int, top: int) -> float:
     kept = KeyValues(2, 16)
     run_pass(trunk, [Part(kept, i, torch.zeros(3 + i, trunk.config.hidden_size)) for i in range(2)])
-    return abs(bytes_per_token(trunk) * 2 * 16 / kept.size_bytes - 1)
+    run = {"model.name": str(folder.resolve()), "split.bottom-layers": bottom, "split.top-layers": top}
+    planned = make_plan(trunk.config, RunConfig.from_flat({**run, "surrogate.kind": "none"})).token_bytes
+    return abs(planned * 2 * 16 / kept.size_bytes - 1)
+
+
+class Samples:
+    """Numbers by name, one for each repeat."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+        self.times: dict[str, list[float]] = {}  # of single tokens
+
+    def note(self, name: str, value: float) -> None:
+        self.values.setdefault(name, []).append(value)
+
+    def ratio(self, name: str, above: str, below: str) -> None:
+        """Of the newest repeat's two."""
+        self.note(name, self.values[above][-1] / self.values[below][-1])
+
+    def figures(self) -> dict[str, float]:
+        figures = {name: statistics.median(values) for name, values in self.values.items()}
+        figures["overhead-per-token-ms"] = quartile(self.times["split"]) - quartile(self.times["local"])
+        return figures
+
+
+def repeat(samples: Samples, full: Any, local: Any, split: dict[int, Any], address: str, quick: bool) -> None:
+    """Measure everything once, by turns."""
+    num_tokens, uncached_tokens, turns = (8, 2, 1) if quick else (32, 4, 4)
+    vocab, most = full.config.vocab_size, full.config.max_position_embeddings
+    prompt, long = (torch.randint(3, vocab, (1, min(n, most - 64))) for n in (256, 512))
+    repeated = torch.randint(3, vocab, (1, 8)).repeat(1, prompt.shape[1] // 8)
+    rate = "tokens-per-s/{}".format
+    for name, model in (("full", full), ("local", local), *((f"split/{ms}-ms", m) for ms, m in split.items())):
+        samples.note(rate(name), measure(model, prompt, num_tokens)[1])
+        lookup = measure(model, repeated, num_tokens, prompt_lookup_num_tokens=5)[1]
+        samples.note(rate(f"{name}-lookup"), lookup)
+    for ms, model in split.items():
+        samples.note(rate(f"uncached/{ms}-ms"), measure(model, prompt, uncached_tokens + 1, use_cache=False)[1])
+    for name, model in (("full", full), ("split", split[0])):
+        samples.note(f"first-token-s/{name}", measure(model, long, 2)[0])
+    for number in (1, 4, 8, 16):
+        found = streams(address, full.config.hidden_size, number, num_tokens, 64)
+        samples.note(f"stream-tokens-per-s/{number}", found)
+        samples.ratio(f"streams-speedup/{number}", f"stream-tokens-per-s/{number}", "stream-tokens-per-s/1")
+    for _ in range(turns):
+        for name, model in (("local", local), ("split", split[0])):
+            samples.times.setdefault(name, []).extend(token_times(model, prompt[:, :64], 12))
+    samples.note("overhead-per-token-ms/toy", toy_overhead(full.config.hidden_size, 100 if quick else 500))
+    samples.ratio("decode-ratio/local", rate("split/0-ms"), rate("full"))
+    samples.ratio("decode-ratio/uncached", rate("split/0-ms"), rate("uncached/0-ms"))
+    samples.ratio("lookup-speedup/50-ms", rate("split/50-ms-lookup"), rate("split/50-ms"))
 
 
 def main() -> None:
@@ -163,7 +255,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a model; by default the demo's")
     parser.add_argument("--bottom", type=int, default=2)
     parser.add_argument("--top", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="fewer tokens and repeats")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one repeat with fewer tokens")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     transformers_logging.disable_progress_bar()
@@ -172,18 +265,11 @@ def main() -> None:
     torch.manual_seed(SEED)
     folder, ends = options.model or demo.model_folder(), (options.bottom, options.top)
     block = about(SEED, "grpcio")
-    repeats, num_tokens, uncached_tokens = (1, 8, 2) if options.quick else (3, 32, 4)
-    full: Any = AutoModelForCausalLM.from_pretrained(folder)
+    full: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     trunk = load_trunk(folder, *ends)
-    vocab, most = full.config.vocab_size, full.config.max_position_embeddings
-    prompt, long = (torch.randint(3, vocab, (1, min(n, most - 64))) for n in (256, 512))
-    repeated = torch.randint(3, vocab, (1, 8)).repeat(1, prompt.shape[1] // 8)
     local = load_ends(folder, *ends, LocalTrunk(trunk), surrogate="none")
-    samples: dict[str, list[float]] = {}
-
-    def note(name: str, value: float) -> None:
-        samples.setdefault(name, []).append(value)
-
+    error = {"cache-bytes-error": cache_bytes_error(folder, trunk, *ends)}
+    samples = Samples()
     with ExitStack() as stack:
         address = stack.enter_context(process(serve, folder, *ends))
         split: dict[int, Any] = {}
@@ -192,37 +278,14 @@ def main() -> None:
             expected = Expected.from_checkpoint(folder, *ends)
             connection = stack.enter_context(TrunkConnection(way, expected, wire_dtype="float32"))
             split[delay_ms] = load_ends(folder, *ends, connection, surrogate="none")
-            measure(split[delay_ms], prompt[:, :8], 2)
-        for _ in range(repeats):
-            for name, model in (("full", full), ("local", local), *((f"split/{ms}-ms", m) for ms, m in split.items())):
-                note(f"tokens-per-s/{name}", measure(model, prompt, num_tokens)[1])
-                lookup = measure(model, repeated, num_tokens, prompt_lookup_num_tokens=5)[1]
-                note(f"tokens-per-s/{name}-lookup", lookup)
-            for ms, model in split.items():
-                note(f"tokens-per-s/uncached/{ms}-ms", measure(model, prompt, uncached_tokens + 1, use_cache=False)[1])
-            note("first-token-s/full", measure(full, long, 2)[0])
-            note("first-token-s/split", measure(split[0], long, 2)[0])
-            for number in (1, 4, 8, 16):
-                note(f"stream-tokens-per-s/{number}", streams(address, full.config.hidden_size, number, num_tokens, 64))
-    figures = {name: statistics.median(values) for name, values in samples.items()}
-    spread = {name: (min(values), max(values)) for name, values in samples.items()}
-    rate = {name.removeprefix("tokens-per-s/"): value for name, value in figures.items()}
-    figures |= {
-        "decode-ratio/local": rate["split/0-ms"] / rate["full"],
-        "decode-ratio/uncached": rate["split/0-ms"] / rate["uncached/0-ms"],
-        "overhead-per-token-ms": 1e3 * (1 / rate["split/0-ms"] - 1 / rate["local"]),
-        "lookup-speedup/50-ms": rate["split/50-ms-lookup"] / rate["split/50-ms"],
-        "cache-bytes-error": cache_bytes_error(trunk),
-    }
-    for number in (4, 8, 16):
-        one = figures["stream-tokens-per-s/1"]
-        figures[f"streams-speedup/{number}"] = figures[f"stream-tokens-per-s/{number}"] / one
+            measure(split[delay_ms], torch.full((1, 8), 3), 2)
+        for number in range(1 if options.quick else options.repeats):
+            repeat(samples, full, local, split, address, options.quick)
+            write(options.json, {**samples.figures(), **error, "repeats": number + 1, **block})
     print(f"{full.config.model_type}, {full.config.num_hidden_layers} layers, split {ends[0]}+{ends[1]}")
-    print(f"prompt of {prompt.shape[1]} tokens, first token for {long.shape[1]}, {repeats} repeats")
-    for name, value in figures.items():
-        low, high = spread.get(name, (value, value))
+    for name, value in {**samples.figures(), **error}.items():
+        low, high = (f(samples.values.get(name, [value])) for f in (min, max))
         print(f"{name:36} {value:10.3f}  ({low:.3f} to {high:.3f})")
-    write(options.json, {**figures, **block})
 
 
 if __name__ == "__main__":

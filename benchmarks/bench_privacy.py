@@ -93,14 +93,15 @@ class Loss:
 class Bench:
     """One model's figures."""
 
-    def __init__(self, folder: Path, data: Path, quick: bool, work: Path) -> None:
-        self.name, self.folder, self.quick, self.work = folder.name, folder, quick, work
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self.name, self.folder, self.quick = folder.name, folder, options.quick
+        self.work, self.out = options.work, options.json
         tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
-        self.data = Data.model_validate({"path": str(data.resolve()), "max-length": 64})
-        examples, length = (3, 24) if quick else (16, 64)
+        self.data = Data.model_validate({"path": str(options.data.resolve()), "max-length": 64})
+        examples, length = (3, 24) if options.quick else (options.examples, 64)
         plain = self.data.model_copy(update={"template": "plain"})
         self.own = own_ids(plain, NodeConfig(), tokenizer, examples, length, 0)
-        self.planted, self.tokenizer = plant(2 if quick else 8, 0), tokenizer
+        self.planted, self.tokenizer = plant(examples // 2, 0), tokenizer
         records = [tokenizer.encode(record.text, add_special_tokens=False) for record in self.planted]
         self.texts, self.truth = [*self.own, *records], [torch.tensor(ids) for ids in self.own]
         self.public = public_ids((), folder, length, 0)
@@ -121,6 +122,7 @@ class Bench:
         found["canary-fields"] = share_found(outcome.ids[len(self.own) :], self.planted, self.tokenizer)
         found["attack-s"] = time.monotonic() - started
         self.figures |= {f"{key}/{self.name}/{depth}/{defence}": value for key, value in found.items()}
+        write(self.out, {**self.figures, **about(0)}, keep=True)  # what was measured, if somebody stops it
         print(
             f"{self.name:10} {depth:3} {defence:14} one shot {found['one-shot-top-1']:.4f} (10: "
             f"{found['one-shot-top-10']:.4f})  sequence {found['sequence-top-1']:.4f}  digits {found['digits']:.3f}  "
@@ -179,6 +181,7 @@ def main() -> None:
     parser.add_argument(
         "--depths", type=int, nargs="+", default=[2, 8, 12], help="bottom layers, if the model has them"
     )
+    parser.add_argument("--examples", type=int, default=16, help="of 64 tokens each")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fl-split-bench-privacy")
     parser.add_argument("--quick", action="store_true", help="little text: the shape of the table, not its numbers")
     parser.add_argument("--json", type=Path)
@@ -187,15 +190,13 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     options.work.mkdir(parents=True, exist_ok=True)
     for folder in options.models[-1:] if options.quick else options.models:
-        bench = Bench(folder.resolve(), options.data, options.quick, options.work)
+        bench = Bench(folder.resolve(), options)
         layers = AutoConfig.from_pretrained(folder).num_hidden_layers
         first, *others = (depth for depth in options.depths if depth + TOP < layers)
-        try:
-            bench.defences(first)
-            for depth in [] if options.quick else others:
-                bench.plain(depth)
-        finally:  # what was measured, if somebody stops it
-            write(options.json, {**bench.figures, **about(0)}, keep=True)
+        bench.defences(first)
+        for depth in [] if options.quick else others:
+            bench.plain(depth)
+        write(options.json, {**bench.figures, **about(0)}, keep=True)
 
 
 if __name__ == "__main__":

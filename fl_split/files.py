@@ -1,19 +1,55 @@
 """Files and folders: written atomically, cached, kept by round, so that a kill at any moment loses nothing finished."""
 
+import errno
 import json
 import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fl_split.errors import FLSplitError
 
 if TYPE_CHECKING:  # torch takes seconds to load, and most of what writes a file does without
     from torch import Tensor
 
 KEPT_ROUNDS = 2  # of a run or a node: the server may have lost the last one, and then asks for it again
+
+
+_NO_RIGHT = "this account may not read or write there: give it the right to (chmod, chown)"
+_REFUSALS = {
+    errno.ENOSPC: "the disk is full: make room there, then resume the run",
+    errno.EDQUOT: "this account's quota of the disk is used up: make room there, then resume the run",
+    errno.EROFS: "the disk is read-only: name a folder on another one, or mount it for writing",
+    errno.EACCES: _NO_RIGHT,
+    errno.EPERM: _NO_RIGHT,
+}
+
+
+@contextmanager
+def disk_in_words(folder: Path) -> Iterator[None]:
+    """Say in words why the system refused to write: it is no fault of the code, and its remedy is known.
+
+    Args:
+        folder: Where most is written; named where the system names no file.
+
+    Raises:
+        FLSplitError: A full disk, a read-only one, or no right to write.
+    """
+    try:
+        yield
+    except FLSplitError:
+        raise
+    except Exception as error:  # safetensors tells a full disk in a text only
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if number not in _REFUSALS:
+            raise
+        raise FLSplitError(f"{getattr(error, 'filename', None) or folder}: {_REFUSALS[number]}") from error
 
 
 def cache_folder() -> Path:

@@ -116,7 +116,7 @@ def test_a_run_completes_and_a_wrong_one_fails_with_its_reason(
 ) -> None:
     short = {"num-server-rounds": 2, "train.steps": 2, "data.max-length": 48, "data.holdout": 0.02}
     done = run_to_the_end(superlink, app, **short, **{"run.dir": str(tmp_path), "run.name": "x"})
-    assert done["status"] == "finished:completed", done
+    assert done["status"] == "finished:completed", json.dumps(done)
     entries = [json.loads(line) for line in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()]
     assert [(e["round"], e.get("partition-id")) for e in entries] == [
         (1, 0), (1, 1), (1, None), (2, 0), (2, 1), (2, None),

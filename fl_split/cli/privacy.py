@@ -6,9 +6,12 @@ from typing import Annotated
 
 import typer
 
-from fl_split.cli.options import NodeValues, RunFile, RunValues, errors, log_to_stderr
+from fl_split.cli.options import NodeValues, RunFile, RunValues, columns, errors, log_to_stderr
 
 app = typer.Typer()
+ledger = typer.Typer(no_args_is_help=True, help="What has left this node: <out-dir>/<run.name>/ledger.jsonl.")
+app.add_typer(ledger, name="ledger")
+LedgerFile = Annotated[Path, typer.Argument(help="ledger.jsonl of a run, on the node")]
 
 
 @app.command("audit")
@@ -43,3 +46,32 @@ def audit_command(
         print(json.dumps(report))
         return
     print(report["verdict"], *(f"{value:>14}  {text}" for text, value in summary(report)), out.resolve(), sep="\n")
+
+
+@ledger.command("verify")
+def ledger_verify(
+    file: LedgerFile,
+    head: Annotated[str, typer.Option(help="a last hash that was kept elsewhere: it has to be in the ledger")] = "",
+) -> None:
+    """Check that no line was changed or taken out; exit code 1 if one was."""
+    from fl_split.node.ledger import read_ledger
+
+    with errors():
+        sums = read_ledger(file, head)
+    print(f"{sum(sums.calls.values())} messages, whole and unchanged; keep this hash elsewhere: {sums.head}")
+
+
+@ledger.command("show")
+def ledger_show(
+    file: LedgerFile, as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False
+) -> None:
+    """Sum up what has left the node, by receiver and kind."""
+    from fl_split.node.ledger import read_ledger, rows_of, say_passes
+
+    with errors():
+        sums = read_ledger(file)
+    rows = rows_of(sums)
+    if as_json:
+        print(*(json.dumps(row) for row in rows), sep="\n")
+        return
+    print(columns(rows) if rows else "nothing has left this node", say_passes(sums), sep="\n")

@@ -3,7 +3,7 @@
 import json
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -36,25 +36,31 @@ def surrogate_fit(
         list[Path] | None, typer.Option(help="public text in UTF-8; without it, the model writes its own")
     ] = None,
     layers: Annotated[float, typer.Option(help="memory and compute on a node, in trunk layers")] = 2.0,
+    whole: Annotated[int, typer.Option(min=0, help="of these, first layers of the trunk left as they are")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="of the fit")] = 3000,
+    lessons: Annotated[int, typer.Option(min=1, help="batches to learn from, recorded once")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="sequences per step")] = 8,
     length: Annotated[int, typer.Option(min=8, help="tokens per sequence")] = 96,
     lr: Annotated[float, typer.Option(help="AdamW's rate")] = 2.5e-3,
     seed: int = 0,
+    task: Annotated[str, typer.Option(help="causal-lm, or sequence-classification for encoders and classifiers")] = (
+        "causal-lm"
+    ),
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="of the model: float32 or bfloat16")] = "float32",
 ) -> None:
-    """Fit a surrogate whose gradient is the trunk's, to public text; the owner does it once per model and split."""
-    from fl_split.model.checkpoint import resolve_model
-    from fl_split.tools import fit_surrogate
+    """Fit a surrogate whose gradient is the trunk's, to public text; the owner does it once per model and split.
+
+    Killed, it goes on from where it was when the same command is given again.
+    """
+    from fl_split.config import Task
+    from fl_split.tools.fit_folder import Fit
+    from fl_split.tools.fit_surrogate import fit_model
 
     log_to_stderr()
-    fit = fit_surrogate.Fit(layers, steps, batch_size, length, lr, seed)
+    fit = Fit(layers, steps, batch_size, length, lr, seed, whole, lessons, cast(Task, task), device, dtype)
     with errors():
-        folder = resolve_model(model, revision)
-        if text:
-            ids = fit_surrogate.read_text(text, folder, length)
-        else:
-            ids = fit_surrogate.sample_text(folder, min(4096, max(128, steps * batch_size // 2)), length, seed)
-        card = fit_surrogate.fit(folder, bottom_layers, top_layers, ids, fit, out)
+        card = fit_model((model, revision), (bottom_layers, top_layers), text or [], fit, out)
     for name, value in card.items():
         print(f"{name:22} {value}")
 
@@ -134,13 +140,21 @@ def doctor_command(
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs, <run.dir>/<run.name>; several are compared")],
     out: Annotated[Path, typer.Option(help="file to write")] = Path("report.html"),
+    privacy: Annotated[
+        bool, typer.Option("--privacy", help="what left a node, of its own folder: <out-dir>/<run.name>")
+    ] = False,
+    audit: Annotated[Path | None, typer.Option(help="for --privacy: the .json that 'fl-split audit' wrote")] = None,
 ) -> None:
-    """Write what runs came to as one HTML page."""
+    """Write what runs came to, or what left a node, as one HTML page."""
     from fl_split.files import write_atomic
+    from fl_split.tools.privacy_report import privacy_report
     from fl_split.tools.report import report
 
     with errors():
-        write_atomic(out, report(run.expanduser() for run in runs))
+        if privacy:
+            write_atomic(out, privacy_report(runs[0].expanduser(), audit))
+        else:
+            write_atomic(out, report(run.expanduser() for run in runs))
     print(out.resolve())
 
 

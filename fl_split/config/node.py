@@ -38,6 +38,9 @@ class NodeConfig(BaseModel):
     secure_key: str = ""
     secure_peers: str = ""
     lora_rank: Annotated[int, Field(ge=0, alias="lora.rank")] = 0  # 0: the run's
+    redact_rules: str = ""
+    metrics_allow: str = ""
+    metrics_least: Annotated[int, Field(ge=0)] = 0
     report_to: Annotated[Literal["", "tensorboard"], Field(alias="report.to")] = ""
 
     @classmethod
@@ -71,6 +74,11 @@ class NodeConfig(BaseModel):
     def unknown(self) -> dict[str, str]:
         """Keys that are not of fl-split, each with the nearest one that is."""
         return {key: get_close_matches(key, _NODE_KEYS, 1, 0.0)[0] for key in self.model_extra or ()}
+
+    @property
+    def allowed_metrics(self) -> tuple[str, ...]:
+        """Names and patterns of metrics that may leave the node; empty: all."""
+        return tuple(name.strip() for name in self.metrics_allow.split(",")) if self.metrics_allow else ()
 
     def lora(self, of_run: Lora) -> Lora:
         """The run's adapters with this node's own rank, if it has one."""

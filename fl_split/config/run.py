@@ -34,6 +34,8 @@ from fl_split.errors import ConfigError, explain_invalid
 
 _TRACKERS = ("tensorboard", "trackio", "mlflow", "wandb")
 
+_REDACTED = ("email", "url", "date", "phone", "number")
+
 
 class RunConfig(Section):
     """Everything a run can be told."""
@@ -263,6 +265,8 @@ def _check_task(task: Task, data: Data) -> None:
 
 
 def _check_data(data: Data) -> None:
+    if unknown := [kind for kind in data.redacted if kind not in _REDACTED]:
+        raise ValueError(f"data.redact={data.redact!r}: {unknown[0]!r} is none of {', '.join(_REDACTED)}")
     if data.text and data.messages:
         raise ValueError(f"data.text={data.text!r} and data.messages={data.messages!r}: an example is one or the other")
     if data.template not in ("auto", "plain", "chat"):

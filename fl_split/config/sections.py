@@ -178,6 +178,12 @@ class Data(Section):
         description="held-out prompts that a node answers after each round; the texts stay in its folder, exact match "
         "and ROUGE-L are metrics",
     )
+    redact: str = Field(
+        "",
+        description="what each node replaces by pseudonyms before anything is made of its text, with commas between: "
+        "`email`, `url`, `date`, `phone`, `number`; a node may add rules of its own (`redact-rules`); noise in its "
+        "place would not help: a node cannot be protected from the trunk's operator by noise",
+    )
     bad_rows: Literal["skip", "refuse"] = Field(
         "skip", description="rows that are empty, malformed or too long to learn from: leave out and count, or stop"
     )
@@ -197,6 +203,11 @@ class Data(Section):
         0.5, description="of `dirichlet`: the smaller, the more a node has of few values"
     )
     partition_classes: Positive = Field(2, description="of `pathological`: values that a node has")
+
+    @property
+    def redacted(self) -> tuple[str, ...]:
+        """`redact` one by one."""
+        return tuple(kind.strip() for kind in self.redact.split(",")) if self.redact else ()
 
     @property
     def label_names(self) -> tuple[str, ...]:

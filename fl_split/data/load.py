@@ -9,7 +9,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from fl_split.config import Data, NodeConfig
 from fl_split.data.examples import NO_ROOM, UNKNOWN_LABEL, Example, Made, describe_template, example_maker, template_of
 from fl_split.data.readers import needed_columns
+from fl_split.data.redact import Redactor, columns_of, redactor
 from fl_split.data.rows import MALFORMED, NOT_UTF8, Row
 from fl_split.data.sources import find_rows
 from fl_split.data.store import Array, Prepared, Store, in_memory
@@ -52,6 +53,7 @@ class Report:
     num_copies: int = 0  # examples whose row is equal to an earlier one
     num_classes: int = 0  # that occur, where each example has one
     unread: list[str] = field(default_factory=list)  # the first row's other columns: for the node's own eyes
+    redacted: dict[str, int] = field(default_factory=dict)  # kind -> strings that were replaced
     forced: dict[str, bool] = field(default_factory=dict)  # sides that no hash decided, so that neither is empty
 
     @property
@@ -66,6 +68,10 @@ class Report:
             more = ", ..." if self.bad[reason] > _PLACES else ""
             parts.append(f"{self.bad[reason]} {reason} ({', '.join(self.places[reason])}{more})")
         return "; ".join(parts)
+
+    def say_redacted(self) -> str:
+        """Such as ``12 date, 3 email``."""
+        return ", ".join(f"{count} {kind}" for kind, count in sorted(self.redacted.items()))
 
     def all_notes(self) -> list[str]:
         """Whatever a person should know of what was read, beside bad rows."""
@@ -120,8 +126,9 @@ def load_examples(
             too few usable rows; names the key, file and line, never a row's content.
     """
     source = find_rows(config, node, seed)
-    make = example_maker(config, tokenizer)
-    about = (_VERSION, max_rows, _fields(config), seed, _digest(tokenizer))
+    make, redact = example_maker(config, tokenizer), redactor(config, node)
+    about: tuple[object, ...] = (_VERSION, max_rows, _fields(config), seed, _digest(tokenizer))
+    about += (redact.identity,) if redact else ()
     kept = Store(store, (source.identity, *about)) if store else None
     found = kept.load() if kept else None
     if found:
@@ -131,9 +138,11 @@ def load_examples(
         report = Report(source.path, describe_template(template, tokenizer) if template else "")
         earlier = kept.earlier() if kept else {}
         rows = _note_unread(islice(source.rows, max_rows), report, needed_columns(config).values())
+        rows = _redacted(rows, redact, columns_of(config)) if redact else rows
         made = _make_all(rows, make, seed, report)
         examples = kept.save(made) if kept else in_memory(made)
         report.notes = list(source.notes)
+        report.redacted = dict(redact.counts) if redact else {}
         _check(report, examples.keys, config)
         report.forced = _force(examples.keys, config.holdout, earlier.get("forced", {}))
         if earlier and earlier["num_rows"] != report.num_rows:
@@ -143,6 +152,11 @@ def load_examples(
     parts = _divide(examples, report, config)
     _log(parts, config)
     return parts
+
+
+def _redacted(rows: Iterable[Row], redact: Redactor, columns: frozenset[str]) -> Iterator[Row]:
+    for row in rows:
+        yield row if row.values is None else replace(row, values=redact.row(row.values, columns))
 
 
 # --------------------------------------------------------------------------------------------------------- sides
@@ -290,5 +304,7 @@ def _log(examples: Examples, config: Data) -> None:
         )
     for note in report.all_notes():
         logger.warning("%s", note)
+    if report.redacted:
+        logger.info("replaced by pseudonyms: %s", report.say_redacted())
     if report.num_copies:
         logger.info(COPIES, report.num_copies, report.num_rows - report.num_bad)

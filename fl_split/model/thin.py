@@ -13,16 +13,18 @@ from fl_split.errors import SurrogateError
 
 
 def thin_layer(layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Make a layer of the trunk's class thin: every linear a product of two matrices, all weights from `tensors`.
+    """Make a layer of the trunk's class thin: linears as products of two matrices, all weights from `tensors`.
 
     Args:
         layer: A layer of the full model, on the meta device; mutated.
-        tensors: A thin layer's `state_dict`.
+        tensors: A thin layer's `state_dict`; a linear that was left whole has its own weight in it.
 
     Raises:
         SurrogateError: The tensors are not those of such a layer.
     """
     for name in linears(layer):
+        if f"{name}.weight" in tensors:
+            continue
         try:
             a, b = tensors[f"{name}.A"], tensors[f"{name}.B"]
         except KeyError as error:

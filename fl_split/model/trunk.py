@@ -3,6 +3,7 @@
 Data path: hidden states -> **the trunk's layers, forward only** -> hidden states.
 """
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
@@ -15,15 +16,23 @@ from fl_split.errors import SplitError
 from fl_split.model.family import Anatomy, Hole, all_left_out, examine
 from fl_split.model.key_values import KeyValues, Part, run_pass
 from fl_split.model.loading import Boundaries, ignore_in_checkpoint, list_of_layers, load_around_holes
+from fl_split.model.thin import thin_layer
 from fl_split.wire import Packed
 
 
 def load_trunk(
-    folder: Path, bottom_layers: int, top_layers: int, *, dtype: torch.dtype = torch.float32, **options: Any
+    folder: Path,
+    bottom_layers: int,
+    top_layers: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    thin: Mapping[int, Mapping[str, Tensor]] | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """Load the middle of a model, to be called with ``inputs_embeds`` = the bottom's output.
 
-    Reads only the weights of its own layers. `options` go to transformers' `from_pretrained`.
+    Reads only the weights of its own layers. `options` go to transformers' `from_pretrained`. Layers of which `thin`
+    has weights are made of those, and not read: a surrogate in the trunk's place.
 
     Returns:
         A base model (no head) in eval mode, with `boundaries` as an attribute.
@@ -35,10 +44,13 @@ def load_trunk(
     config = AutoConfig.from_pretrained(folder)
     anatomy = examine(config, AutoModel)
     cut = Boundaries.of(anatomy, bottom_layers, top_layers)
+    left_out: dict[int, nn.Module] = {}
+    thin = thin or {}
 
     def dig(base: Any) -> None:
         layers = list_of_layers(base, anatomy)
-        for i in (*cut.bottom, *cut.top):
+        left_out.update({i: layers[i] for i in thin})
+        for i in (*cut.bottom, *cut.top, *thin):
             layers[i] = Hole(layers[i], anatomy.as_tuple)
         for path in anatomy.edges:
             owner, _, name = path.rpartition(".")
@@ -51,6 +63,8 @@ def load_trunk(
     base, missing = load_around_holes(anatomy.model_class, folder, config, dig, dtype, **options)
     if missing:
         raise SplitError(f"the checkpoint in {folder} lacks weights of the trunk, such as {sorted(missing)[0]}")
+    for i, tensors in thin.items():
+        list_of_layers(base, anatomy)[i] = thin_layer(left_out[i], tensors)
     base.config.use_cache = False
     base.boundaries = cut
     base.eval().requires_grad_(False)

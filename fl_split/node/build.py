@@ -19,6 +19,7 @@ from fl_split.model.ends import checkpoint_activations, load_ends
 from fl_split.model.packing import check_packing
 from fl_split.model.slots import Trunk
 from fl_split.node.expected import Expected
+from fl_split.node.ledger import Note
 from fl_split.node.replicas import Credentials
 from fl_split.node.shares import SharesTrunk, Sides
 from fl_split.node.trunk_cache import CachedTrunk
@@ -94,7 +95,7 @@ def find_model(config: RunConfig) -> Path:
 
 
 def connect(
-    config: RunConfig, node: NodeConfig, folder: Path, address: str, stack: ExitStack
+    config: RunConfig, node: NodeConfig, folder: Path, address: str, stack: ExitStack, note: Note | None = None
 ) -> tuple[TrunkConnection, Expected]:
     """Reach the trunk and check that it is the run's.
 
@@ -104,6 +105,7 @@ def connect(
         folder: The base model's.
         address: Where the server says that the trunk is.
         stack: Closes the connection.
+        note: Gets every message before it is sent.
 
     Raises:
         TrunkError: It cannot be reached, is another, or does not let this node in.
@@ -116,6 +118,7 @@ def connect(
         timeout_s=config.trunk.timeout_s,
         in_flight=config.trunk.in_flight,
         credentials=_credentials(node),
+        note=note,
     )
     stack.enter_context(connection)
     connection.connect()
@@ -123,7 +126,12 @@ def connect(
 
 
 def connect_shares(
-    config: RunConfig, node: NodeConfig, folder: Path, addresses: tuple[str, str], stack: ExitStack
+    config: RunConfig,
+    node: NodeConfig,
+    folder: Path,
+    addresses: tuple[str, str],
+    stack: ExitStack,
+    note: Note | None = None,
 ) -> SharesTrunk:
     """Reach the two trunks that a gradient's shares go to; arguments and errors as of `connect`.
 
@@ -147,6 +155,7 @@ def connect_shares(
                 in_flight=config.trunk.in_flight,
                 credentials=own,
                 meet=partial(sides.meet, side),
+                note=note,
             )
         )
         for side, (place, own) in enumerate(zip(places, credentials, strict=True))

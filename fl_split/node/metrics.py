@@ -1,9 +1,16 @@
 """The numbers that a node gives away about a round: all of them, and under which keys."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 
+from fl_split.config import NodeConfig
 from fl_split.node.evaluate import Scores
+
+_NEEDED = ("partition-id", "weight")
+_COUNTS = ("num-examples", "bad-rows", "truncated-examples", "cached-sequences")  # of examples
+_SCORES = ("heldout-", "sample-", "gain-over-")  # how keys of scores on held-out ones begin
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,28 @@ class RoundMetrics:
                 case _:
                     record[name.replace("_", "-")] = value
         return record
+
+
+def given_away(record: Mapping[str, int | float], num_heldout: int, node: NodeConfig) -> dict[str, int | float]:
+    """What of a round's numbers leaves the node; what is withheld is nan, since the server reads every key.
+
+    Withheld is what `metrics-allow` does not name, and, with `metrics-least`, counts of fewer examples than that, and
+    scores on fewer held-out ones. The weight in the mean is needed, and rounded up.
+
+    Args:
+        record: All numbers.
+        num_heldout: Examples that the scores are of.
+        node: The node's own configuration.
+    """
+    least, allowed = node.metrics_least, node.allowed_metrics
+    kept = dict(record)
+    for key, value in record.items():
+        few = key in _COUNTS and 0 < value < least or key.startswith(_SCORES) and num_heldout < least
+        if key not in _NEEDED and (few or (allowed and not any(fnmatch(key, pattern) for pattern in allowed))):
+            kept[key] = math.nan
+    if node.metrics_least and record["weight"] > 1:  # 1: all nodes weigh the same
+        kept["weight"] = max(record["weight"], least)
+    return kept
 
 
 def heldout_metrics(heldout: Mapping[str, Scores]) -> dict[str, float]:

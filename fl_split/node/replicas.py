@@ -16,6 +16,7 @@ import grpc
 
 from fl_split.address import is_local, split_address
 from fl_split.errors import ConfigError
+from fl_split.node.ledger import Note, NotingChannel
 from fl_split.node.trouble import unavailable
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.proto.trunk_pb2_grpc import ExactGradientStub, GradientSharesStub, TrunkStub
@@ -93,6 +94,7 @@ class Replica:
     checked: bool = False  # else to be checked before the next call
     rests_until: float = 0.0  # of `time.monotonic`
     failures: int = 0  # in a row
+    note: Note | None = None  # gets every message before it is sent
     describe: Any = field(init=False)
     forward: Any = field(init=False)
     surrogate: Any = field(init=False)
@@ -102,25 +104,26 @@ class Replica:
 
     def __post_init__(self) -> None:
         """Look up the methods."""
-        stub = TrunkStub(self.channel)
+        channel = self.channel if self.note is None else NotingChannel(self.channel, self.address, self.note)
+        stub = TrunkStub(channel)
         self.describe, self.forward, self.surrogate = stub.Describe, stub.Forward, stub.Surrogate
         self.decode = stub.Decode
-        self.pull = ExactGradientStub(self.channel).Pull
-        self.share = GradientSharesStub(self.channel).Share
+        self.pull = ExactGradientStub(channel).Pull
+        self.share = GradientSharesStub(channel).Share
 
 
 class Replicas:
     """All addresses of a trunk. For several threads."""
 
-    def __init__(self, address: str, credentials: Credentials) -> None:
-        """Prepare channels; nothing is sent.
+    def __init__(self, address: str, credentials: Credentials, note: Note | None = None) -> None:
+        """Prepare channels; nothing is sent. `note` gets every message before it is.
 
         Raises:
             ConfigError: An address that is none, or credentials that cannot be used.
         """
         self._lock = threading.Lock()
         self._turn = itertools.count()
-        self._all = [Replica(part, credentials.channel(part)) for part in split_address(address)]
+        self._all = [Replica(part, credentials.channel(part), note=note) for part in split_address(address)]
 
     def __len__(self) -> int:
         return len(self._all)

@@ -45,7 +45,8 @@ from fl_split.node.build import (
 from fl_split.node.card import base_name, card_text, write_recipe
 from fl_split.node.choice import settle
 from fl_split.node.evaluate import Scores, evaluate, scores_before
-from fl_split.node.metrics import RoundMetrics, heldout_metrics
+from fl_split.node.ledger import Ledger
+from fl_split.node.metrics import RoundMetrics, given_away, heldout_metrics
 from fl_split.node.progress import Progress
 from fl_split.node.received import products, receive
 from fl_split.node.samples import Sample, answer_heldout, check_scorer, keep, means
@@ -67,7 +68,7 @@ class RoundResult:
     shared: dict[str, Tensor]  # adapter weights that `aggregation.share` and `aggregation.tensors` name
     scaling: float  # alpha / rank of this node, without which they mean nothing
     metrics: dict[str, int | float]  # numbers about the round: `node.metrics`
-    adapter: Path  # the export, on the node's own disk
+    adapter: str  # where the export is; of a deployed node not the path, which is its own affair
 
 
 @dataclass(frozen=True)
@@ -159,13 +160,17 @@ class Round:
         check_consent(config, node)
         if instructions.server_round == 1:
             warn_of_room(config, node)
+        ledger = Ledger(home, instructions.server_round)
+        ledger.note(
+            "", "begin", 0, examples=len(examples.train) + len(examples.heldout), redacted=examples.report.redacted
+        )
         trunk: Trunk
         if config.surrogate.kind == "shares":
             addresses = (instructions.trunk_address, instructions.share_address)
-            trunk = connect_shares(config, node, base, addresses, stack)
+            trunk = connect_shares(config, node, base, addresses, stack, ledger.call)
             connection = trunk.first
         else:
-            connection, expected = connect(config, node, base, instructions.trunk_address, stack)
+            connection, expected = connect(config, node, base, instructions.trunk_address, stack, ledger.call)
             trunk = with_cache(config, connection, expected, home, stack)
         matched = fetch_matched(config, connection)
         model = build_model(config, node.lora(config.lora), base, trunk, tokenizer.pad_token_id, matched)
@@ -421,9 +426,12 @@ class Round:
             exported_round=exported_round,
             worth=outcome.worth.record() if outcome.worth else {},
         )
-        self.progress.finish(metrics.record(), time.monotonic() - self.started, self.folder.adapter)
-        shared = adapters.shared_state(self.model, how)
-        return RoundResult(shared, adapters.scaling_of(self.model), metrics.record(), self.folder.adapter)
+        record, path = metrics.record(), self.folder.adapter
+        self.progress.finish(record, time.monotonic() - self.started, path)
+        shared, scaling = adapters.shared_state(self.model, how), adapters.scaling_of(self.model)
+        where = f"<out-dir>/{self.instructions.run_name}/{path.name}" if self.node.out_dir else str(path)
+        num_heldout = len(examples.heldout)
+        return RoundResult(shared, scaling, given_away(record, num_heldout, self.node), where)
 
 
 def _chosen_by(scores: Scores) -> float:

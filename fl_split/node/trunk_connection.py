@@ -29,6 +29,7 @@ from fl_split.model.thin import read_card
 from fl_split.node.call_errors import LOST, AnotherTrunk, NoHandshake, translate
 from fl_split.node.decode_stream import DecodeStream
 from fl_split.node.expected import Expected
+from fl_split.node.ledger import Note
 from fl_split.node.replicas import Credentials, Replica, Replicas
 from fl_split.node.surrogate_file import fetch_published
 from fl_split.node.trouble import explain
@@ -56,6 +57,7 @@ class TrunkConnection:
         in_flight: int = 4,
         credentials: Credentials = Credentials(),  # noqa: B008  # frozen
         meet: Callable[[str], None] | None = None,
+        note: Note | None = None,
     ) -> None:
         """Prepare channels and threads; nothing is sent before `connect` or the first call.
 
@@ -69,6 +71,7 @@ class TrunkConnection:
             in_flight: Calls at the same time, at most.
             credentials: TLS and token.
             meet: For gradient shares: looks at an address whenever it is checked, and raises if it must get none.
+            note: Gets every message before it is sent; raises if it must not be.
 
         Raises:
             ConfigError: An address or credentials that cannot be used.
@@ -79,7 +82,7 @@ class TrunkConnection:
         self.wire_dtype: pb.DType = wire.NAMES[wire_dtype]
         self._meet = meet
         self._metadata = credentials.metadata()
-        self._replicas = Replicas(address, credentials)
+        self._replicas = Replicas(address, credentials, note)
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="trunk-call")
         self._lock = threading.Lock()
         self.trunk_id = b""  # of the first replica that was checked; the others must be the same trunk

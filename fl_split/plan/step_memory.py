@@ -107,7 +107,7 @@ def step_on_meta(
         batch: Batch = {"input_ids": ids, "labels": ids[:, 0] if run.task == "sequence-classification" else ids}
         if run.train.activation_checkpointing:  # a mask spares it that look, but some families look at the mask
             batch["attention_mask"] = torch.ones_like(ids)
-        live = _Live(adapted, *(layer.shell for layer in layers if isinstance(layer, StreamedLayer)))
+        live = Live(adapted, *(layer.shell for layer in layers if isinstance(layer, StreamedLayer)))
         waits: list[int] = []  # what a micro-batch holds while it waits for the trunk
         layers[cut.end].register_forward_pre_hook(lambda *_: waits.append(live.num_bytes))
         with live:
@@ -120,7 +120,7 @@ def _weights(layer: nn.Module, device: torch.device) -> dict[str, Tensor]:
     return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Counts the bytes of all tensors made while it is active and not yet gone, each storage once."""
 
     def __init__(self, *modules: nn.Module) -> None:

@@ -13,6 +13,12 @@ logger = logging.getLogger(__name__)
 _FIRST_WORD_S, _LAST_WORD_S = 30.0, 600.0  # a line at least this often although nobody answers: first, later
 _LONGEST_PAUSE_S = 2.0  # between two looks for replies
 _AROUND = re.compile(r"^<class '[\w.]+'>:<'|'>$")  # what Flower puts around an error's text
+_OUT_OF_MEMORY = re.compile(r"killed due to the node running low on memory|OutOfMemoryError")
+_NO_MEMORY = (
+    "this machine ran out of memory, and Ray ended the process that simulated it: simulate fewer nodes at once "
+    "(--federation-config 'client-resources-num-cpus=N', N of this machine's cores for each), lower train.batch-size "
+    "or data.max-length, or end what else runs here"
+)
 _OWN_NUMBER = re.compile(r"^node (\d+): ")  # as a node's error begins
 
 
@@ -54,6 +60,8 @@ class Institutions:
         A node that fails in its first round says its number only in there.
         """
         words = _AROUND.sub("", (text or "").strip()).rpartition("occurred. Message: ")[2].strip()
+        if _OUT_OF_MEMORY.search(words):  # Ray's own text lists the largest processes of the machine
+            return _NO_MEMORY
         if own := _OWN_NUMBER.match(words):
             self.learn(node_id, int(own[1]))
         elif "Traceback" in words:

@@ -93,7 +93,7 @@ def _warn(node: dict[str, Any]) -> None:
             node["heldout-loss-after"],
             node["heldout-loss-base"],
         )
-    if node["bottom-gain-error"] and not node["bottom-trained"]:
+    if node["bottom-gain-error"] > 0 and not node["bottom-trained"]:  # nan, if the node does not say
         logger.warning(
             "%s: the bottom was not trained, since a trial of its gradient won too little (%.4f, standard error %.4f): "
             "see docs/surrogates.md for what would help",
@@ -110,7 +110,7 @@ def gain(node: dict[str, Any]) -> float:
 
 def worth(node: dict[str, Any]) -> str:
     """What the others' adapters brought a node beyond training alone, where that is known."""
-    if "gain-over-alone" not in node:
+    if not {"gain-over-alone", "gain-over-alone-error"} <= node.keys():  # or a node withholds one
         return ""
     return f", of which the others' {node['gain-over-alone']:+.4f} (error {node['gain-over-alone-error']:.4f})"
 

@@ -31,6 +31,7 @@ from fl_split.node.choice import choose
 from fl_split.plan.fits_here import Check, check_room
 from fl_split.plan.plan import PROCESS_BYTES, auto_class, choose_split
 from fl_split.plan.versions import check_versions
+from fl_split.tools.audit.page import NOISE
 
 T = TypeVar("T")
 
@@ -70,6 +71,9 @@ def diagnose(config: RunConfig, own: NodeConfig, max_rows: int | None = None, nu
     if tokenizer is not None:
         yield from check_data(config, own, read_config(str(folder)), tokenizer, max_rows)
     yield _try("trunk", lambda: _trunk(config, own, folder))[0]
+    yield Check(
+        "pass", "privacy", f"the trunk's operator can read what is sent, as 'fl-split audit' shows here: {NOISE}"
+    )
     yield from check_room(config, own, PROCESS_BYTES)
 
 
@@ -192,6 +196,9 @@ def _check_node(
         yield Check("warn", "rows", note)
     if report.unread:
         yield Check("pass", "columns", report.unread_columns())
+    if config.data.redact or node.redact_rules:
+        found = report.say_redacted()
+        yield Check("pass" if found else "warn", "redact", f"replaced by pseudonyms: {found or 'nothing was found'}")
     yield from _check_copies(examples)
     yield _check_lengths(examples, config.data.max_length)
     if report.template:

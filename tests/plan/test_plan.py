@@ -84,7 +84,7 @@ def test_bytes_weights_and_activations_are_those_of_a_real_step(checkpoint: Call
 
 def peak_of_a_step(folder: Path, run: RunConfig) -> int:
     """Most bytes that a real step has from torch's allocator at once, the adapters' gradients left out."""
-    client = load_ends(folder, 2, 2, Echo("bfloat16"), surrogate=run.surrogate.kind, surrogate_layers=1)
+    client = load_ends(folder, 2, 2, Echo("bfloat16"), surrogate=run.surrogate.planned, surrogate_layers=1)
     if run.train.activation_checkpointing:
         checkpoint_activations(client)
     model = adapters.attach(client, run.lora, train_bottom=True, seed=0).train()
@@ -156,7 +156,7 @@ def test_bytes_of_probes_and_exact_gradients_are_those_on_the_wire(
     with server.embedded(hold_layers(folder, 2, 2), config=config) as address:
         expected = Expected.from_checkpoint(folder, 2, 2)
         with TrunkConnection(address, expected, wire_dtype=run.trunk.wire_dtype) as trunk:
-            client = load_ends(folder, 2, 2, trunk, surrogate=run.surrogate.kind, surrogate_layers=1)
+            client = load_ends(folder, 2, 2, trunk, surrogate=run.surrogate.planned, surrogate_layers=1)
             model = adapters.attach(client, run.lora, train_bottom=True, seed=0).train()
             if kind == "distilled":
                 train.make_distiller(model, 1e-3, run.surrogate.probe_every)

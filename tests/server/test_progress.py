@@ -20,6 +20,9 @@ def grid_of(*names: str) -> Grid:
     return cast(Grid, SimpleNamespace(get_nodes=lambda: nodes))
 
 
+OUT_OF_MEMORY = "killed due to the node running low on memory"  # by Ray
+
+
 def test_institutions_go_by_number_and_registered_name() -> None:
     known = Institutions({1000: 4})
     assert known.look(grid_of("hospital-a", "hospital-b", "")) == [1000, 1001, 1002]
@@ -37,6 +40,7 @@ def test_institutions_go_by_number_and_registered_name() -> None:
         ("<class 'a.B'>:<'\nException ClientAppException occurred. Message: node 3: no trunk'>", "no trunk"),
         ("<class 'ray.X'>:<'Traceback\n  File\nValueError: x'>", "ValueError: x"),
         ("Error: Node Unavailable", "Error: Node Unavailable"),
+        (f"1 worker(s) were {OUT_OF_MEMORY}. Top 10 users: 9 2.03 python /home/x/secret.py", progress._NO_MEMORY),
         (None, "no reason given"),
     ],
 )

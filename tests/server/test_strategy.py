@@ -371,7 +371,7 @@ def test_node_that_missed_a_round_catches_up(
         return train_round(model, *args)
 
     monkeypatch.setattr("fl_split.node.round.train_round", spy)
-    changes = {"aggregation.combine": combine, "num-server-rounds": 3, "data.holdout": 0.1}
+    changes = {"aggregation.combine": combine, "num-server-rounds": 3}
     run(nodes=3, grid_class=poor_grid(round_2={1002: "fails"}), **THREE, **changes)
     nodes = [entry for entry in metrics(tmp_path / "x") if "partition-id" in entry]
     assert [(e["round"], e["partition-id"], e["rounds-missed"]) for e in nodes] == [

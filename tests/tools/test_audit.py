@@ -4,13 +4,14 @@ import json
 import math
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from conftest import tiny
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from typer.testing import CliRunner
 
 from fl_split import wire
@@ -18,8 +19,9 @@ from fl_split.cli import app
 from fl_split.config import Lora
 from fl_split.model import adapters
 from fl_split.model.ends import load_ends
+from fl_split.model.loading import Boundaries
 from fl_split.tools.audit.attack import Attacker, Outcome, add_noise
-from fl_split.tools.audit.audit import verdict
+from fl_split.tools.audit.audit import _can_load_whole, verdict
 from fl_split.tools.audit.bottom import Bottom, Listener, sent
 from fl_split.tools.audit.counts import count, kinds_of, share_found, share_right
 from fl_split.tools.audit.oneshot import Readings, noise_variance
@@ -36,7 +38,11 @@ def random_ids(rows: int, length: int, seed: int) -> Tensor:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose layers matter less than its embeddings, as in trained ones."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny("llama"))
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -224,6 +230,16 @@ def test_audit_of_the_demo_sends_nothing_and_writes_no_text(
     assert report["verdict"].startswith("at least ")
     shown = out.read_text() + done.output
     assert not any(field in shown for record in plant(2, 0) for field in record.fields)
+
+
+def test_the_whole_model_is_used_if_it_is_here_and_fits(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cut = Boundaries("layers", 6, 2, 4)
+    assert _can_load_whole(folder, cut)
+    assert not _can_load_whole(tmp_path, cut)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10))
+    assert not _can_load_whole(folder, cut) and "are left out: they would take" in caplog.text
 
 
 def test_audit_names_what_is_wrong(tmp_path: Path) -> None:

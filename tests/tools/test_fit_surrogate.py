@@ -1,7 +1,7 @@
 """Surrogates that are fitted, fetched, distilled or exact; on a trained model, where wrong can be told from right."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from fl_split import demo
@@ -31,13 +31,15 @@ from fl_split.node import train
 from fl_split.node.evaluate import evaluate
 from fl_split.node.expected import Expected
 from fl_split.node.trunk_connection import TrunkConnection
-from fl_split.tools import fit_surrogate
+from fl_split.tools.fit_folder import Fit
+from fl_split.tools.fit_surrogate import fit
+from fl_split.tools.fit_text import read_text, sample_text
 from fl_split.tools.gradcheck import Candidate, bottom_gradient, build, gradcheck
 from fl_split.trunk import server
 from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.layers import hold_layers
 
-FIT = fit_surrogate.Fit(layers=2, steps=40, batch_size=4, length=48)
+FIT = Fit(layers=2, steps=40, batch_size=4, length=48, lessons=40)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,8 @@ def fitted(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A surrogate worth 2 of the demo's 4 trunk layers, fitted for a moment."""
     folder = tmp_path_factory.mktemp("fitted")
     (folder / "public.txt").write_text("\n\n".join(demo.public_text(1, 1000)))
-    text = fit_surrogate.read_text([folder / "public.txt"], demo_model, FIT.length)
-    fit_surrogate.fit(demo_model, 2, 2, text, FIT, folder / "surrogate.safetensors")
+    text = read_text([folder / "public.txt"], demo_model, FIT.length)
+    fit(demo_model, 2, 2, text, FIT, folder / "surrogate.safetensors")
     return folder / "surrogate.safetensors"
 
 
@@ -180,18 +182,16 @@ def test_impossible_budgets_and_too_little_text_are_refused(demo_model: Path, tm
     text = torch.randint(3, 200, (80, 48))
     for layers, message in ((4, "less than the trunk's 4"), (0.05, "too small")):
         with pytest.raises(ConfigError, match=message):
-            fit_surrogate.fit(
-                demo_model, 2, 2, text, fit_surrogate.Fit(layers=layers, steps=1, length=48), tmp_path / "x"
-            )
+            fit(demo_model, 2, 2, text, Fit(layers=layers, steps=1, length=48), tmp_path / "x")
     (tmp_path / "short.txt").write_text("hello")
     with pytest.raises(DataError, match="too few to fit"):
-        fit_surrogate.read_text([tmp_path / "short.txt"], demo_model, 48)
+        read_text([tmp_path / "short.txt"], demo_model, 48)
 
 
 def test_model_writes_its_own_public_text(demo_model: Path) -> None:
-    text = fit_surrogate.sample_text(demo_model, 6, 40, seed=1)
+    text = sample_text(demo_model, 6, Fit(length=40, seed=1))
     assert text.shape == (6, 40)
-    assert torch.equal(text, fit_surrogate.sample_text(demo_model, 6, 40, seed=1))
+    assert torch.equal(text, sample_text(demo_model, 6, Fit(length=40, seed=1)))
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     assert "Which" in tokenizer.decode(text.flatten())  # the trained model's own kind of text
 
@@ -378,7 +378,7 @@ def test_operator_is_told_in_plain_words(demo_model: Path, caplog: pytest.LogCap
 def test_command_line_fits_a_surrogate_and_compares_it_with_the_others(demo_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "surrogate.safetensors"
     fitted = CliRunner().invoke(
-        app, ["surrogate", "fit", str(out), "--steps", "2", "--length", "32", "--batch-size", "2"]
+        app, ["surrogate", "fit", str(out), "--steps", "2", "--lessons", "2", "--length", "32", "--batch-size", "2"]
     )
     assert fitted.exit_code == 0, fitted.output
     assert read_card(out)["steps"] == 2
@@ -401,23 +401,3 @@ def test_command_line_names_what_is_wrong(tmp_path: Path) -> None:
     forgotten = CliRunner().invoke(app, ["gradcheck", "--model", str(tmp_path)])
     assert forgotten.exit_code == 1
     assert "the demo's invented data is the demo's: give --data" in " ".join(forgotten.output.split())
-
-
-def test_simulated_fine_tunings_begin_anew(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    observe, begun = fit_surrogate.observe, []
-
-    def watched(
-        model: Any, cut: Any, ids: Tensor, labels: Tensor, trained: Sequence[Tensor] = ()
-    ) -> fit_surrogate.Lesson:
-        if trained:
-            begun.append(any(not parameter.any() for parameter in trained))  # B is 0 before the first step
-        return observe(model, cut, ids, labels, trained)
-
-    monkeypatch.setattr(fit_surrogate, "observe", watched)
-    monkeypatch.setattr(fit_surrogate, "_TUNING_STEPS", 2)
-    full = AutoModelForCausalLM.from_pretrained(demo_model).requires_grad_(False)
-    full.boundaries = boundaries_of(load_trunk(demo_model, 2, 2))
-    text = torch.randint(full.config.vocab_size, (16, 8), generator=torch.Generator().manual_seed(0))
-    num_runs = len(fit_surrogate._TUNING_RATES)
-    list(islice(fit_surrogate._teach(full, text, fit_surrogate.Fit(batch_size=2)), 2 * num_runs * 4))
-    assert begun == 2 * (num_runs * [True] + num_runs * [False])

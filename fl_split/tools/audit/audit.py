@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -15,12 +16,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from fl_split import __version__
 from fl_split.config import Lora, NodeConfig, RunConfig
 from fl_split.data.batches import prepare_tokenizer
+from fl_split.data.redact import redactor
 from fl_split.data.sources import num_files
 from fl_split.errors import ConfigError
 from fl_split.model import adapters
 from fl_split.model.checkpoint import weights_digest
 from fl_split.model.ends import load_ends
-from fl_split.model.loading import boundaries_of
+from fl_split.model.loading import Boundaries, boundaries_of
 from fl_split.node.build import check_demo_data, find_model
 from fl_split.plan.plan import choose_split
 from fl_split.tools.audit.attack import Attacker, add_noise
@@ -58,7 +60,7 @@ class Node:
     own: list[list[int]]  # the node's own text
     planted: list[Planted]
     arrived: list[Tensor]  # what the trunk would get of its own text, then of planted records
-    whole: bool  # whether the checkpoint has the trunk's layers, too
+    whole: bool  # whether the whole base model is here, and fits
 
     @classmethod
     def load(cls, config: RunConfig, own: NodeConfig, setting: Setting) -> Self:
@@ -69,7 +71,9 @@ class Node:
         if not texts:
             raise ConfigError("no example is longer than a token: give --tokens of at least 2, and see 'doctor'")
         planted = plant(setting.canaries, setting.seed)
-        records = [tokenizer.encode(record.text, add_special_tokens=False) for record in planted]
+        redact = redactor(config.data, own)
+        written = [redact.text(record.text) if redact else record.text for record in planted]
+        records = [tokenizer.encode(text, add_special_tokens=False) for text in written]
         lora, state = adapters.read_export(setting.adapter) if setting.adapter else (Lora(), {})
         listener = Listener()
         model = load_ends(
@@ -80,8 +84,7 @@ class Node:
             dtype=config.model.torch_dtype,
             labels=config.data.label_names,
         )
-        cut = boundaries_of(model)
-        whole = weights_digest(folder, cut.layers_name, cut.trunk) is not None
+        whole = _can_load_whole(folder, boundaries_of(model))
         adapted = adapters.attach(model, lora, train_bottom=True, seed=0)
         adapters.load_adapter_state(adapted, state)
         arrived = sent(adapted, listener, [*texts, *records], config.trunk.wire_dtype)
@@ -91,6 +94,16 @@ class Node:
     def truth(self) -> list[Tensor]:
         """Its own text, as tensors."""
         return [torch.tensor(ids) for ids in self.own]
+
+
+def _can_load_whole(folder: Path, cut: Boundaries) -> bool:
+    if weights_digest(folder, cut.layers_name, cut.trunk) is None:
+        return False
+    needed = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))  # in float32
+    if needed <= psutil.virtual_memory().available:
+        return True
+    logger.warning("the base model's own guesses are left out: they would take %.1f GB of memory", needed / 1e9)
+    return False
 
 
 def audit(config: RunConfig, own: NodeConfig, setting: Setting) -> dict[str, Any]:

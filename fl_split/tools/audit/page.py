@@ -1,14 +1,14 @@
 """An audit as one page for people."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 NOISE = "a node cannot be protected from the trunk's operator by noise"
 
-_ROWS = {
+FIGURES = {
     "readable": "tokens read, by the better of the two attacks",
     "one-shot-top-1": "each hidden state by itself: the first guess is right",
     "one-shot-top-10": "... one of ten guesses is right",
@@ -19,7 +19,7 @@ _ROWS = {
     "rare": "tokens that the attacker's public text lacks",
     "canary-fields": "planted names, dates, numbers and addresses, whole",
 }
-_CONTROLS = {
+CONTROLS = {
     "control-no-defence": "the attack where nothing defends: must be above 95 %",
     "control-prior-alone": "guessing by the language model alone, given all that precedes",
     "control-shuffled": "hidden states of other positions: what chance gives",
@@ -55,15 +55,15 @@ def shown(key: str, value: Any) -> str:
 
 def summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The figures and controls, for a terminal."""
-    return rows_of(report, {**_ROWS, **_CONTROLS})
+    return rows_of(report, {**FIGURES, **CONTROLS})
 
 
 def page(report: Mapping[str, Any]) -> str:
     """All of it, as HTML that needs no server and no script."""
     style = files("fl_split.tools").joinpath("report.css").read_text(encoding="utf-8")
     parts = "".join(
-        f"<h3>{title}</h3>{_table(rows_of(report, names))}"
-        for title, names in (("What was read", _ROWS), ("Controls", _CONTROLS), ("Looked at", _SETTING))
+        f"<h3>{title}</h3>{table(rows_of(report, names))}"
+        for title, names in (("What was read", FIGURES), ("Controls", CONTROLS), ("Looked at", _SETTING))
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>fl-split audit</title>'
@@ -76,6 +76,7 @@ def page(report: Mapping[str, Any]) -> str:
     )
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
-    body = "".join(f"<tr><td>{escape(text)}</td><td>{escape(value)}</td></tr>" for text, value in rows)
+def table(rows: Iterable[tuple[str, ...]]) -> str:
+    """Rows as HTML."""
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f"<div class='wide'><table><tbody>{body}</tbody></table></div>"

@@ -157,7 +157,9 @@ def read_in_sequence(
         observed, ids = observed.repeat_interleave(beam, 0)[:, None], ids.repeat_interleave(beam, 0)
         scores = _score(bottom, cache, metric, observed, ids, place)
         for row in (scores.amax(1) < metric.enough).nonzero()[:, 0].tolist():
-            ids[row, 0], scores[row, 0] = _widen(bottom, cache, metric, observed[row : row + 1], row, place)
+            more = readings[row // beam].ids[rows[row // beam], width:]
+            alone = bottom.row_of(cache, row)
+            ids[row, 0], scores[row, 0] = _widen(bottom, alone, metric, observed[row : row + 1], more, place)
         if prior is not None:
             scores = scores + prior.of(ids)
         best = (totals[..., None] + scores.view(count, beam, -1)).flatten(1).topk(beam)
@@ -177,10 +179,12 @@ def _score(bottom: Bottom, cache: DynamicCache, metric: Metric, observed: Tensor
 
 
 def _widen(
-    bottom: Bottom, cache: DynamicCache, metric: Metric, observed: Tensor, row: int, place: int
+    bottom: Bottom, cache: DynamicCache, metric: Metric, observed: Tensor, more: Tensor, place: int
 ) -> tuple[Tensor, Tensor]:
-    """The best of the whole vocabulary, for one row."""
-    mine = bottom.row_of(cache, row)
-    ids = torch.arange(bottom.vocab_size)[None]
-    scores = _score(bottom, mine, metric, observed, ids, place)[0]
-    return scores.argmax(), scores.max()
+    """The best of some more candidates if it is good enough, else of the whole vocabulary; for one row."""
+    for ids in (more, torch.arange(bottom.vocab_size)):
+        if len(ids):
+            scores = _score(bottom, cache, metric, observed, ids[None], place)[0]
+            if scores.max() >= metric.enough:
+                break
+    return ids[scores.argmax()], scores.max()
