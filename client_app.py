@@ -71,6 +71,9 @@ def account(msg: Message, context: Context, call_next: ClientAppCallable) -> Mes
     """Write down what leaves for the server, as it leaves."""
     reply = call_next(msg, context)
     with _explained(msg, context):
+        if reply.has_error():  # Flower's clipping answers so
+            _ledger(msg, context).note("server", "error", len((reply.error.reason or "").encode()))
+            return reply
         for name, record in reply.content.items():
             _ledger(msg, context).note("server", {"arrays": "shared-adapter"}.get(name, name), record.count_bytes())
     return reply

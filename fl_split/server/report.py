@@ -110,7 +110,7 @@ def gain(node: dict[str, Any]) -> float:
 
 def worth(node: dict[str, Any]) -> str:
     """What the others' adapters brought a node beyond training alone, where that is known."""
-    if "gain-over-alone" not in node:
+    if not {"gain-over-alone", "gain-over-alone-error"} <= node.keys():  # or a node withholds one
         return ""
     return f", of which the others' {node['gain-over-alone']:+.4f} (error {node['gain-over-alone-error']:.4f})"
 

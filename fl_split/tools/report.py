@@ -20,6 +20,8 @@ from fl_split.tools.charts import Chart, Line, draw, look, steps_of
 
 Entry = Mapping[str, Any]
 
+_WORTH = {"gain-over-alone", "gain-over-alone-error", "others-weight-bottom", "others-weight-top"}
+
 
 @dataclass(frozen=True)
 class Record:
@@ -168,7 +170,7 @@ def _quality(run: Record) -> list[dict[str, Any]]:
             "gain": _gain(base - after),
             "exported": f"round {last['exported-round']}" if "exported-round" in last else "",
         }
-        if "gain-over-alone" in last:
+        if _WORTH <= last.keys():
             weights = ", ".join(f"{last[f'others-weight-{part}']:g} {part}" for part in ("bottom", "top"))
             row["over training alone"] = f"{last['gain-over-alone']:+.4f} ± {last['gain-over-alone-error']:.4f}"
             row["weight of the others"] = weights

@@ -71,6 +71,8 @@ def test_what_the_others_are_worth_to_a_node_is_in_the_table_and_in_its_last_lin
     record(folder, node(0, **worth), node(1, **worth))
     assert "over alone  its error" in caplog.text and "+0.0321     0.0044" in caplog.text
     assert "gain +1.000, of which the others' +0.0321 (error 0.0044), adapter: /nodes/0" in final_table(folder, 1.0)
+    record(folder, node(0, **{"gain-over-alone": 0.0321}))  # the node withholds the error
+    assert "gain +1.000, adapter: /nodes/0" in final_table(folder, 1.0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
