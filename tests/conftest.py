@@ -15,13 +15,24 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+)
 from transformers.utils import logging as transformers_logging
 
 import client_app
 import server_app
 from fl_split import demo
-from fl_split.config import RunConfig
+from fl_split.config import Data, NodeConfig, RunConfig
+from fl_split.data.batches import prepare_tokenizer
+from fl_split.data.load import Examples, load_examples
 from fl_split.model import adapters
 from fl_split.model.ends import load_ends
 from fl_split.model.trunk import LocalTrunk, load_trunk
@@ -223,3 +234,18 @@ def run_app(
         context.node_config.update(own)
     server_app.app(grid=grid, context=Context(1, 1, {}, RecordDict(), config))
     return grid
+
+
+@pytest.fixture
+def tokenizer(demo_model: Path) -> PreTrainedTokenizerBase:
+    return prepare_tokenizer(AutoTokenizer.from_pretrained(demo_model))
+
+
+@pytest.fixture
+def load(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Examples]:
+    def load(path: Path | str, store: Path | None = None, seed: int = 0, **keys: Any) -> Examples:
+        names = {name.replace("_", "-"): value for name, value in keys.items()}
+        node = NodeConfig(data_path=str(path))
+        return load_examples(Data.model_validate(names), node, tokenizer, seed, store=store)
+
+    return load

@@ -12,10 +12,12 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from fl_split.config import Data
+from fl_split.data.load import Examples
 from fl_split.data.readers import read_file
 from fl_split.errors import DataError
 from fl_split.model.loss import IGNORED
-from tests.data.conftest import Load
+
+Load = Callable[..., Examples]
 
 TABLE = [{"question": f"what is number {i}?", "answer": f"it is {i}."} for i in range(8)]
 COLUMNS = {name: [row[name] for row in TABLE] for name in ("question", "answer")}

@@ -255,8 +255,8 @@ def observed(demo_model: Path, batches: list[Batch], probe_every: int) -> tuple[
     distiller.observe = spy  # type: ignore[method-assign]
     model.train()
     accumulate(model, batches[:1])
-    base = model.get_base_model().base_model
-    kept = base.get_submodule(boundaries_of(model.get_base_model()).layers_path)[4].kept
+    base, cut = model.get_base_model().base_model, boundaries_of(model.get_base_model())
+    kept = base.get_submodule(cut.layers_path)[cut.first].kept
 
     def surrogate(start: Tensor) -> Any:
         positions = torch.arange(start.shape[1])[None]
