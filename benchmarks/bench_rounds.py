@@ -39,6 +39,8 @@ from about import about, write  # noqa: E402
 from federation import BIN, ROOT, Federation, demo_data, free_ports  # noqa: E402
 from kills import left_arrays, mend, run_with_kills  # noqa: E402
 
+from fl_split import demo  # noqa: E402
+
 MB = 1e6
 PARTS = ("start", "deployment", "simulation", "kills")
 SHORT = {"train.steps": 10, "data.max-length": 64}
@@ -234,8 +236,6 @@ def make_model(folder: Path, megabytes: int) -> str:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from fl_split import demo
-
     config = AutoConfig.from_pretrained(demo.model_folder())
     hidden = 512
     config.hidden_size, config.intermediate_size, config.head_dim = hidden, 4 * hidden, 64
@@ -276,6 +276,7 @@ def simulate(folder: Path, nodes: int, rounds: int, model: str) -> tuple[list[fl
     config = {
         **SHORTEST,
         "model.name": model,
+        "data.path": str(demo.data_folder() / "*.jsonl"),  # named: to another model's run the demo's are not given
         "num-server-rounds": rounds,
         "data.partitioner": "iid",
         "aggregation.min-nodes": nodes,
@@ -303,7 +304,10 @@ def simulate(folder: Path, nodes: int, rounds: int, model: str) -> tuple[list[fl
 
         ends = follow(folder / "runs" / "x", rounds, gone)
         if len(ends) < 2:
-            raise SystemExit(f"the simulation failed:\n{(folder / 'superlink.log').read_text()[-3000:]}")
+            said = "".join(
+                file.read_text()[-3000:] for file in (folder / "superlink.log", *folder.glob("runs/x/*.log"))
+            )
+            raise SystemExit(f"the simulation failed:\n{said}")
     finally:
         below = psutil.Process(superlink.pid).children(recursive=True) if superlink.poll() is None else []
         os.killpg(superlink.pid, signal.SIGTERM)
