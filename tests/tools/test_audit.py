@@ -20,6 +20,7 @@ from fl_split.config import Lora
 from fl_split.model import adapters
 from fl_split.model.ends import load_ends
 from fl_split.model.loading import Boundaries
+from fl_split.tools.audit import sequential
 from fl_split.tools.audit.attack import Attacker, Outcome, add_noise
 from fl_split.tools.audit.audit import _can_load_whole, verdict
 from fl_split.tools.audit.bottom import Bottom, Listener, sent
@@ -103,6 +104,17 @@ def test_the_list_widens_until_the_token_is_found(attacker: Attacker, folder: Pa
     assert share_right(read, truth) == 1
     never = read_in_sequence(attacker.bottom, sequences, wrong, Exact(1e9))
     assert share_right(never, truth) < 0.1
+
+
+def test_a_sequence_that_has_ended_is_not_searched_for(
+    attacker: Attacker, folder: Path, truth: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widened: list[int] = []
+    monkeypatch.setattr(sequential, "_widen", lambda *args: widened.append(args[-1]) or (args[-1], 0.0))
+    sequences = arrived(folder, truth)
+    right = [Readings(ids[:, None], torch.zeros(len(ids), 1)) for ids in truth]
+    assert share_right(read_in_sequence(attacker.bottom, sequences, right, Exact(attacker.rounding)), truth) == 1
+    assert widened == []
 
 
 def test_an_unknown_adapter_is_seen_and_read_through(folder: Path) -> None:

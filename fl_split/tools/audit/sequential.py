@@ -156,7 +156,8 @@ def read_in_sequence(
         ids = torch.stack([reading.ids[row, :width] for reading, row in zip(readings, rows, strict=True)])
         observed, ids = observed.repeat_interleave(beam, 0)[:, None], ids.repeat_interleave(beam, 0)
         scores = _score(bottom, cache, metric, observed, ids, place)
-        for row in (scores.amax(1) < metric.enough).nonzero()[:, 0].tolist():
+        goes_on = torch.tensor([place < len(sequence) for sequence in sequences]).repeat_interleave(beam)
+        for row in (goes_on & (scores.amax(1) < metric.enough)).nonzero()[:, 0].tolist():
             more = readings[row // beam].ids[rows[row // beam], width:]
             alone = bottom.row_of(cache, row)
             ids[row, 0], scores[row, 0] = _widen(bottom, alone, metric, observed[row : row + 1], more, place)
