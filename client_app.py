@@ -74,8 +74,9 @@ def account(msg: Message, context: Context, call_next: ClientAppCallable) -> Mes
         if reply.has_error():  # Flower's clipping answers so
             _ledger(msg, context).note("server", "error", len((reply.error.reason or "").encode()))
             return reply
+        ledger = _ledger(msg, context)
         for name, record in reply.content.items():
-            _ledger(msg, context).note("server", {"arrays": "shared-adapter"}.get(name, name), record.count_bytes())
+            ledger.note("server", {"arrays": "shared-adapter"}.get(name, name), record.count_bytes())
     return reply
 
 
@@ -119,10 +120,8 @@ def _explained(msg: Message, context: Context) -> Iterator[None]:
         kind, text = type(error), f"{name}: {error}"
     except Exception as error:
         logger.exception("the round failed")
-        kind, text = (
-            FLSplitError,
-            f"{name}: {type(error).__name__} on the node; its own log says more (data may be private)",
-        )
+        kind = FLSplitError
+        text = f"{name}: {type(error).__name__} on the node; its own log says more (data may be private)"
     with suppress(ConfigError, OSError):  # of a node without a folder, or on a full disk, there is nowhere to write
         _ledger(msg, context).note("server", "error", len(text.encode()))
     raise kind(text)

@@ -56,7 +56,7 @@ def halves(heldout: Prepared) -> tuple[Prepared, Prepared]:
 
 def weigh(
     model: PeftModel, others: Mapping[str, Tensor], parts: Sequence[Part], measure: Callable[[], Losses]
-) -> dict[Part, float]:
+) -> tuple[dict[Part, float], Losses]:
     """Choose how much of the others' adapters to take, and leave the model so.
 
     Args:
@@ -66,12 +66,13 @@ def weigh(
         measure: Losses of the examples to choose by.
 
     Returns:
-        Each part's weight; empty if nothing is better than the own adapter alone by more than one standard error.
+        Each part's weight, none if nothing is better than the own adapter alone by more than one standard error; and
+        the losses of the model as it is left.
     """
     alone = measure()
     adapters.add_residual(model, others)
     chosen: dict[Part, float] = {}
-    best = Gain()
+    best, least = Gain(), alone
     for group in (parts, parts[:1])[: len(parts)]:
         start = dict(chosen)
         for weight in (0.0, *GRID):
@@ -79,14 +80,14 @@ def weigh(
             if not any(weights.values()) or weights == start:
                 continue
             adapters.mix(model, weights)
-            found = gain(alone, measure())
-            if found.mean > best.mean:
-                best, chosen = found, weights
+            losses = measure()
+            if (found := gain(alone, losses)).mean > best.mean:
+                best, chosen, least = found, weights, losses
     if best.mean <= best.error:
         adapters.drop_residual(model)
-        return {}
+        return {}, alone
     adapters.mix(model, chosen)
-    return chosen
+    return chosen, least
 
 
 def explain(worth: Worth) -> str:

@@ -5,7 +5,7 @@ Data path: config -> private examples -> the ends with adapters -> local round -
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -109,6 +109,7 @@ def run_round(
         outcome = this.train()
         if config.aggregation.personal:
             outcome = this.weigh(outcome, received)
+        outcome = replace(outcome, samples=this.answer())
     return this.reply(outcome, this.save(outcome))
 
 
@@ -120,15 +121,15 @@ class Outcome:
     trial: Gain  # the newest one of the bottom's gradient
     trained_bottom: bool
     heldout: dict[str, Scores]  # `base`, `before`, `shared`, `after`; and of `aggregation.personal`, `alone`
-    samples: list[Sample]  # private; their means are not
     evaluate_s: float
     trunk_forward_s: float  # of training
     worth: personal.Worth | None = None  # of `aggregation.personal`
+    samples: Sequence[Sample] = ()  # private; their means are not
 
 
 @dataclass(frozen=True)
 class Round:
-    """All that a node needs for one round; its steps, in order: `restore`, `train`, `weigh`, `save` and `reply`."""
+    """All that a node needs for one round; its steps: `restore`, `train`, `weigh`, `answer`, `save` and `reply`."""
 
     config: RunConfig  # with its split chosen
     node: NodeConfig
@@ -275,14 +276,14 @@ class Round:
                 "the held-out loss after training is not finite: this round is dropped, and the adapter of the last "
                 "good round stays; lower train.bottom-lr={:g} and train.top-lr={:g}".format(*config.train.rates)
             )
-        samples = self.answer()
-        return Outcome(trained, trial, follow, heldout, samples, evaluate_s + time.monotonic() - started, forward_s)
+        return Outcome(trained, trial, follow, heldout, evaluate_s + time.monotonic() - started, forward_s)
 
     def weigh(self, outcome: Outcome, received: dict[str, Tensor]) -> Outcome:
         """Take as much of the others' adapters as helps: `node.personal`; mutates the model, until the round's end."""
         started, how = time.monotonic(), self.config.aggregation
         chooses, reported = self.halves
         worth, heldout = personal.Worth(), {**outcome.heldout, "alone": outcome.heldout["after"]}
+        chosen: Losses | None = None
         others = products(received, how.combine, adapters.scaling_of(self.model))
         if not chooses:
             text = "%d held-out examples are too few to weigh the others' adapters: this node's own stays alone"
@@ -290,13 +291,13 @@ class Round:
         elif others and self.instructions.server_round > 1:  # what the first begins with is nobody's
             parts = [part for part in adapters.PARTS if how.share in (part, "both")]
             alone = self.losses_on(reported)
-            weights = personal.weigh(self.model, others, parts, partial(self.losses_on, chooses))
+            weights, chosen = personal.weigh(self.model, others, parts, partial(self.losses_on, chooses))
             if weights:
                 worth = personal.Worth(weights, gain(alone, self.losses_on(reported)))
                 heldout["after"] = self.measure()
             logger.info("%s", personal.explain(worth))
         if chooses:
-            losses, targets = self.losses_on(chooses)
+            losses, targets = chosen or self.losses_on(chooses)
             heldout["selection"] = {"loss": (losses.sum() / targets.sum()).item()}
         evaluate_s = outcome.evaluate_s + time.monotonic() - started
         return replace(outcome, heldout=heldout, worth=worth, evaluate_s=evaluate_s)

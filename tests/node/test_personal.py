@@ -205,7 +205,7 @@ def test_export_of_a_mixture_gives_the_full_model_the_same_logits(
 
 def test_without_others_the_model_is_what_it_was(model: PeftModel, others: dict[str, Tensor]) -> None:
     before = logits(model)
-    assert personal.weigh(model, others, ["bottom", "top"], lambda: losses(1.0)) == {}
+    assert personal.weigh(model, others, ["bottom", "top"], lambda: losses(1.0))[0] == {}
     assert torch.equal(logits(model), before) and list(model.peft_config) == ["default"]
 
 
@@ -225,15 +225,16 @@ def test_weights_are_the_best_of_the_grid_first_for_all_then_for_the_bottom(
         now = tried[-1]
         return losses(1 + abs(now.get("bottom", 0) - 0.25) + 2 * abs(now.get("top", 0) - 0.75))
 
-    assert personal.weigh(model, others, ["bottom", "top"], measure) == {"bottom": 0.25, "top": 0.75}
+    weights, (left, _) = personal.weigh(model, others, ["bottom", "top"], measure)
+    assert weights == {"bottom": 0.25, "top": 0.75} and left.mean() == 1.0
     assert tried[-1] == {"bottom": 0.25, "top": 0.75} and len(tried) < 12  # and is left so
 
 
 def test_a_gain_within_one_standard_error_is_none(model: PeftModel, others: dict[str, Tensor]) -> None:
     answers: Iterator[Losses] = iter([losses(1.0), *(losses(0.99, spread=0.5) for _ in range(4))])
-    assert personal.weigh(model, others, ["top"], lambda: next(answers)) == {}
+    assert personal.weigh(model, others, ["top"], lambda: next(answers))[0] == {}
     answers = iter([losses(1.0), *(losses(0.7, spread=0.5) for _ in range(4))])
-    assert personal.weigh(model, others, ["top"], lambda: next(answers)) == {"top": 0.25}
+    assert personal.weigh(model, others, ["top"], lambda: next(answers))[0] == {"top": 0.25}
 
 
 def heldout(keys: list[int]) -> Prepared:
