@@ -21,8 +21,10 @@ from fl_split.model.ends import load_ends
 from fl_split.model.loss import IGNORED
 from fl_split.model.slots import trunk_calls_of
 from fl_split.model.trunk import LocalTrunk
+from fl_split.node import personal
 from fl_split.node.expected import Expected
 from fl_split.node.samples import Sample, answer_heldout, keep, means
+from fl_split.node.trial import Gain
 from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.trunk import server
 from fl_split.trunk.config import TrunkConfig
@@ -52,6 +54,21 @@ def test_answers_stay_on_the_node_and_their_means_are_sent(demo_model: Path, tmp
     assert words and not any(word in told or repr(word)[1:-1] in told for word in words)
     kept_by_server = [path for path in (tmp_path / "x").iterdir() if path.is_file()]
     assert kept_by_server and not any(word.encode() in p.read_bytes() for p in kept_by_server for word in words)
+
+
+def test_they_are_of_the_mixture_that_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed: list[bool] = []
+
+    def answer(model: Any, *rest: Any) -> list[Sample]:
+        mixed.append(len(model.active_adapters) > 1)
+        return [Sample("p", "r", "a", 0.0, 0.0)]
+
+    monkeypatch.setattr("fl_split.node.round.answer_heldout", answer)
+    monkeypatch.setattr(personal, "gain", lambda *losses: Gain(mean=1.0, error=0.0))  # of whatever is tried first
+    shared = {"aggregation.personal": True, "aggregation.share": "top", "aggregation.min-nodes": 3}
+    short = {"data.samples": 1, "data.holdout": 0.5, "data.partitioner": "iid", "surrogate.kind": "none"}
+    run_app(tmp_path, nodes=3, **shared, **short)
+    assert mixed == [False] * 3 + [True] * 3  # in the first round there are no others
 
 
 def test_they_are_the_whole_models_answers(demo_model: Path, tmp_path: Path) -> None:
