@@ -148,6 +148,8 @@ def _table(nodes: list[dict[str, Any]]) -> str:
         columns = [column for column in columns if column[1] != "name"]
     if all(node["heldout-loss-shared"] == node["heldout-loss-base"] for node in nodes):  # nothing is shared
         columns = [column for column in columns if column[1] != "heldout-loss-shared"]
+    if all(node["bottom-gain-error"] == 0 for node in nodes):  # no bottom was tried: an exact gradient, or none
+        columns = [column for column in columns if column[1] != "bottom-gain"]
     rows = [[heading for heading, _, _ in columns]]
     rows += [[_cell(node.get(key, ""), form) for _, key, form in columns] for node in shown]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]

@@ -128,13 +128,16 @@ def _run(run: Record) -> str:
     """All about one run."""
     base = {run.label(i): float(entries[-1]["heldout-loss-base"]) for i, entries in run.nodes.items()}
     steps = {run.label(i): line for i, line in run.steps.items()}
+    trials = [Chart("What a bottom that trains won in its newest trial", "round", "nats", run.by_round("bottom-gain"))]
+    if not any(any(line.values()) for line in run.by_round("bottom-gain-error").values()):  # no bottom was tried
+        trials = []
     charts = [
         Chart("Held-out loss after each round; dashed: the base model", "round", "loss",
               run.by_round("heldout-loss-after"), base),
         Chart("Training loss by step", "step", "loss", steps, whole=False)
         if steps
         else Chart("Training loss", "round", "loss", run.by_round("train-loss")),
-        Chart("What a bottom that trains won in its newest trial", "round", "nats", run.by_round("bottom-gain")),
+        *trials,
         Chart("Sent to the trunk", "round", "MB",
               {name: {x: y / 1e6 for x, y in line.items()} for name, line in run.by_round("activation-bytes").items()}),
     ]  # fmt: skip

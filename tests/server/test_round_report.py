@@ -52,6 +52,15 @@ def test_a_round_has_gains_sums_and_no_column_of_what_is_not_shared(
     assert [json.loads(line) for line in folder.metrics.read_text().splitlines()] == entries
 
 
+@pytest.mark.parametrize("error", [0.0, 0.1])
+def test_only_a_bottom_that_was_tried_has_a_gain(
+    folder: RunFolder, caplog: pytest.LogCaptureFixture, error: float
+) -> None:
+    caplog.set_level("INFO")
+    record(folder, node(0, **{"bottom-gain-error": error}))
+    assert ("bottom's gain" in caplog.messages[0]) == bool(error)
+
+
 def test_a_round_of_registered_nodes_that_share_has_their_names_and_what_is_shared(
     folder: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
