@@ -10,6 +10,7 @@ A round's folder is written under another name and renamed when complete.
 """
 
 import json
+import logging
 import os
 import time
 import uuid
@@ -25,6 +26,8 @@ from torch import Tensor
 from fl_split.config import RunConfig, Scalar
 from fl_split.errors import ConfigError, NodeStateError
 from fl_split.files import KEPT_ROUNDS, Rounds, line_of, read_entries, write_atomic
+
+logger = logging.getLogger(__name__)
 
 _MAY_CHANGE = ("num-server-rounds", "run.", "report.", "trunk.", "aggregation.min-nodes")
 _MAY_NOT = ("trunk.wire-dtype",)  # what the trunk is given, so the numbers that come out
@@ -98,6 +101,9 @@ class RunFolder:
             raise NodeStateError(
                 f"there is a run in {root}: set run.resume=true to go on with it, or choose another run.name"
             )
+        if config.run.resume and not finished:
+            text = "run.resume=true, but %s has no finished round: this begins the run; check run.name and run.dir"
+            logger.warning(text, root)
         if finished:
             saved = json.loads(about.read_text())
             run_id, config = saved["run-id"], _resumed(saved["config"], config, given)

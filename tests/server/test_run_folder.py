@@ -107,8 +107,11 @@ def test_a_run_goes_on_after_its_last_finished_round(tmp_path: Path) -> None:
     assert [json.loads(line)["round"] for line in again.metrics.read_text().splitlines()] == [1, 2]
 
 
-def test_resume_of_a_run_that_is_not_there_begins_it(tmp_path: Path) -> None:
+def test_resume_of_a_run_that_is_not_there_begins_it_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = RunFolder.open(config(tmp_path, **{"run.resume": True}), VERSIONS)
+    assert "has no finished round: this begins the run; check run.name" in caplog.text
     assert run.num_finished == 0
     assert run.shared() == {}
 
