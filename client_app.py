@@ -26,7 +26,7 @@ from fl_split.config import NodeConfig, RunConfig  # noqa: E402
 from fl_split.errors import ConfigError, FLSplitError  # noqa: E402
 from fl_split.files import disk_in_words  # noqa: E402
 from fl_split.log import show_log  # noqa: E402
-from fl_split.node.ledger import Ledger  # noqa: E402
+from fl_split.node.ledger import NAME, Ledger  # noqa: E402
 from fl_split.node.masks import Identity, Statement, agree, digest, mask, state_key  # noqa: E402
 from fl_split.node.received import moved  # noqa: E402
 from fl_split.node.round import Instructions, run_round  # noqa: E402
@@ -105,7 +105,7 @@ def _ledger(msg: Message, context: Context) -> Ledger:
         ConfigError: The node's configuration cannot be used.
     """
     number = int(msg.content.config_records["config"]["server-round"])  # type: ignore[arg-type]  # the ServerApp's own
-    return Ledger(_folder(_config(msg), NodeConfig.from_flat(context.node_config), msg), number)
+    return Ledger(_folder(_config(msg), NodeConfig.from_flat(context.node_config), msg) / NAME, number)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import typer
 
 from fl_split.cli.options import errors
 
-app = typer.Typer(no_args_is_help=True, help="Certificates of servers, key pairs of nodes.")
+app = typer.Typer(no_args_is_help=True, help="Certificates of servers, key pairs of nodes and operators.")
 
 
 @app.command("authority")
@@ -43,3 +43,14 @@ def keys_node(file: Annotated[Path, typer.Argument(help="the private key; <file>
 
     with errors():
         print(*make_node_key(file), sep="\n")
+
+
+@app.command("operator")
+def keys_operator(
+    file: Annotated[Path, typer.Argument(help="the private key; <file>.pub goes to the institutions")],
+) -> None:
+    """Make the key pair that a trunk's operator signs statements with."""
+    from fl_split.tools.certificates import make_operator_key
+
+    with errors():
+        print(*make_operator_key(file), sep="\n")

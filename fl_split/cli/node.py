@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from fl_split.cli.options import Address, Ca, Cert, Key, Plaintext, TokenFile, errors, log_to_stderr
+from fl_split.cli.options import (
+    Address,
+    Ca,
+    Cert,
+    Key,
+    OperatorKey,
+    Plaintext,
+    TokenFile,
+    Verifier,
+    errors,
+    log_to_stderr,
+)
 
 app = typer.Typer()
 
@@ -16,6 +27,7 @@ Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest
 Seed = Annotated[int | None, typer.Option(help="of the choice of tokens")]
 Lookup = Annotated[int, typer.Option(min=0, help="tokens to guess at a time from prompt and answer; 0: none")]
 ApiTokenFile = Annotated[str, typer.Option(help="file with the token that callers bring; a must beyond loopback")]
+LedgerFile = Annotated[str, typer.Option(help="file that notes what leaves; else <adapter>.ledger.jsonl")]
 Base = Annotated[str, typer.Option(help="base model, if it is not where the adapter says")]
 
 
@@ -40,6 +52,9 @@ def chat_command(
     key: Key = "",
     token_file: TokenFile = "",
     allow_plaintext: Plaintext = False,
+    operator_key: OperatorKey = "",
+    verifier: Verifier = "",
+    ledger: LedgerFile = "",
     base: Base = "",
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
@@ -54,7 +69,8 @@ def chat_command(
     sampling = Sampling(max_tokens, temperature, lookup=lookup)
     messages: list[dict[str, str]] = []
     with errors():
-        with load_tuned(adapter, address, Credentials(ca, cert, key, token_file, allow_plaintext), base=base) as tuned:
+        trust = Credentials(ca, cert, key, token_file, allow_plaintext, operator_key, verifier)
+        with load_tuned(adapter, address, trust, base=base, ledger=ledger) as tuned:
             while question := _ask():
                 messages.append({"role": "user", "content": question})
                 made, text = answer(tuned, tuned.encode(messages), sampling), ""
@@ -90,6 +106,9 @@ def generate_command(
     key: Key = "",
     token_file: TokenFile = "",
     allow_plaintext: Plaintext = False,
+    operator_key: OperatorKey = "",
+    verifier: Verifier = "",
+    ledger: LedgerFile = "",
     base: Base = "",
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
@@ -110,7 +129,8 @@ def generate_command(
             bar.total, bar.n = total, done
             bar.refresh()
 
-        with load_tuned(adapter, address, Credentials(ca, cert, key, token_file, allow_plaintext), base=base) as tuned:
+        trust = Credentials(ca, cert, key, token_file, allow_plaintext, operator_key, verifier)
+        with load_tuned(adapter, address, trust, base=base, ledger=ledger) as tuned:
             answer_file(tuned, questions, answers, prompt, sampling, batch_size, progress)
 
 
@@ -126,6 +146,9 @@ def serve_command(
     key: Key = "",
     token_file: TokenFile = "",
     allow_plaintext: Plaintext = False,
+    operator_key: OperatorKey = "",
+    verifier: Verifier = "",
+    ledger: LedgerFile = "",
     base: Base = "",
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
@@ -138,5 +161,6 @@ def serve_command(
 
     log_to_stderr()
     with errors():
-        with load_tuned(adapter, address, Credentials(ca, cert, key, token_file, allow_plaintext), base=base) as tuned:
+        trust = Credentials(ca, cert, key, token_file, allow_plaintext, operator_key, verifier)
+        with load_tuned(adapter, address, trust, base=base, ledger=ledger) as tuned:
             serve(tuned, host, port, api_token_file, Sampling(max_tokens, temperature), print)

@@ -17,6 +17,8 @@ Cert = Annotated[str, typer.Option(help="PEM file of one's own certificate (mTLS
 Key = Annotated[str, typer.Option(help="PEM file of its private key")]
 TokenFile = Annotated[str, typer.Option(help="file that holds one's bearer token")]
 Plaintext = Annotated[bool, typer.Option(help="no TLS even beyond loopback")]
+OperatorKey = Annotated[str, typer.Option(help="PEM file of the public key that must have signed for the trunk")]
+Verifier = Annotated[str, typer.Option(help="command that judges evidence of the trunk's machine; see docs/trunk.md")]
 Timeout = Annotated[float, typer.Option(help="seconds to wait for an answer")]
 Model = Annotated[str, typer.Option(help="demo, a path of a model folder, or a Hugging Face id")]
 Revision = Annotated[str, typer.Option(help="branch, tag or commit of a Hugging Face id")]

@@ -24,13 +24,16 @@ def audit_command(
     tokens: Annotated[int, typer.Option(min=2, help="of each example, from its beginning")] = 64,
     canaries: Annotated[int, typer.Option(min=0, help="invented records to look for")] = 8,
     noise: Annotated[float, typer.Option(min=0, help="show what noise of this relative size would hide")] = 0.0,
-    passes: Annotated[int, typer.Option(min=1, help="in which an example is sent, each with other noise")] = 1,
+    passes: Annotated[int | None, typer.Option(min=1, help="in which an example is sent, with other noise")] = None,
+    ledger: Annotated[Path | None, typer.Option(help="ledger of a run: passes as counted there")] = None,
+    members: Annotated[int, typer.Option(min=0, help="rows trained on, and as many held out, to be told apart")] = 64,
     text: Annotated[list[Path] | None, typer.Option(help="public text in UTF-8 to attack with")] = None,
     out: Annotated[Path, typer.Option(help="page to write; the figures go beside it, as .json")] = Path("audit.html"),
     as_json: Annotated[bool, typer.Option("--json", help="print the figures as one JSON object")] = False,
 ) -> None:
     """Attack this node's own hidden states: how much of its text the trunk's operator could read. Sends nothing."""
     from fl_split.config import NodeConfig, RunConfig, read_values
+    from fl_split.errors import ConfigError
     from fl_split.files import write_atomic
     from fl_split.tools.audit.audit import Setting, audit
     from fl_split.tools.audit.page import page, summary
@@ -39,7 +42,10 @@ def audit_command(
     with errors():
         run = RunConfig.from_flat(read_values(config, run_config or []))
         own = NodeConfig.from_flat({"partition-id": 0, **read_values(None, node_config or [])})
-        report = audit(run, own, Setting(adapter, noise, passes, examples, tokens, canaries, tuple(text or ())))
+        if ledger and passes:
+            raise ConfigError("--ledger and --passes both say how often an example is sent: give one of them")
+        setting = Setting(adapter, noise, passes or 1, ledger, members, examples, tokens, canaries, tuple(text or ()))
+        report = audit(run, own, setting)
         write_atomic(out, page(report))
         write_atomic(out.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
     if as_json:

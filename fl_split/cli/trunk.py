@@ -16,7 +16,9 @@ from fl_split.cli.options import Address, Ca, Cert, Key, Plaintext, Timeout, Tok
 
 app = typer.Typer(no_args_is_help=True, help="The trunk service.")
 token = typer.Typer(no_args_is_help=True, help="Bearer tokens of institutions; the file holds hashes only.")
+statement = typer.Typer(no_args_is_help=True, help="What the operator states of the trunk, signed.")
 app.add_typer(token, name="token")
+app.add_typer(statement, name="statement")
 
 Tokens = Annotated[Path, typer.Option(help="the tokens file: `security.tokens` of the trunk")]
 
@@ -145,6 +147,56 @@ def token_list(tokens: Tokens) -> None:
         for entry in read_tokens(tokens):
             view.add_row(entry.id, entry.institution, _date(entry.created), _date(entry.expires))
     Console().print(view)
+
+
+@statement.command("sign")
+def statement_sign(
+    key: Annotated[Path, typer.Option(help="the operator's private key, of 'fl-split keys operator'")],
+    operator: Annotated[str, typer.Option(help="who runs the trunk, as institutions know it")],
+    log_policy: Annotated[str, typer.Option(help="what is kept of calls, and for how long, in your words")],
+    out: Annotated[Path, typer.Option(help="file to write: `security.statement` of the trunk")],
+    config: Annotated[Path | None, typer.Option(help="the trunk's TOML file: its model and certificate")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="any key: section.key=value; may be repeated")] = None,
+    cert: Annotated[list[Path] | None, typer.Option(help="of another replica; may be repeated")] = None,
+    days: Annotated[float, typer.Option(min=0.01, help="for which it holds")] = 90,
+) -> None:
+    """Sign what this trunk serves and what is kept of calls; nodes with your public key ask to see it."""
+    from fl_split.errors import ConfigError
+    from fl_split.files import write_atomic
+    from fl_split.tools.statement import make_statement, sign
+    from fl_split.trunk.config import TrunkConfig
+
+    with errors():
+        trunk = TrunkConfig.load(config, set_ or ())
+        files = [*([Path(trunk.security.cert)] if trunk.security.cert else []), *(cert or ())]
+        if not files:
+            raise ConfigError("a statement names the trunk's TLS keys: set security.cert in --config, or give --cert")
+        signed = sign(make_statement(trunk.model, files, operator, log_policy, days), key)
+        write_atomic(out, signed.decode())
+    print(out.resolve())
+
+
+@statement.command("show")
+def statement_show(
+    file: Annotated[Path, typer.Argument(help="a statement")],
+    key: Annotated[Path | None, typer.Option(help="the operator's public key, to check the signature with")] = None,
+) -> None:
+    """Show a statement, and with --key whether it holds; exit code 1 if it does not."""
+    from dataclasses import asdict
+
+    from fl_split.attestation import Statement
+    from fl_split.errors import ConfigError
+    from fl_split.node.vetting import public_key
+
+    with errors():
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be read ({type(error).__name__})") from None
+        found = Statement.verified(data, public_key("--key", str(key))) if key else Statement.of(data)
+    for name, value in asdict(found).items():
+        print(f"{name.replace('_', '-'):16} {', '.join(value) if isinstance(value, tuple) else value}")
+    print("signed by this key, and holds now" if key else "not checked: give --key")
 
 
 def _date(seconds: float | None) -> str:

@@ -28,12 +28,16 @@ class NodeConfig(BaseModel):
     trunk_key: str = ""
     trunk_token_file: str = ""
     trunk_allow_plaintext: bool = False
+    trunk_operator_key: str = ""
+    trunk_verifier: str = ""
     allow_exact_gradient: bool = False
     trunk_share_address: str = ""
     trunk_share_ca: str = ""
     trunk_share_cert: str = ""
     trunk_share_key: str = ""
     trunk_share_token_file: str = ""
+    trunk_share_operator_key: str = ""
+    trunk_share_verifier: str = ""
     allow_gradient_shares: bool = False
     secure_key: str = ""
     secure_peers: str = ""

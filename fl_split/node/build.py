@@ -19,7 +19,7 @@ from fl_split.model.ends import checkpoint_activations, load_ends
 from fl_split.model.packing import check_packing
 from fl_split.model.slots import Trunk
 from fl_split.node.expected import Expected
-from fl_split.node.ledger import Note
+from fl_split.node.ledger import Ledger
 from fl_split.node.replicas import Credentials
 from fl_split.node.shares import SharesTrunk, Sides
 from fl_split.node.trunk_cache import CachedTrunk
@@ -95,7 +95,7 @@ def find_model(config: RunConfig) -> Path:
 
 
 def connect(
-    config: RunConfig, node: NodeConfig, folder: Path, address: str, stack: ExitStack, note: Note | None = None
+    config: RunConfig, node: NodeConfig, folder: Path, address: str, stack: ExitStack, ledger: Ledger | None = None
 ) -> tuple[TrunkConnection, Expected]:
     """Reach the trunk and check that it is the run's.
 
@@ -105,7 +105,7 @@ def connect(
         folder: The base model's.
         address: Where the server says that the trunk is.
         stack: Closes the connection.
-        note: Gets every message before it is sent.
+        ledger: Every message is noted there before it is sent.
 
     Raises:
         TrunkError: It cannot be reached, is another, or does not let this node in.
@@ -118,7 +118,7 @@ def connect(
         timeout_s=config.trunk.timeout_s,
         in_flight=config.trunk.in_flight,
         credentials=_credentials(node),
-        note=note,
+        ledger=ledger,
     )
     stack.enter_context(connection)
     connection.connect()
@@ -131,7 +131,7 @@ def connect_shares(
     folder: Path,
     addresses: tuple[str, str],
     stack: ExitStack,
-    note: Note | None = None,
+    ledger: Ledger | None = None,
 ) -> SharesTrunk:
     """Reach the two trunks that a gradient's shares go to; arguments and errors as of `connect`.
 
@@ -141,8 +141,21 @@ def connect_shares(
     places = (node.trunk_address or addresses[0], node.trunk_share_address or addresses[1])
     credentials = (
         _credentials(node),
-        Credentials(node.trunk_share_ca, node.trunk_share_cert, node.trunk_share_key, node.trunk_share_token_file),
+        Credentials(
+            node.trunk_share_ca,
+            node.trunk_share_cert,
+            node.trunk_share_key,
+            node.trunk_share_token_file,
+            operator_key=node.trunk_share_operator_key,
+            verifier=node.trunk_share_verifier,
+        ),
     )
+    first_shows, second_shows = ((bool(own.operator_key), bool(own.verifier)) for own in credentials)
+    if first_shows != second_shows:
+        raise ConfigError(
+            "surrogate.kind='shares' sends hidden states to two trunks, and only one of them has to show who runs it: "
+            "set trunk-operator-key and trunk-share-operator-key, trunk-verifier and trunk-share-verifier, together"
+        )
     sides = Sides(places, credentials)
     expected = Expected.from_checkpoint(folder, config.split.bottom_layers, config.split.top_layers)
     first, second = (
@@ -155,7 +168,7 @@ def connect_shares(
                 in_flight=config.trunk.in_flight,
                 credentials=own,
                 meet=partial(sides.meet, side),
-                note=note,
+                ledger=ledger,
             )
         )
         for side, (place, own) in enumerate(zip(places, credentials, strict=True))
@@ -165,7 +178,13 @@ def connect_shares(
 
 def _credentials(node: NodeConfig) -> Credentials:
     return Credentials(
-        node.trunk_ca, node.trunk_cert, node.trunk_key, node.trunk_token_file, node.trunk_allow_plaintext
+        node.trunk_ca,
+        node.trunk_cert,
+        node.trunk_key,
+        node.trunk_token_file,
+        node.trunk_allow_plaintext,
+        node.trunk_operator_key,
+        node.trunk_verifier,
     )
 
 

@@ -34,7 +34,8 @@ class AnotherTrunk(_Found):
 class NoHandshake(_Found):
     """A replica whose certificate cannot be looked at: as good as lost."""
 
-    text = "handshake"
+    def __init__(self, cause: BaseException | None) -> None:
+        self.text = f"{cause}" if isinstance(cause, OSError) else "handshake"
 
 
 class LateReply(_Found):

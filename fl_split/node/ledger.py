@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from filelock import FileLock
 
 from fl_split.errors import NodeStateError
 from fl_split.proto import trunk_pb2 as pb
@@ -41,17 +42,19 @@ Note = Callable[[str, str, bytes], None]
 
 
 class Ledger:
-    """A ledger that is written to; for several threads."""
+    """A ledger that is written to; for several threads and processes."""
 
-    def __init__(self, folder: Path, server_round: int) -> None:
-        """Open it, and go on after its last whole line.
+    def __init__(self, file: Path, server_round: int = 0) -> None:
+        """Prepare to go on after its last whole line; the folder is made if need be.
 
-        Raises:
-            NodeStateError: It cannot be written to, or its end is no line of a ledger.
+        Args:
+            file: The ledger's.
+            server_round: What its lines are of; 0: no round.
         """
-        self._file, self._round, self._lock = folder / NAME, server_round, threading.Lock()
+        self._file, self._round, self._lock = file, server_round, threading.Lock()
+        self._others = FileLock(file.with_name(f".{file.name}.lock"), thread_local=False)
         self._size, self._number, self._hash = -1, 0, _START
-        folder.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
 
     def call(self, to: str, method: str, message: bytes) -> None:
         """Note a message to a trunk, before it is sent."""
@@ -64,12 +67,13 @@ class Ledger:
         """Add a line.
 
         Raises:
-            NodeStateError: It cannot be written.
+            NodeStateError: It cannot be written, or its end is no line of a ledger.
         """
         with self._lock:
             try:
-                self._catch_up()
-                self._write({"to": to, "kind": kind, "bytes": size_bytes, **more})
+                with self._others:
+                    self._catch_up()
+                    self._write({"to": to, "kind": kind, "bytes": size_bytes, **more})
             except OSError as error:
                 raise NodeStateError(
                     f"the ledger {self._file} cannot be written ({type(error).__name__}), and what is not written down "
@@ -140,6 +144,7 @@ class Sums:
     told_apart: bool = True  # whether all of them could be compared
     examples: int = 0  # of the node, when it was last asked
     redacted: dict[str, int] = field(default_factory=dict)  # what was replaced before, by kind
+    shown: dict[str, dict[str, str]] = field(default_factory=dict)  # what each trunk last had to show, by address
     torn: int = 0
     head: str = _START  # the last hash
 
@@ -197,6 +202,8 @@ def _add(sums: Sums, entry: dict[str, Any], seen: set[str]) -> None:
     sums.examples = entry.get("examples", sums.examples)
     sums.redacted = entry.get("redacted", sums.redacted)
     sums.torn += entry["kind"] == "torn-line"
+    if entry["kind"] == "trunk-shown":
+        sums.shown[entry["trunk"]] = entry
     if not entry["to"]:
         return
     sums.bytes[key] += entry["bytes"]

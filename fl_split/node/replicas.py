@@ -48,6 +48,8 @@ class Credentials:
     key: str = ""  # and its private key
     token_file: str = ""  # a file that holds the bearer token
     allow_plaintext: bool = False
+    operator_key: str = ""  # of whoever signs a statement about the trunk; empty: none is asked for
+    verifier: str = ""  # command that judges evidence of the trunk's machine; empty: none is asked for
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What every call carries.
@@ -66,8 +68,12 @@ class Credentials:
         """Whether a connection to this address has no TLS."""
         return not (self.ca or self.cert) and (is_local(address) or self.allow_plaintext)
 
-    def channel(self, address: str) -> grpc.Channel:
+    def channel(self, address: str, only: bytes = b"") -> grpc.Channel:
         """A channel to one address; connects when it is used.
+
+        Args:
+            address: ``host:port``.
+            only: PEM of the one certificate that it takes, at every connection that it makes; empty: any of the CA's.
 
         Raises:
             ConfigError: A file cannot be read, or only one of certificate and key is given.
@@ -77,7 +83,7 @@ class Credentials:
         if self.is_plain(address):
             return grpc.insecure_channel(address, options=_OPTIONS)
         credentials = grpc.ssl_channel_credentials(
-            root_certificates=_read("trunk-ca", self.ca) if self.ca else None,
+            root_certificates=only or (_read("trunk-ca", self.ca) if self.ca else None),
             private_key=_read("trunk-key", self.key) if self.key else None,
             certificate_chain=_read("trunk-cert", self.cert) if self.cert else None,
         )
@@ -95,12 +101,26 @@ class Replica:
     rests_until: float = 0.0  # of `time.monotonic`
     failures: int = 0  # in a row
     note: Note | None = None  # gets every message before it is sent
+    only: bytes = b""  # the certificate that the channel is bound to, if it is
+    lock: threading.Lock = field(default_factory=threading.Lock)  # one thread checks it
     describe: Any = field(init=False)
     forward: Any = field(init=False)
     surrogate: Any = field(init=False)
     decode: Any = field(init=False)
     pull: Any = field(init=False)
     share: Any = field(init=False)
+
+    def bound(self, only: bytes, credentials: Credentials) -> "Replica":
+        """The same address, reached through a channel that takes this certificate alone; itself, if its does."""
+        if only == self.only:
+            return self
+        return Replica(self.address, credentials.channel(self.address, only), note=self.note, only=only)
+
+    def take(self, other: "Replica") -> None:
+        """Go on with another's channel; calls through the one before are lost."""
+        before, self.channel, self.only = self.channel, other.channel, other.only
+        self.__post_init__()
+        before.close()
 
     def __post_init__(self) -> None:
         """Look up the methods."""
@@ -157,14 +177,16 @@ class Replicas:
             replica.channel.close()
 
 
-def description_of(address: str, credentials: Credentials, timeout_s: float) -> pb.DescribeReply:
-    """What a trunk says of itself: the first of its replicas that answers.
+def description_of(
+    address: str, credentials: Credentials, timeout_s: float, note: Note | None = None
+) -> pb.DescribeReply:
+    """What a trunk says of itself: the first of its replicas that answers; `note` gets every message before it is sent.
 
     Raises:
         TrunkUnavailable: None does, or they do not let this caller in.
         ConfigError: As `Replicas`.
     """
-    replicas = Replicas(address, credentials)
+    replicas = Replicas(address, credentials, note)
     try:
         for replica in (replicas.pick() for _ in range(len(replicas))):
             try:

@@ -45,6 +45,7 @@ from fl_split.node.build import (
 from fl_split.node.card import base_name, card_text, write_recipe
 from fl_split.node.choice import settle
 from fl_split.node.evaluate import Scores, evaluate, scores_before
+from fl_split.node.ledger import NAME as LEDGER
 from fl_split.node.ledger import Ledger
 from fl_split.node.metrics import RoundMetrics, given_away, heldout_metrics
 from fl_split.node.progress import Progress
@@ -161,17 +162,17 @@ class Round:
         check_consent(config, node)
         if instructions.server_round == 1:
             warn_of_room(config, node)
-        ledger = Ledger(home, instructions.server_round)
+        ledger = Ledger(home / LEDGER, instructions.server_round)
         ledger.note(
             "", "begin", 0, examples=len(examples.train) + len(examples.heldout), redacted=examples.report.redacted
         )
         trunk: Trunk
         if config.surrogate.kind == "shares":
             addresses = (instructions.trunk_address, instructions.share_address)
-            trunk = connect_shares(config, node, base, addresses, stack, ledger.call)
+            trunk = connect_shares(config, node, base, addresses, stack, ledger)
             connection = trunk.first
         else:
-            connection, expected = connect(config, node, base, instructions.trunk_address, stack, ledger.call)
+            connection, expected = connect(config, node, base, instructions.trunk_address, stack, ledger)
             trunk = with_cache(config, connection, expected, home, stack)
         matched = fetch_matched(config, connection)
         model = build_model(config, node.lora(config.lora), base, trunk, tokenizer.pad_token_id, matched)

@@ -9,20 +9,19 @@ after a failure is the identical request to a replica of the same side. `Sides` 
 
 import logging
 import socket
-import ssl
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from pathlib import Path
 
 import torch
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
 from torch import Tensor
 
 from fl_split import wire
 from fl_split.address import is_local, split_address
-from fl_split.errors import ConfigError, TrunkMismatch, TrunkUnavailable
+from fl_split.attestation import key_hash
+from fl_split.errors import ConfigError, TrunkMismatch
+from fl_split.node.peer import certificate_of
 from fl_split.node.replicas import Credentials
 from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.proto import trunk_pb2 as pb
@@ -30,7 +29,6 @@ from fl_split.shares import split_gradient, step_of
 
 logger = logging.getLogger(__name__)
 
-_HANDSHAKE_S = 10.0
 _LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}  # in the certificates of many servers
 
 
@@ -83,7 +81,7 @@ class Sides:
         own = self._credentials[side]
         if own.is_plain(address):
             return
-        marks = marks_of(_certificate(address, own))
+        marks = marks_of(certificate_of(address, own))
         with self._lock:
             if both := marks & self._met[1 - side]:
                 raise TrunkMismatch(
@@ -170,37 +168,13 @@ def _add(one: Tensor, other: Tensor, norms: Tensor) -> Tensor:
 
 def marks_of(certificate: x509.Certificate) -> set[str]:
     """What a server is known by: its public key, and its names but those of every machine."""
-    key = hashes.Hash(hashes.SHA256())
-    public = certificate.public_key()
-    key.update(public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo))
     names: set[str] = set()
     try:
         extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
         names.update(str(name.value).lower() for name in extension.value)
     except x509.ExtensionNotFound:
         pass  # then it is known by its key alone
-    return {f"the key {key.finalize().hex()[:16]}", *(f"the name {name}" for name in names - _LOOPBACK_NAMES)}
-
-
-def _certificate(address: str, credentials: Credentials) -> x509.Certificate:
-    host, _, port = address.rpartition(":")
-    try:
-        context = ssl.create_default_context(
-            cadata=Path(credentials.ca).expanduser().read_text() if credentials.ca else None
-        )
-        if credentials.cert:
-            context.load_cert_chain(Path(credentials.cert).expanduser(), Path(credentials.key).expanduser())
-        context.set_alpn_protocols(["h2"])
-        with (
-            socket.create_connection((host.strip("[]"), int(port)), _HANDSHAKE_S) as raw,
-            context.wrap_socket(raw, server_hostname=host.strip("[]")) as tls,
-        ):
-            return x509.load_der_x509_certificate(tls.getpeercert(binary_form=True) or b"")
-    except (OSError, ValueError) as error:
-        raise TrunkUnavailable(
-            f"the trunk at {address} shows no certificate ({type(error).__name__}): surrogate.kind='shares' has to see "
-            "whose it is; check trunk-ca and trunk-share-ca, and that it speaks TLS"
-        ) from error
+    return {f"the key {key_hash(certificate).hex()[:16]}", *(f"the name {name}" for name in names - _LOOPBACK_NAMES)}
 
 
 def _places(address: str) -> set[str]:

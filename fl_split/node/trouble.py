@@ -29,7 +29,7 @@ def explain(error: grpc.RpcError, address: str) -> str:
             f"it does not let this caller in ({code.name}: {details}): an institution checks trunk-token-file "
             "(--token-file) and asks the operator for a new one, which 'fl-split trunk token add' makes"
         )
-    if re.search(r"lookup|resol|domain name", details, re.IGNORECASE):
+    if re.search(r"lookup|resol|domain name|name or service", details, re.IGNORECASE):
         return (
             f"the name {host!r} is not known: check trunk-address in node-config, and trunk.address of the run, for a "
             "wrong letter, and that this machine's DNS knows the name"

@@ -23,16 +23,18 @@ import torch
 from torch import Tensor
 
 from fl_split import wire
+from fl_split.address import split_address
 from fl_split.errors import TrunkError, TrunkMismatch, TrunkRefused, TrunkUnavailable, WireError
 from fl_split.malloc import share_heap
 from fl_split.model.thin import read_card
-from fl_split.node.call_errors import LOST, AnotherTrunk, NoHandshake, translate
+from fl_split.node.call_errors import LOST, AnotherTrunk, LateReply, NoHandshake, translate
 from fl_split.node.decode_stream import DecodeStream
 from fl_split.node.expected import Expected
-from fl_split.node.ledger import Note
+from fl_split.node.ledger import Ledger
 from fl_split.node.replicas import Credentials, Replica, Replicas
 from fl_split.node.surrogate_file import fetch_published
 from fl_split.node.trouble import explain
+from fl_split.node.vetting import vetting_of
 from fl_split.proto import trunk_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ class TrunkConnection:
         in_flight: int = 4,
         credentials: Credentials = Credentials(),  # noqa: B008  # frozen
         meet: Callable[[str], None] | None = None,
-        note: Note | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         """Prepare channels and threads; nothing is sent before `connect` or the first call.
 
@@ -69,9 +71,9 @@ class TrunkConnection:
             timeout_s: Seconds that one call may take, all retries included; several replicas share them, so that
                 one that hangs does not use them up.
             in_flight: Calls at the same time, at most.
-            credentials: TLS and token.
+            credentials: TLS and token, and what a trunk has to show before it gets anything else.
             meet: For gradient shares: looks at an address whenever it is checked, and raises if it must get none.
-            note: Gets every message before it is sent; raises if it must not be.
+            ledger: Every message is noted there before it is sent, and what a trunk has shown.
 
         Raises:
             ConfigError: An address or credentials that cannot be used.
@@ -81,8 +83,10 @@ class TrunkConnection:
         self._expected, self.timeout_s, self.hidden_size = expected, timeout_s, expected.hidden_size
         self.wire_dtype: pb.DType = wire.NAMES[wire_dtype]
         self._meet = meet
+        self._credentials, self._ledger = credentials, ledger
         self._metadata = credentials.metadata()
-        self._replicas = Replicas(address, credentials, note)
+        self._vetting = vetting_of(credentials, split_address(address))
+        self._replicas = Replicas(address, credentials, ledger.call if ledger else None)
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="trunk-call")
         self._lock = threading.Lock()
         self.trunk_id = b""  # of the first replica that was checked; the others must be the same trunk
@@ -243,16 +247,27 @@ class TrunkConnection:
             time.sleep(pause_s)
 
     def _check(self, replica: Replica, left_s: float, metadata: Any) -> None:
+        """Find out who answers, if that is not known; one thread does, others wait."""
+        end = time.monotonic() + left_s
         if replica.checked:
             return
-        reply = replica.describe(pb.DescribeRequest(), timeout=left_s, metadata=metadata)
-        self._expected.check(reply, replica.address, self.wire_dtype)
-        if self._meet is not None:
-            self._check_for_shares(reply, replica.address)
-            try:
+        if not replica.lock.acquire(timeout=left_s):
+            raise LateReply
+        try:
+            if not replica.checked:
+                self._find_out(replica, max(end - time.monotonic(), 0.001), metadata)
+        finally:
+            replica.lock.release()
+
+    def _find_out(self, replica: Replica, left_s: float, metadata: Any) -> None:
+        try:
+            reply = self._ask(replica, left_s, metadata)
+            self._expected.check(reply, replica.address, self.wire_dtype)
+            if self._meet is not None:
+                self._check_for_shares(reply, replica.address)
                 self._meet(replica.address)
-            except TrunkUnavailable as error:
-                raise NoHandshake from error
+        except TrunkUnavailable as error:
+            raise NoHandshake(error.__cause__) from error
         with self._lock:
             self.trunk_id = self.trunk_id or reply.trunk_id
         if reply.trunk_id != self.trunk_id:
@@ -261,6 +276,29 @@ class TrunkConnection:
                 f"one that this node began with ({self.trunk_id.hex()}): start all replicas with the same [model]"
             )
         replica.description, replica.checked = reply, True
+
+    def _ask(self, replica: Replica, left_s: float, metadata: Any) -> pb.DescribeReply:
+        """What a replica says of itself. If it has to show something, it is asked through a channel of its own.
+
+        That channel takes one certificate alone. It becomes the replica's once what was shown has been accepted, and
+        not before, since other threads may be about to send.
+        """
+        if self._vetting is None:
+            return cast(pb.DescribeReply, replica.describe(pb.DescribeRequest(), timeout=left_s, metadata=metadata))
+        pinned, nonce = self._vetting.meet(replica.address), self._vetting.nonce()
+        asked = replica.bound(pinned.pem, self._credentials)
+        try:
+            reply: pb.DescribeReply = asked.describe(pb.DescribeRequest(nonce=nonce), timeout=left_s, metadata=metadata)
+            shown = self._vetting.check(reply, nonce, pinned, replica.address)
+            if self._ledger is not None:
+                self._ledger.note("", "trunk-shown", 0, **shown)
+        except BaseException:
+            if asked is not replica:
+                asked.channel.close()
+            raise
+        if asked is not replica:
+            replica.take(asked)
+        return reply
 
     def _check_for_shares(self, reply: pb.DescribeReply, address: str) -> None:
         if not reply.gradient_shares:

@@ -3,7 +3,8 @@
 Data path: question -> **tokens, framed as in training** -> bottom -> trunk with its cache -> top -> answer.
 
 What leaves the node: hidden states of the prompt *and of the answer*. Not the text, but whoever runs the trunk can
-read text from them: see docs/privacy.md.
+read text from them: see docs/privacy.md. Every message is written down before it is sent, in a ledger beside the
+adapter.
 """
 
 import json
@@ -24,12 +25,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fl_split import wire
-from fl_split.errors import ConfigError, DataError
+from fl_split.errors import ConfigError, DataError, NodeStateError
 from fl_split.model.checkpoint import node_needs, read_config, resolve_model
 from fl_split.model.ends import load_ends
 from fl_split.model.loading import boundaries_of
 from fl_split.node.card import PLAIN, RECIPE
 from fl_split.node.expected import Expected
+from fl_split.node.ledger import NAME, Ledger
 from fl_split.node.replicas import Credentials, description_of
 from fl_split.node.trunk_connection import TrunkConnection
 
@@ -112,6 +114,7 @@ def load_tuned(
     base: str = "",
     wire_dtype: str = "",
     timeout_s: float = 120,
+    ledger: str | Path = "",
 ) -> Tuned:
     """Load what a node has trained, to ask it: ``tuned.model.generate(...)``, ``tuned.tokenizer``.
 
@@ -120,20 +123,23 @@ def load_tuned(
     Args:
         adapter: Folder of the exported adapter.
         trunk_address: ``host:port``, several with commas between.
-        credentials: TLS and token.
+        credentials: TLS and token, and what the trunk has to show before it gets anything.
         base: Path or Hugging Face id of the base model; by default the one that the adapter names.
         wire_dtype: Of hidden states on the way; by default that of the training.
         timeout_s: Seconds that one step may take, all retries included.
+        ledger: File in which every message is noted before it is sent; by default ``<adapter>.ledger.jsonl``.
 
     Raises:
         ConfigError: The folder holds no adapter of a language model, or its base cannot be found.
         TrunkError: The trunk cannot be reached, or is another.
         SplitError: The adapter has weights in layers that the trunk holds.
+        NodeStateError: The ledger cannot be written.
     """
     folder = Path(adapter).expanduser()
     name, revision, num_layers = _base_of(folder, base)
     recipe = _recipe(folder)
-    about = description_of(trunk_address, credentials, timeout_s)
+    noted = _ledger(Path(ledger).expanduser() if ledger else _beside(folder))
+    about = description_of(trunk_address, credentials, timeout_s, noted.call)
     first, end = about.first_layer, about.end_layer
     if end >= num_layers:
         raise ConfigError(
@@ -148,6 +154,7 @@ def load_tuned(
         wire_dtype=wire_dtype or recipe.get("wire-dtype", "bfloat16"),
         timeout_s=timeout_s,
         credentials=credentials,
+        ledger=noted,
     )
     try:
         connection.connect()
@@ -164,6 +171,21 @@ def load_tuned(
     logger.warning(NOTICE.format(address=trunk_address))
     framing = recipe.get("framing", "chat" if tokenizer.chat_template else PLAIN)
     return Tuned(model, tokenizer, connection, framing, folder.name)
+
+
+def _beside(folder: Path) -> Path:
+    whole = folder.resolve()
+    return whole.with_name(f"{whole.name}.{NAME}")
+
+
+def _ledger(file: Path) -> Ledger:
+    try:
+        return Ledger(file)
+    except OSError as error:
+        raise NodeStateError(
+            f"the ledger {file} cannot be written ({type(error).__name__}), and what is not written down is not sent: "
+            "name another place (--ledger)"
+        ) from error
 
 
 def _base_of(folder: Path, base: str) -> tuple[str, str, int]:

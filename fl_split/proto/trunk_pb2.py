@@ -24,47 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66l_split/proto/trunk.proto\x12\x08\x66l_split\"\x11\n\x0f\x44\x65scribeRequest\"\xd8\x03\n\rDescribeReply\x12\x15\n\rconfig_digest\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x11\n\tend_layer\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x1f\n\x06\x64types\x18\x07 \x03(\x0e\x32\x0f.fl_split.DType\x12\x12\n\nmax_tokens\x18\x08 \x01(\x04\x12\x1b\n\x13max_sequence_length\x18\t \x01(\r\x12\x10\n\x08trunk_id\x18\n \x01(\x0c\x12\x19\n\x11max_message_bytes\x18\x0b \x01(\x04\x12\x0f\n\x07version\x18\x0c \x01(\t\x12\x18\n\x10surrogate_digest\x18\r \x01(\x0c\x12\x17\n\x0fsurrogate_bytes\x18\x0e \x01(\x04\x12\x16\n\x0e\x65xact_gradient\x18\x0f \x01(\x08\x12\x15\n\rcompute_dtype\x18\x10 \x01(\t\x12\x14\n\x0cquantization\x18\x11 \x01(\t\x12&\n\x06\x64\x65\x63ode\x18\x12 \x01(\x0b\x32\x16.fl_split.DecodeBounds\x12\x17\n\x0fgradient_shares\x18\x13 \x01(\x08\"L\n\x0c\x44\x65\x63odeBounds\x12\x17\n\x0f\x62ytes_per_token\x18\x01 \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06idle_s\x18\x03 \x01(\x01\"}\n\x0e\x46orwardRequest\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.fl_split.DType\x12\x15\n\rhidden_states\x18\x02 \x01(\x0c\x12\x0f\n\x07lengths\x18\x03 \x03(\r\x12\x11\n\tpositions\x18\x04 \x03(\r\x12\x10\n\x08outliers\x18\x05 \x03(\r\"i\n\x0c\x46orwardReply\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.fl_split.DType\x12\x15\n\rhidden_states\x18\x02 \x01(\x0c\x12\x10\n\x08outliers\x18\x03 \x03(\r\x12\x10\n\x08trunk_id\x18\x04 \x01(\x0c\"\"\n\x10SurrogateRequest\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"\x1e\n\x0eSurrogateReply\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"h\n\x0bPullRequest\x12)\n\x07\x66orward\x18\x01 \x01(\x0b\x32\x18.fl_split.ForwardRequest\x12\x10\n\x08gradient\x18\x02 \x01(\x0c\x12\x1c\n\x04mask\x18\x03 \x01(\x0b\x32\x0e.fl_split.Mask\"/\n\x04Mask\x12\x0c\n\x04seed\x18\x01 \x01(\x0c\x12\x0b\n\x03std\x18\x02 \x01(\x02\x12\x0c\n\x04step\x18\x03 \x01(\x02\"O\n\tPullReply\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.fl_split.DType\x12\x10\n\x08gradient\x18\x02 \x01(\x0c\x12\x10\n\x08trunk_id\x18\x03 \x01(\x0c\"\xc3\x01\n\rDecodeRequest\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.fl_split.DecodeOpenH\x00\x12(\n\x04step\x18\x02 \x01(\x0b\x32\x18.fl_split.ForwardRequestH\x00\x12,\n\x08truncate\x18\x03 \x01(\x0b\x32\x18.fl_split.DecodeTruncateH\x00\x12*\n\x07reorder\x18\x04 \x01(\x0b\x32\x17.fl_split.DecodeReorderH\x00\x42\x08\n\x06\x61\x63tion\"3\n\nDecodeOpen\x12\x11\n\tsequences\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\"!\n\x0e\x44\x65\x63odeTruncate\x12\x0f\n\x07lengths\x18\x01 \x03(\r\" \n\rDecodeReorder\x12\x0f\n\x07sources\x18\x01 \x03(\r*C\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x08\n\x04INT8\x10\x03\x32\x86\x02\n\x05Trunk\x12>\n\x08\x44\x65scribe\x12\x19.fl_split.DescribeRequest\x1a\x17.fl_split.DescribeReply\x12;\n\x07\x46orward\x12\x18.fl_split.ForwardRequest\x1a\x16.fl_split.ForwardReply\x12\x41\n\tSurrogate\x12\x1a.fl_split.SurrogateRequest\x1a\x18.fl_split.SurrogateReply\x12=\n\x06\x44\x65\x63ode\x12\x17.fl_split.DecodeRequest\x1a\x16.fl_split.ForwardReply(\x01\x30\x01\x32\x43\n\rExactGradient\x12\x32\n\x04Pull\x12\x15.fl_split.PullRequest\x1a\x13.fl_split.PullReply2E\n\x0eGradientShares\x12\x33\n\x05Share\x12\x15.fl_split.PullRequest\x1a\x13.fl_split.PullReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66l_split/proto/trunk.proto\x12\x08\x66l_split\" \n\x0f\x44\x65scribeRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"\xfd\x03\n\rDescribeReply\x12\x15\n\rconfig_digest\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x11\n\tend_layer\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x1f\n\x06\x64types\x18\x07 \x03(\x0e\x32\x0f.fl_split.DType\x12\x12\n\nmax_tokens\x18\x08 \x01(\x04\x12\x1b\n\x13max_sequence_length\x18\t \x01(\r\x12\x10\n\x08trunk_id\x18\n \x01(\x0c\x12\x19\n\x11max_message_bytes\x18\x0b \x01(\x04\x12\x0f\n\x07version\x18\x0c \x01(\t\x12\x18\n\x10surrogate_digest\x18\r \x01(\x0c\x12\x17\n\x0fsurrogate_bytes\x18\x0e \x01(\x04\x12\x16\n\x0e\x65xact_gradient\x18\x0f \x01(\x08\x12\x15\n\rcompute_dtype\x18\x10 \x01(\t\x12\x14\n\x0cquantization\x18\x11 \x01(\t\x12&\n\x06\x64\x65\x63ode\x18\x12 \x01(\x0b\x32\x16.fl_split.DecodeBounds\x12\x17\n\x0fgradient_shares\x18\x13 \x01(\x08\x12\x11\n\tstatement\x18\x14 \x01(\x0c\x12\x10\n\x08\x65vidence\x18\x15 \x01(\x0c\"L\n\x0c\x44\x65\x63odeBounds\x12\x17\n\x0f\x62ytes_per_token\x18\x01 \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06idle_s\x18\x03 \x01(\x01\"}\n\x0e\x46orwardRequest\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.fl_split.DType\x12\x15\n\rhidden_states\x18\x02 \x01(\x0c\x12\x0f\n\x07lengths\x18\x03 \x03(\r\x12\x11\n\tpositions\x18\x04 \x03(\r\x12\x10\n\x08outliers\x18\x05 \x03(\r\"i\n\x0c\x46orwardReply\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.fl_split.DType\x12\x15\n\rhidden_states\x18\x02 \x01(\x0c\x12\x10\n\x08outliers\x18\x03 \x03(\r\x12\x10\n\x08trunk_id\x18\x04 \x01(\x0c\"\"\n\x10SurrogateRequest\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"\x1e\n\x0eSurrogateReply\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"h\n\x0bPullRequest\x12)\n\x07\x66orward\x18\x01 \x01(\x0b\x32\x18.fl_split.ForwardRequest\x12\x10\n\x08gradient\x18\x02 \x01(\x0c\x12\x1c\n\x04mask\x18\x03 \x01(\x0b\x32\x0e.fl_split.Mask\"/\n\x04Mask\x12\x0c\n\x04seed\x18\x01 \x01(\x0c\x12\x0b\n\x03std\x18\x02 \x01(\x02\x12\x0c\n\x04step\x18\x03 \x01(\x02\"O\n\tPullReply\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.fl_split.DType\x12\x10\n\x08gradient\x18\x02 \x01(\x0c\x12\x10\n\x08trunk_id\x18\x03 \x01(\x0c\"\xc3\x01\n\rDecodeRequest\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.fl_split.DecodeOpenH\x00\x12(\n\x04step\x18\x02 \x01(\x0b\x32\x18.fl_split.ForwardRequestH\x00\x12,\n\x08truncate\x18\x03 \x01(\x0b\x32\x18.fl_split.DecodeTruncateH\x00\x12*\n\x07reorder\x18\x04 \x01(\x0b\x32\x17.fl_split.DecodeReorderH\x00\x42\x08\n\x06\x61\x63tion\"3\n\nDecodeOpen\x12\x11\n\tsequences\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\"!\n\x0e\x44\x65\x63odeTruncate\x12\x0f\n\x07lengths\x18\x01 \x03(\r\" \n\rDecodeReorder\x12\x0f\n\x07sources\x18\x01 \x03(\r*C\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x08\n\x04INT8\x10\x03\x32\x86\x02\n\x05Trunk\x12>\n\x08\x44\x65scribe\x12\x19.fl_split.DescribeRequest\x1a\x17.fl_split.DescribeReply\x12;\n\x07\x46orward\x12\x18.fl_split.ForwardRequest\x1a\x16.fl_split.ForwardReply\x12\x41\n\tSurrogate\x12\x1a.fl_split.SurrogateRequest\x1a\x18.fl_split.SurrogateReply\x12=\n\x06\x44\x65\x63ode\x12\x17.fl_split.DecodeRequest\x1a\x16.fl_split.ForwardReply(\x01\x30\x01\x32\x43\n\rExactGradient\x12\x32\n\x04Pull\x12\x15.fl_split.PullRequest\x1a\x13.fl_split.PullReply2E\n\x0eGradientShares\x12\x33\n\x05Share\x12\x15.fl_split.PullRequest\x1a\x13.fl_split.PullReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fl_split.proto.trunk_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=1470
-  _globals['_DTYPE']._serialized_end=1537
+  _globals['_DTYPE']._serialized_start=1522
+  _globals['_DTYPE']._serialized_end=1589
   _globals['_DESCRIBEREQUEST']._serialized_start=40
-  _globals['_DESCRIBEREQUEST']._serialized_end=57
-  _globals['_DESCRIBEREPLY']._serialized_start=60
-  _globals['_DESCRIBEREPLY']._serialized_end=532
-  _globals['_DECODEBOUNDS']._serialized_start=534
-  _globals['_DECODEBOUNDS']._serialized_end=610
-  _globals['_FORWARDREQUEST']._serialized_start=612
-  _globals['_FORWARDREQUEST']._serialized_end=737
-  _globals['_FORWARDREPLY']._serialized_start=739
-  _globals['_FORWARDREPLY']._serialized_end=844
-  _globals['_SURROGATEREQUEST']._serialized_start=846
-  _globals['_SURROGATEREQUEST']._serialized_end=880
-  _globals['_SURROGATEREPLY']._serialized_start=882
-  _globals['_SURROGATEREPLY']._serialized_end=912
-  _globals['_PULLREQUEST']._serialized_start=914
-  _globals['_PULLREQUEST']._serialized_end=1018
-  _globals['_MASK']._serialized_start=1020
-  _globals['_MASK']._serialized_end=1067
-  _globals['_PULLREPLY']._serialized_start=1069
-  _globals['_PULLREPLY']._serialized_end=1148
-  _globals['_DECODEREQUEST']._serialized_start=1151
-  _globals['_DECODEREQUEST']._serialized_end=1346
-  _globals['_DECODEOPEN']._serialized_start=1348
-  _globals['_DECODEOPEN']._serialized_end=1399
-  _globals['_DECODETRUNCATE']._serialized_start=1401
-  _globals['_DECODETRUNCATE']._serialized_end=1434
-  _globals['_DECODEREORDER']._serialized_start=1436
-  _globals['_DECODEREORDER']._serialized_end=1468
-  _globals['_TRUNK']._serialized_start=1540
-  _globals['_TRUNK']._serialized_end=1802
-  _globals['_EXACTGRADIENT']._serialized_start=1804
-  _globals['_EXACTGRADIENT']._serialized_end=1871
-  _globals['_GRADIENTSHARES']._serialized_start=1873
-  _globals['_GRADIENTSHARES']._serialized_end=1942
+  _globals['_DESCRIBEREQUEST']._serialized_end=72
+  _globals['_DESCRIBEREPLY']._serialized_start=75
+  _globals['_DESCRIBEREPLY']._serialized_end=584
+  _globals['_DECODEBOUNDS']._serialized_start=586
+  _globals['_DECODEBOUNDS']._serialized_end=662
+  _globals['_FORWARDREQUEST']._serialized_start=664
+  _globals['_FORWARDREQUEST']._serialized_end=789
+  _globals['_FORWARDREPLY']._serialized_start=791
+  _globals['_FORWARDREPLY']._serialized_end=896
+  _globals['_SURROGATEREQUEST']._serialized_start=898
+  _globals['_SURROGATEREQUEST']._serialized_end=932
+  _globals['_SURROGATEREPLY']._serialized_start=934
+  _globals['_SURROGATEREPLY']._serialized_end=964
+  _globals['_PULLREQUEST']._serialized_start=966
+  _globals['_PULLREQUEST']._serialized_end=1070
+  _globals['_MASK']._serialized_start=1072
+  _globals['_MASK']._serialized_end=1119
+  _globals['_PULLREPLY']._serialized_start=1121
+  _globals['_PULLREPLY']._serialized_end=1200
+  _globals['_DECODEREQUEST']._serialized_start=1203
+  _globals['_DECODEREQUEST']._serialized_end=1398
+  _globals['_DECODEOPEN']._serialized_start=1400
+  _globals['_DECODEOPEN']._serialized_end=1451
+  _globals['_DECODETRUNCATE']._serialized_start=1453
+  _globals['_DECODETRUNCATE']._serialized_end=1486
+  _globals['_DECODEREORDER']._serialized_start=1488
+  _globals['_DECODEREORDER']._serialized_end=1520
+  _globals['_TRUNK']._serialized_start=1592
+  _globals['_TRUNK']._serialized_end=1854
+  _globals['_EXACTGRADIENT']._serialized_start=1856
+  _globals['_EXACTGRADIENT']._serialized_end=1923
+  _globals['_GRADIENTSHARES']._serialized_start=1925
+  _globals['_GRADIENTSHARES']._serialized_end=1994
 # @@protoc_insertion_point(module_scope)

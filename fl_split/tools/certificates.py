@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fl_split.errors import ConfigError
@@ -96,6 +96,23 @@ def make_node_key(file: Path) -> tuple[Path, Path]:
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     public_file = file.with_name(f"{file.name}.pub")
     _write_new({file: (private, 0o600), public_file: (public + b"\n", 0o644)})
+    return file, public_file
+
+
+def make_operator_key(file: Path) -> tuple[Path, Path]:
+    """Make the key pair that an operator signs statements with; returns the private and the public file.
+
+    Args:
+        file: The private key; the public one, for institutions, is ``<file>.pub``. Both are PEM.
+
+    Raises:
+        ConfigError: One of the files is there already.
+    """
+    key = ed25519.Ed25519PrivateKey.generate()
+    private = key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    public = key.public_key().public_bytes(_PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    public_file = file.with_name(f"{file.name}.pub")
+    _write_new({file: (private, 0o600), public_file: (public, 0o644)})
     return file, public_file
 
 

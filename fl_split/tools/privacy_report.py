@@ -5,6 +5,7 @@ What left and to whom is the ledger's; how much of it can be read is an audit's.
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from html import escape
 from importlib.resources import files
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_split import __version__
+from fl_split.attestation import Statement
 from fl_split.errors import NodeStateError
 from fl_split.node.ledger import NAME, Sums, read_ledger, say_passes
 from fl_split.tools.audit.page import CONTROLS, FIGURES, NOISE, rows_of, table
@@ -49,13 +51,15 @@ def privacy_report(folder: Path, audit: Path | None) -> str:
     Raises:
         NodeStateError: The ledger is missing or was changed, or the audit's file is none.
     """
-    sums, found = read_ledger(folder / NAME), _read(audit) if audit else {}
+    run, asked = read_ledger(folder / NAME), folder / f"adapter.{NAME}"
+    sums, found = _with(run, read_ledger(asked)) if asked.is_file() else run, _read(audit) if audit else {}
     style = files("fl_split.tools").joinpath("report.css").read_text(encoding="utf-8")
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     title = f"Privacy of the run {folder.name}"
     parts = (
         ("Where data goes", _picture(sums)),
         ("What has left this node", _left(sums)),
+        ("Who runs the trunk", _run_by(sums)),
         ("What of it can be read", _read_by(found)),
         ("What was replaced before", _replaced(sums)),
         ("What remains", f"<ul>{''.join(f'<li>{escape(risk, quote=False)}</li>' for risk in _RISKS)}</ul>"),
@@ -68,6 +72,12 @@ def privacy_report(folder: Path, audit: Path | None) -> str:
         f"<p class='faint'>made {made}, on the node</p>"
         f"{''.join(f'<h3>{name}</h3>{body}' for name, body in parts)}</main></body></html>\n"
     )
+
+
+def _with(run: Sums, asked: Sums) -> Sums:
+    """A run, and the questions to what it has trained."""
+    shown = {**asked.shown, **run.shown}
+    return replace(run, bytes=run.bytes + asked.bytes, calls=run.calls + asked.calls, shown=shown)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -111,8 +121,30 @@ def _left(sums: Sums) -> str:
     rounds = f"rounds {min(sums.rounds)} to {max(sums.rounds)}" if sums.rounds else "no round"
     return (
         f"{table([('to', 'what', 'messages', 'bytes'), *rows])}<p>In {rounds}: {escape(say_passes(sums))}. Headers and "
-        "encryption come on top. Nothing else left through this software.</p>"
+        "encryption come on top. Nothing else left through this software, but for questions to copies of the adapter "
+        "elsewhere: a ledger beside each has them.</p>"
     )
+
+
+def _run_by(sums: Sums) -> str:
+    if not sums.shown:
+        return (
+            "<p>Nothing was asked for: with trunk-operator-key a trunk has to show its operator's signed statement, "
+            "with trunk-verifier evidence of its machine.</p>"
+        )
+    return table([row for address, shown in sorted(sums.shown.items()) for row in _shown(address, shown)])
+
+
+def _shown(address: str, shown: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    """What the ledger kept; it was checked before anything was sent."""
+    yield f"trunk {address}", f"TLS key {shown['tls-key']}"
+    if "statement" in shown:
+        statement = Statement.of(shown["statement"].encode())
+        yield "signed by", f"{statement.operator}, until {statement.expires}"
+        yield "which says of logs", statement.log_policy
+        yield "and that it serves", f"{statement.model} (weights {statement.weights_digest[:12]}), {statement.version}"
+    if "evidence" in shown:
+        yield "evidence of the machine accepted by", shown["verifier"]
 
 
 def _read_by(found: Mapping[str, Any]) -> str:

@@ -11,7 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 from rich.table import Table
 
-from fl_split.errors import TrunkUnavailable
+from fl_split.attestation import Statement
+from fl_split.errors import ConfigError, TrunkUnavailable
 from fl_split.node.replicas import Credentials, description_of
 from fl_split.node.trouble import unavailable
 from fl_split.proto import trunk_pb2 as pb
@@ -44,8 +45,20 @@ def describe(address: str, credentials: Credentials, timeout_s: float = 5.0) -> 
         "cache-bytes-per-token": reply.decode.bytes_per_token,
         "gradient-shares": reply.gradient_shares,
         "surrogate": reply.surrogate_digest.hex() or "none",
+        "statement": _stated(reply.statement),
         "version": reply.version,
     }
+
+
+def _stated(data: bytes) -> str:
+    """Who is said to have signed what the trunk shows; whether that is so, nodes with the operator's key find out."""
+    if not data:
+        return "none"
+    try:
+        statement = Statement.of(data)
+    except ConfigError:
+        return "cannot be read"
+    return f"in the name of {statement.operator}, until {statement.expires}"
 
 
 def ping(address: str, credentials: Credentials, timeout_s: float = 5.0) -> tuple[str, float]:

@@ -17,6 +17,7 @@ from fl_split.trunk.batching import DeadlinePassed, ForwardFailed, QueueFull, wh
 from fl_split.trunk.cache_pool import CacheFull
 from fl_split.trunk.metrics import TrunkMetrics
 from fl_split.trunk.published import NothingPublished
+from fl_split.trunk.vouching import NoEvidence
 from fl_split.wire import PUSHBACK, REQUEST_ID
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ class Refusal:
                 return cls(_Code.INVALID_ARGUMENT, str(error))
             case DecodeError():
                 return cls(_Code.INVALID_ARGUMENT, "the message cannot be parsed")
+            case NoEvidence():
+                return cls(_Code.FAILED_PRECONDITION, "this trunk could make no evidence; its operator's log says more")
             case NothingPublished():
                 return cls(_Code.NOT_FOUND, "this trunk publishes no surrogate")
             case DeadlinePassed():

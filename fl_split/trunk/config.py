@@ -104,11 +104,23 @@ class Security(_Section):
     client_ca: str = Field("", description="PEM file of the CA that callers' certificates must come from (mTLS)")
     tokens: str = Field("", description="file of bearer tokens' hashes, made by `fl-split trunk token add`")
     allow_plaintext: bool = Field(False, description="serve without TLS beyond loopback: hidden states can be read")
+    statement: str = Field(
+        "", description="file that `fl-split trunk statement sign` wrote, shown to nodes; read anew for each"
+    )
+    evidence_command: str = Field(
+        "",
+        description="prints evidence of this machine over `FL_SPLIT_NONCE` and `FL_SPLIT_TLS_KEY`, for nodes that ask; "
+        "run without a shell",
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if bool(self.cert) != bool(self.key):
             raise ValueError("cert and key belong together: set both, or neither")
+        if (self.statement or self.evidence_command) and not self.cert:
+            raise ValueError(
+                "statement and evidence-command need TLS, whose key they are bound to: set cert and key as well"
+            )
         if self.client_ca and not self.cert:
             raise ValueError("client-ca needs TLS: set cert and key as well")
         return self

@@ -42,12 +42,14 @@ from fl_split.trunk.messages import (
 from fl_split.trunk.metrics import TrunkMetrics
 from fl_split.trunk.padding import run_packed
 from fl_split.trunk.published import Published
+from fl_split.trunk.vouching import Vouching
 
 logger = logging.getLogger(__name__)
 
 _Answer = Callable[[Call], Coroutine[Any, Any, bytes | None]]
 
 _OFFSET_BYTES = 16  # of a request for a piece of the surrogate: a number
+_NONCE_BYTES = 64  # of a question what the trunk is: a nonce
 _MAX_WAIT_S = 600.0  # of calls that come without a deadline
 _UNREAD_BYTES = 16_384  # of a call that nobody reads yet; gRPC's default of 64 KiB made it 200 MiB in all
 _CONNECTION_S = 3600  # then it is closed, when its calls are done, and the caller makes a new one
@@ -73,6 +75,7 @@ class TrunkServer:
         if config.server.exact_gradient or config.server.gradient_shares:  # a message holds two tensors
             self._description.max_message_bytes += config.limits.max_tokens * 4 * held.hidden_size
         self._published = Published(config.model.surrogate, self._description)
+        self._vouching = Vouching(config.security, self._description)
         self._limits = wire.CallLimits(
             held.hidden_size, self._description.max_tokens, self._description.max_sequence_length
         )
@@ -101,7 +104,7 @@ class TrunkServer:
         server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", max_bytes),
-                ("grpc.max_send_message_length", max_bytes),
+                ("grpc.max_send_message_length", max(max_bytes, 2**20)),  # with evidence
                 ("grpc.max_metadata_size", 16_384),
                 ("grpc.max_concurrent_streams", 2 * limits.calls_per_caller + 64),  # room for calls that are ending
                 ("grpc.http2.lookahead_bytes", _UNREAD_BYTES),
@@ -242,7 +245,14 @@ class TrunkServer:
         return handle
 
     async def _describe(self, call: "Call") -> bytes:
-        return self._description.SerializeToString()
+        async with self._gate.reading(call.caller):
+            data = await call.read(self._config.limits.receive_timeout_s, _NONCE_BYTES)
+        nonce, reply = pb.DescribeRequest.FromString(data).nonce, pb.DescribeReply()
+        reply.CopyFrom(self._description)
+        reply.statement = self._vouching.statement()
+        if nonce:
+            reply.evidence = await self._vouching.evidence(nonce)
+        return reply.SerializeToString()
 
     async def _surrogate(self, call: "Call") -> bytes:
         async with self._gate.reading(call.caller):

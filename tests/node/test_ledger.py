@@ -27,7 +27,7 @@ from fl_split.proto import trunk_pb2 as pb
 
 
 def filled(folder: Path, count: int = 4) -> Path:
-    ledger = Ledger(folder, 1)
+    ledger = Ledger(folder / NAME, 1)
     for i in range(count):
         ledger.note("server", "metrics", 10 + i)
     return folder / NAME
@@ -64,7 +64,7 @@ def test_a_frozen_bottom_sends_each_example_once(demo_model: Path, tmp_path: Pat
 
 
 def test_repeated_sequences_are_counted(tmp_path: Path) -> None:
-    rows, ledger = torch.randn(5, 8), Ledger(tmp_path, 1)
+    rows, ledger = torch.randn(5, 8), Ledger(tmp_path / NAME, 1)
     ledger.note("", "begin", 0, examples=2)
     ledger.call("a:1", "/fl_split.Trunk/Forward", forward("bfloat16", rows, [2, 3]))
     ledger.call("a:1", "/fl_split.Trunk/Forward", forward("bfloat16", rows[2:], [3]))
@@ -107,7 +107,7 @@ def test_a_changed_ledger_is_found_out(tmp_path: Path, change: str) -> None:
 def test_a_kept_hash_shows_missing_lines(tmp_path: Path) -> None:
     file = filled(tmp_path)
     head = read_ledger(file).head
-    Ledger(tmp_path, 2).note("server", "metrics", 1)
+    Ledger(tmp_path / NAME, 2).note("server", "metrics", 1)
     assert read_ledger(file, head).calls["server", "metrics"] == 5
     file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:2]))
     read_ledger(file)
@@ -120,7 +120,7 @@ def test_a_torn_line_is_dropped_and_said_and_the_chain_goes_on(tmp_path: Path) -
     with file.open("ab") as torn:
         torn.write(b'{"n": 5, "time": "20')
     assert read_ledger(file).calls["server", "metrics"] == 4
-    Ledger(tmp_path, 2).note("server", "metrics", 99)
+    Ledger(tmp_path / NAME, 2).note("server", "metrics", 99)
     sums = read_ledger(file)
     assert (sums.torn, sums.calls["server", "metrics"], sums.bytes["server", "metrics"]) == (1, 5, 46 + 99)
 
@@ -128,7 +128,7 @@ def test_a_torn_line_is_dropped_and_said_and_the_chain_goes_on(tmp_path: Path) -
 def test_kills_leave_a_chain(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from fl_split.node.ledger import Ledger\n"
-        f"ledger = Ledger(Path({str(tmp_path)!r}), 1)\n"
+        f"ledger = Ledger(Path({str(tmp_path / NAME)!r}), 1)\n"
         "while True: ledger.note('server', 'metrics', 1); print('x', flush=True)"
     )
     seen = 0
@@ -144,7 +144,7 @@ def test_kills_leave_a_chain(tmp_path: Path) -> None:
 
 
 def test_threads_and_two_writers_make_one_chain(tmp_path: Path) -> None:
-    both = [Ledger(tmp_path, 1), Ledger(tmp_path, 1)]
+    both = [Ledger(tmp_path / NAME, 1), Ledger(tmp_path / NAME, 1)]
     for _ in range(3):
         for ledger in both:  # one after another, as a node's round and its reply do
             threads = [threading.Thread(target=partial(ledger.note, "server", "metrics", 1)) for _ in range(8)]
@@ -155,8 +155,19 @@ def test_threads_and_two_writers_make_one_chain(tmp_path: Path) -> None:
     assert read_ledger(tmp_path / NAME).calls["server", "metrics"] == 48
 
 
+def test_processes_at_the_same_time_make_one_chain(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from fl_split.node.ledger import Ledger\n"
+        f"ledger = Ledger(Path({str(tmp_path / NAME)!r}))\n"
+        "for _ in range(60): ledger.note('trunk t:1', 'generation', 1)"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert read_ledger(tmp_path / NAME).calls["trunk t:1", "generation"] == 180
+
+
 def test_what_cannot_be_written_down_is_not_sent(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, 1)
+    ledger = Ledger(tmp_path / NAME, 1)
     (tmp_path / NAME).mkdir()
     sent: list[bytes] = []
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +19,17 @@ from typer.testing import CliRunner
 import fl_split
 from fl_split.cli import app
 from fl_split.config import Data, Lora, RunConfig
-from fl_split.errors import ConfigError, DataError, TrunkUnavailable
+from fl_split.errors import ConfigError, DataError, NodeStateError, TrunkUnavailable
 from fl_split.model import adapters
 from fl_split.model.ends import load_ends
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node import answers
 from fl_split.node.answers import Sampling, answer, answer_batch, answer_file, until_stop
 from fl_split.node.card import framing_of, write_recipe
+from fl_split.node.ledger import read_ledger
 from fl_split.node.tuned import Tuned, load_tuned
 from fl_split.trunk import server
+from fl_split.trunk.calls import Call
 from fl_split.trunk.layers import hold_layers
 
 QUESTIONS = ["What is asthma?", "How is it treated, and by whom is it found out at all?", "Who?"]
@@ -92,6 +95,38 @@ def test_the_public_name_says_what_leaves(adapter: Path, address: str, caplog: p
     tuned.close()
     assert out.shape[0] == 1
     assert "hidden states of every prompt and of every answer go to the trunk" in caplog.text
+
+
+def test_every_byte_of_a_question_is_in_a_ledger_beside_the_adapter(
+    address: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got: Counter[str] = Counter()
+    receive = Call.receive
+
+    async def spy(self: Call) -> bytes | None:
+        data = await receive(self)
+        got[self.method] += len(data or b"")
+        return data
+
+    monkeypatch.setattr(Call, "receive", spy)
+    copy = Path(shutil.copytree(adapter, tmp_path / "mine"))
+    with load_tuned(f"{copy}/", address) as tuned:
+        "".join(answer(tuned, tuned.encode([{"role": "user", "content": QUESTIONS[0]}]), Sampling(3)))
+    told = read_ledger(tmp_path / "mine.ledger.jsonl")
+    trunk = f"trunk {address}"
+    assert told.bytes == {(trunk, "generation"): got["Decode"], (trunk, "question"): got["Describe"]}
+    assert got["Decode"] > 1000 and told.rounds == {0} and told.calls[trunk, "question"] == 2
+    with load_tuned(copy, address, ledger=tmp_path / "else" / "where"):
+        assert read_ledger(tmp_path / "else" / "where").calls[trunk, "question"] == 2
+
+
+def test_what_cannot_be_written_down_is_not_asked(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NodeStateError, match=r"name another place \(--ledger\)"):
+        load_tuned(adapter, "127.0.0.1:1", ledger=tmp_path / "file" / "ledger.jsonl")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(NodeStateError, match="cannot be written .*not written down is not sent"):
+        load_tuned(adapter, "127.0.0.1:1", ledger=tmp_path / "folder")
 
 
 def test_sampling_is_seeded(tuned: Tuned) -> None:

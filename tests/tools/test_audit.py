@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,19 +17,28 @@ from typer.testing import CliRunner
 
 from fl_split import wire
 from fl_split.cli import app
-from fl_split.config import Lora
+from fl_split.config import Lora, NodeConfig, RunConfig, Train
+from fl_split.data.batches import prepare_tokenizer, training_batches
+from fl_split.data.load import load_examples
+from fl_split.errors import DataError
 from fl_split.model import adapters
 from fl_split.model.ends import load_ends
 from fl_split.model.loading import Boundaries
+from fl_split.model.trunk import LocalTrunk, load_trunk
+from fl_split.node import train
+from fl_split.node.ledger import NAME, Ledger, read_ledger
+from fl_split.plan.plan import choose_split
 from fl_split.tools.audit import sequential
 from fl_split.tools.audit.attack import Attacker, Outcome, add_noise
 from fl_split.tools.audit.audit import _can_load_whole, verdict
 from fl_split.tools.audit.bottom import Bottom, Listener, sent
 from fl_split.tools.audit.counts import count, kinds_of, share_found, share_right
+from fl_split.tools.audit.membership import auc_error, auc_of, membership
 from fl_split.tools.audit.oneshot import Readings, noise_variance
 from fl_split.tools.audit.page import NOISE, page
 from fl_split.tools.audit.sequential import Exact, Prior, read_in_sequence
 from fl_split.tools.audit.text import Planted, plant, public_ids
+from fl_split.tools.gradcheck import Candidate, build
 
 
 def random_ids(rows: int, length: int, seed: int) -> Tensor:
@@ -252,6 +262,65 @@ def test_the_whole_model_is_used_if_it_is_here_and_fits(
     assert not _can_load_whole(tmp_path, cut)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10))
     assert not _can_load_whole(folder, cut) and "are left out: they would take" in caplog.text
+
+
+def trained(demo_model: Path, folder: Path, config: RunConfig, own: NodeConfig, steps: int) -> Path:
+    """An export of an adapter after so many steps on a node's own rows."""
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(demo_model))
+    model = build(demo_model, 2, 2, LocalTrunk(load_trunk(demo_model, 2, 2)), Candidate("exact"), Lora(rank=16))
+    if steps:
+        rows = load_examples(config.data, own, tokenizer, config.train.seed).train
+        how = Train(steps=steps, batch_size=4, bottom_lr=4e-3, top_lr=8e-3)
+        train.train_round(model, train.make_optimizer(model, how), training_batches(rows, tokenizer, 4, 0, 0), how)
+    adapters.export(model, folder, str(demo_model))
+    return folder
+
+
+def test_an_adapter_that_knows_its_rows_by_heart_gives_them_away(demo_model: Path, jsonl: Any, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    words = [" ".join("".join(draw.choices("bcdfgaeiou", k=5)) for _ in range(7)) for _ in range(16)]
+    rows = [{"question": text[:5], "answer": text[6:]} for text in words]  # which have nothing in common
+    config = choose_split(RunConfig.from_flat({"data.holdout": 0.5, "data.max-length": 48}))
+    own = NodeConfig(data_path=str(jsonl(rows)))
+    blank = membership(config, own, demo_model, trained(demo_model, tmp_path / "blank", config, own, 0), 12)
+    assert blank["membership-auc"] == 0.5  # as the base model: nothing can be told
+    found = membership(config, own, demo_model, trained(demo_model, tmp_path / "full", config, own, 120), 12)
+    assert found["membership-auc"] > 0.9 and found["membership-rows"] == 16
+    assert found["membership-error"] < blank["membership-error"]
+    with pytest.raises(DataError, match="too few rows to tell whether the adapter gives them away"):
+        membership(config, own, demo_model, tmp_path / "full", 1)
+
+
+def test_auc() -> None:
+    assert auc_of(torch.tensor([3.0, 2.0]), torch.tensor([1.0, 2.0])) == 7 / 8
+    assert auc_of(torch.zeros(3), torch.zeros(2)) == 0.5
+    assert auc_error(0.75, 100, 100) == pytest.approx(0.03443, abs=1e-5)  # by hand: Q1 = 0.6, Q2 = 0.642857
+    assert auc_error(1.0, 10, 10) == 0.0
+
+
+def counted_ledger(folder: Path) -> Path:
+    ledger = Ledger(folder / NAME, 1)
+    ledger.note("", "begin", 0, examples=10)
+    for sent_now in (16, 15):
+        digests = [str(i) for i in range(sent_now)]
+        ledger.note("trunk t:1", "hidden-states", 100, sequences=sent_now, digests=digests)
+    return folder / NAME
+
+
+def test_passes_are_those_of_the_ledger(demo_model: Path, tmp_path: Path) -> None:
+    file, out = counted_ledger(tmp_path), tmp_path / "audit.html"
+    words = ["audit", "--examples", "2", "--tokens", "8", "--canaries", "0", "--out", str(out), "--json"]
+    done = CliRunner().invoke(app, [*words, "--ledger", str(file)])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["passes"] == 3 and report["sent-again"] == 15 / 31
+    assert report["ledger-head"] == read_ledger(file).head and report["ledger-head"] in out.read_text()
+    assert math.isnan(report.get("membership-auc", math.nan))  # there is no adapter
+    both = CliRunner().invoke(app, [*words, "--ledger", str(file), "--passes", "2"])
+    assert both.exit_code == 1 and "--ledger and --passes both say how often" in both.stderr
+    Ledger(tmp_path / "empty" / NAME).note("server", "metrics", 1)
+    empty = CliRunner().invoke(app, [*words, "--ledger", str(tmp_path / "empty" / NAME)])
+    assert empty.exit_code == 1 and "has no line of hidden states" in empty.stderr
 
 
 def test_audit_names_what_is_wrong(tmp_path: Path) -> None:

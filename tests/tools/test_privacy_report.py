@@ -4,18 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
+from fl_split.attestation import Statement
 from fl_split.cli import app
 from fl_split.errors import NodeStateError
-from fl_split.node.ledger import Ledger, read_ledger
+from fl_split.node.ledger import NAME, Ledger, read_ledger
 from fl_split.tools.audit.page import NOISE
 from fl_split.tools.privacy_report import privacy_report
 
 
 @pytest.fixture
 def node(tmp_path: Path) -> Path:
-    ledger = Ledger(tmp_path / "run-7", 3)
+    ledger = Ledger(tmp_path / "run-7" / NAME, 3)
     ledger.note("", "begin", 0, examples=40, redacted={"date": 1234})
     ledger.note("trunk t:1", "hidden-states", 2_500_000, sequences=80, digests=[])
     ledger.note("server", "metrics", 321)
@@ -29,6 +31,21 @@ def test_page_holds_what_left_and_what_remains(node: Path) -> None:
     assert "Not measured" in html and NOISE in html and "does not cover hidden states" in html
     assert read_ledger(node / "ledger.jsonl").head in html and "rounds 3 to 3" in html
     assert "<script" not in html and "http" not in html
+
+
+def test_page_says_who_runs_the_trunk_and_what_was_asked_of_the_adapter(node: Path) -> None:
+    assert "Nothing was asked for: with trunk-operator-key" in privacy_report(node, None)
+    said = Statement(
+        "Example Ltd", "m", "c", "w", "1", ("k",), "counts <only>", "2026-01-01T00:00Z", "2026-02-01T00:00Z"
+    )
+    shown = {"statement": said.signed(Ed25519PrivateKey.generate()).decode(), "evidence": "e", "verifier": "judge -x"}
+    Ledger(node / NAME, 3).note("", "trunk-shown", 0, trunk="t:1", **{"tls-key": "abcdef"}, **shown)
+    asked = Ledger(node / f"adapter.{NAME}")
+    asked.note("trunk u:2", "generation", 4_321)
+    html = privacy_report(node, None)
+    for text in ("TLS key abcdef", "Example Ltd, until 2026-02-01", "counts &lt;only&gt;", "judge -x", "u:2", "4,321"):
+        assert text in html
+    assert "rounds 3 to 3" in html
 
 
 def test_page_holds_an_audit(node: Path, tmp_path: Path) -> None:

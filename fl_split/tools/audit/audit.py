@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,10 +24,12 @@ from fl_split.model.checkpoint import weights_digest
 from fl_split.model.ends import load_ends
 from fl_split.model.loading import Boundaries, boundaries_of
 from fl_split.node.build import check_demo_data, find_model
+from fl_split.node.ledger import Sums, read_ledger
 from fl_split.plan.plan import choose_split
 from fl_split.tools.audit.attack import Attacker, add_noise
 from fl_split.tools.audit.bottom import Listener, sent
 from fl_split.tools.audit.counts import count, kinds_of, share_found, share_right
+from fl_split.tools.audit.membership import membership
 from fl_split.tools.audit.text import Planted, own_ids, plant, public_ids
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ class Setting:
     adapter: Path | None = None  # of a run; None: the base model, as at a run's start
     noise: float = 0.0  # added to hidden states, relative to their root mean square: what that would do
     passes: int = 1  # in which an example is sent, each with other noise
+    ledger: Path | None = None  # of a run, in which passes were counted: it comes before `passes`
+    members: int = 64  # rows of each side, to tell those that the adapter was trained on from others
     examples: int = 16
     tokens: int = 64  # of each, from its beginning
     canaries: int = 8  # planted records
@@ -114,6 +118,9 @@ def audit(config: RunConfig, own: NodeConfig, setting: Setting) -> dict[str, Any
     """
     started = time.monotonic()
     check_demo_data(config, own)
+    counted = _counted(setting.ledger) if setting.ledger else None
+    if counted:
+        setting = replace(setting, passes=max(1, round(counted.passes)))
     config = choose_split(config)
     if not own.data_path and own.num_partitions == 1:  # a simulation, of which nobody said how many nodes it has
         own = own.model_copy(update={"num_partitions": num_files(config.data)})
@@ -133,12 +140,16 @@ def audit(config: RunConfig, own: NodeConfig, setting: Setting) -> dict[str, Any
         "drift": outcome.drift,
         **_controls(attacker, node, attacked, noise),
     }
+    if setting.adapter and setting.members and node.whole:
+        logger.info("losses of rows that were trained on, and of others ...")
+        figures |= membership(config, own, node.folder, setting.adapter, setting.members)
     return {
         "verdict": verdict(figures),
         **figures,
         "examples": len(node.own),
         "tokens": sum(map(len, node.own)),
         "passes": setting.passes,
+        **({"sent-again": counted.repeated / counted.sequences, "ledger-head": counted.head} if counted else {}),
         "noise": setting.noise,
         "model": config.model.name,
         "split": "{}+{}".format(*node.ends),
@@ -149,6 +160,14 @@ def audit(config: RunConfig, own: NodeConfig, setting: Setting) -> dict[str, Any
         "audit-s": time.monotonic() - started,
         "fl-split": __version__,
     }
+
+
+def _counted(ledger: Path) -> Sums:
+    """A run's ledger, checked; of one in which no hidden states were sent, nothing can be said."""
+    sums = read_ledger(ledger)
+    if not (sums.sequences and sums.examples):
+        raise ConfigError(f"{ledger} has no line of hidden states: expected the ledger of a run on this node")
+    return sums
 
 
 def _controls(attacker: Attacker, node: Node, attacked: Sequence[Tensor], noise: float) -> dict[str, float]:

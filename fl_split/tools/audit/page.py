@@ -18,6 +18,8 @@ FIGURES = {
     "capitalised": "tokens that begin with a capital, such as names",
     "rare": "tokens that the attacker's public text lacks",
     "canary-fields": "planted names, dates, numbers and addresses, whole",
+    "membership-auc": "of a row trained on and one held out, the adapter tells which is which (guessing: 50 %)",
+    "membership-error": "... one standard error of that",
 }
 CONTROLS = {
     "control-no-defence": "the attack where nothing defends: must be above 95 %",
@@ -32,6 +34,8 @@ _SETTING = {
     "drift": "how far the adapter moves hidden states, as the attacker sees it",
     "noise": "noise, relative to hidden states",
     "passes": "times that an example is sent",
+    "sent-again": "hidden states that had been sent before, of all in the ledger",
+    "ledger-head": "last hash of the ledger in which that was counted",
     "examples": "examples looked at",
     "tokens": "tokens of these",
     "audit-s": "seconds that all of it took",
