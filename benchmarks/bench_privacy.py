@@ -1,6 +1,6 @@
 """How much of a node's text can the trunk's operator read, at which depth, and what do defences change?
 
-    python benchmarks/bench_privacy.py --models DIR [DIR ...] --data FILE [--quick] [--json FILE]
+    python benchmarks/bench_privacy.py --models DIR [DIR ...] --data FILE [--quick | --missing] [--json FILE]
 
 The attacks are those of `fl-split audit`: on each hidden state by itself (one shot), and one token after another, each
 tried after what was read before (sequence; under noise with the base model's next-token probabilities and a beam). The
@@ -8,9 +8,14 @@ attacker has the public base model and public text (Python's documentation), the
 the text, the adapter or the seed. Defences: none, a wire of int8, an adapter trained here on other examples of the same
 file, noise relative to each hidden state's root mean square, once and as the mean of ten passes. Loss beside it: of the
 whole model with the defence at the bottom's end, on the same text.
+
+Redaction changes what hidden states are made of: an invented patient's record stands before each question, and a node
+trains on that as it is, or with rules that describe the records' fields. Loss beside it: of held-out answers, the same
+texts in both, after training; the mean of the differences with its error.
 """
 
 import argparse
+import json
 import math
 import tempfile
 import time
@@ -21,18 +26,21 @@ from typing import Any
 
 import torch
 from about import about, write
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fl_split.config import Data, Lora, NodeConfig, Train
-from fl_split.data.batches import prepare_tokenizer, training_batches
+from fl_split.data.batches import heldout_batches, prepare_tokenizer, training_batches
 from fl_split.data.load import load_examples
+from fl_split.data.redact import KINDS, redactor
 from fl_split.model import adapters
 from fl_split.model.ends import load_ends
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node import train
+from fl_split.node.trial import Losses, gain, measure
 from fl_split.tools.audit.attack import Attacker, add_noise
 from fl_split.tools.audit.bottom import Listener, sent
 from fl_split.tools.audit.counts import count, kinds_of, share_found, share_right
@@ -43,15 +51,20 @@ from fl_split.tools.gradcheck import Candidate, build
 TOP = 2
 
 
-def trained_adapter(folder: Path, data: Data, depth: int, steps: int) -> dict[str, Tensor]:
-    """An adapter of a node that trained with the exact gradient."""
+def trained(folder: Path, data: Data, node: NodeConfig, depth: int, steps: int) -> PeftModel:
+    """The model of a node that trained with the exact gradient."""
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
     trunk = LocalTrunk(load_trunk(folder, depth, TOP))
     model = build(folder, depth, TOP, trunk, Candidate("exact"), Lora())
-    batches = training_batches(load_examples(data, NodeConfig(), tokenizer, 0).train, tokenizer, 4, 0, 0)
+    batches = training_batches(load_examples(data, node, tokenizer, 0).train, tokenizer, 4, 0, 0)
     config = Train.model_validate({"steps": steps, "batch-size": 4, "bottom-lr": 2e-3, "top-lr": 4e-3})
     train.train_round(model, train.make_optimizer(model, config), batches, config)
-    return adapters.adapter_state(model)
+    return model
+
+
+def trained_adapter(folder: Path, data: Data, depth: int, steps: int) -> dict[str, Tensor]:
+    """Its adapter."""
+    return adapters.adapter_state(trained(folder, data, NodeConfig(), depth, steps))
 
 
 def node_sends(
@@ -95,7 +108,7 @@ class Bench:
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.name, self.folder, self.quick = folder.name, folder, options.quick
-        self.work, self.out = options.work, options.json
+        self.work, self.out, self.source = options.work, options.json, options.data
         tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
         self.data = Data.model_validate({"path": str(options.data.resolve()), "max-length": 64})
         examples, length = (3, 24) if options.quick else (options.examples, 64)
@@ -153,6 +166,47 @@ class Bench:
             save_file(trained_adapter(self.folder, self.data, depth, steps), file)
         return load_file(file)
 
+    def has(self, figure: str) -> bool:
+        """Whether the file holds a figure of this model already."""
+        return self.out is not None and self.out.exists() and figure in json.loads(self.out.read_text())
+
+    def redaction(self, depth: int) -> None:
+        """What is read of records whose fields rules describe, and what learning from such rows loses."""
+        found = {row["answer"]: row for row in map(json.loads, self.source.read_text().splitlines())}
+        rows = [row for row in found.values() if len(row["answer"].split()) <= 60][: 12 if self.quick else None]
+        planted = plant(len(rows), 1)
+        for row, record in zip(rows, planted, strict=True):
+            row["question"] = f"{record.text} {row['question']}"
+        words, rules = self.work / "names.txt", self.work / "rules.toml"
+        words.write_text("\n".join(record.fields[0] for record in planted))
+        rules.write_text(f"words = {str(words)!r}\n[patterns]\nrecord = '\\d\\d-\\d{{4}}-\\d\\d'\n")
+        plain, node = self.data.model_copy(update={"max_length": 256}), NodeConfig(redact_rules=str(rules))
+        redacted = plain.model_copy(update={"redact": ",".join(KINDS)})
+        before = self.loss_after(depth, rows, plain, NodeConfig())
+        after = self.loss_after(depth, rows, redacted, node)
+        redact = redactor(redacted, node)
+        texts = [redact.text(record.text) if redact else "" for record in planted[:8]]
+        ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        read = self.prepare(depth, False).read(node_sends(self.folder, depth, ids, "bfloat16")).ids
+        difference = gain(after, before)
+        self.figures |= {
+            f"canary-fields/{self.name}/{depth}/redact": share_found(read, planted[:8], self.tokenizer),
+            f"loss-rise/{self.name}/{depth}/redact": difference.mean,
+            f"loss-rise-error/{self.name}/{depth}/redact": difference.error,
+        }
+        print(f"{self.name:10} {depth:3} redact         {[*self.figures.items()][-3:]}", flush=True)
+
+    def loss_after(self, depth: int, rows: list[dict[str, str]], data: Data, node: NodeConfig) -> Losses:
+        """Losses of the answers of every fourth row, after training on the others."""
+        parts = {"test": rows[::4], "train": [row for i, row in enumerate(rows) if i % 4]}
+        for name, part in parts.items():
+            (self.work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        train_on, test_on = (data.model_copy(update={"path": str(self.work / f"{n}.jsonl")}) for n in ("train", "test"))
+        model = trained(self.folder, train_on, node, depth, 1 if self.quick else 30)
+        test = load_examples(test_on, node, self.tokenizer, 0)
+        by_answer = sorted([*test.train, *test.heldout], key=lambda row: [n for n in row["labels"] if n >= 0])
+        return measure(model, [batch for row in by_answer for batch in heldout_batches([row], self.tokenizer, 1)])
+
     def defences(self, depth: int) -> None:
         """All defences at one depth, with the loss beside them."""
         attacker, loss = self.prepare(depth, True), Loss(self.folder, depth)
@@ -184,6 +238,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=16, help="of 64 tokens each")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fl-split-bench-privacy")
     parser.add_argument("--quick", action="store_true", help="little text: the shape of the table, not its numbers")
+    parser.add_argument("--missing", action="store_true", help="only what --json lacks: goes on where it was stopped")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -193,9 +248,15 @@ def main() -> None:
         bench = Bench(folder.resolve(), options)
         layers = AutoConfig.from_pretrained(folder).num_hidden_layers
         first, *others = (depth for depth in options.depths if depth + TOP < layers)
-        bench.defences(first)
+        if not (options.missing and bench.has(f"audit-s/{bench.name}")):
+            bench.defences(first)
+            write(options.json, {**bench.figures, **about(0)}, keep=True)
+        if not (options.missing and bench.has(f"loss-rise/{bench.name}/{first}/redact")):
+            bench.redaction(first)
+            write(options.json, {**bench.figures, **about(0)}, keep=True)
         for depth in [] if options.quick else others:
-            bench.plain(depth)
+            if not (options.missing and bench.has(f"recovered/{bench.name}/{depth}/none")):
+                bench.plain(depth)
         write(options.json, {**bench.figures, **about(0)}, keep=True)
 
 
