@@ -56,7 +56,8 @@ def trained(folder: Path, data: Data, node: NodeConfig, depth: int, steps: int) 
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
     trunk = LocalTrunk(load_trunk(folder, depth, TOP))
     model = build(folder, depth, TOP, trunk, Candidate("exact"), Lora())
-    batches = training_batches(load_examples(data, node, tokenizer, 0).train, tokenizer, 4, 0, 0)
+    rows = load_examples(data, node, tokenizer, 0, max_rows=None if steps > 1 else 64).train
+    batches = training_batches(rows, tokenizer, 4, 0, 0)
     config = Train.model_validate({"steps": steps, "batch-size": 4, "bottom-lr": 2e-3, "top-lr": 4e-3})
     train.train_round(model, train.make_optimizer(model, config), batches, config)
     return model
@@ -119,6 +120,7 @@ class Bench:
         self.texts, self.truth = [*self.own, *records], [torch.tensor(ids) for ids in self.own]
         self.public = public_ids((), folder, length, 0)
         self.figures: dict[str, float] = {}
+        self.attacker: Attacker | None = None  # at the first depth
 
     def prepare(self, depth: int, whole: bool) -> Attacker:
         attacker = Attacker.prepare(self.folder, (depth, TOP), self.public, "bfloat16", whole=whole)
@@ -187,7 +189,8 @@ class Bench:
         redact = redactor(redacted, node)
         texts = [redact.text(record.text) if redact else "" for record in planted[:8]]
         ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        read = self.prepare(depth, False).read(node_sends(self.folder, depth, ids, "bfloat16")).ids
+        attacker = self.attacker or self.prepare(depth, False)
+        read = attacker.read(node_sends(self.folder, depth, ids, "bfloat16")).ids
         difference = gain(after, before)
         self.figures |= {
             f"canary-fields/{self.name}/{depth}/redact": share_found(read, planted[:8], self.tokenizer),
@@ -209,7 +212,8 @@ class Bench:
 
     def defences(self, depth: int) -> None:
         """All defences at one depth, with the loss beside them."""
-        attacker, loss = self.prepare(depth, True), Loss(self.folder, depth)
+        self.attacker = attacker = self.prepare(depth, True)
+        loss = Loss(self.folder, depth)
         plain, whole = node_sends(self.folder, depth, self.texts, "bfloat16"), loss(self.own)
         self.read(attacker, depth, "none", plain)
         times = attacker.seconds, self.figures[f"attack-s/{self.name}/{depth}/none"]
@@ -241,7 +245,7 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="only what --json lacks: goes on where it was stopped")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2 if options.quick else 1)
     transformers_logging.disable_progress_bar()
     options.work.mkdir(parents=True, exist_ok=True)
     for folder in options.models[-1:] if options.quick else options.models:
@@ -254,6 +258,7 @@ def main() -> None:
         if not (options.missing and bench.has(f"loss-rise/{bench.name}/{first}/redact")):
             bench.redaction(first)
             write(options.json, {**bench.figures, **about(0)}, keep=True)
+        bench.attacker = None  # whose memory the others need
         for depth in [] if options.quick else others:
             if not (options.missing and bench.has(f"recovered/{bench.name}/{depth}/none")):
                 bench.plain(depth)

@@ -56,8 +56,8 @@ class Statement:
         """
         try:
             values: dict[str, Any] = json.loads(data.partition(b"\n")[0])
-            keys = values.pop("tls_keys")
-            read = cls(tls_keys=tuple(map(str, keys)), **{name: str(value) for name, value in values.items()})
+            known = {field.name: str(values[field.name]) for field in fields(cls)}  # later versions may say more
+            read = cls(**{**known, "tls_keys": tuple(map(str, values["tls_keys"]))})  # type: ignore[arg-type]
             if not _time(read.issued) < _time(read.expires):
                 raise ValueError
         except (ValueError, TypeError, KeyError, AttributeError):

@@ -84,6 +84,8 @@ class Vetting:
             self._judge(reply.evidence, nonce, pinned, address)
             shown["evidence"] = sha256(reply.evidence).hexdigest()
             shown["verifier"] = self._credentials.verifier
+        names = " and ".join(name for name in ("statement", "evidence") if name in shown)
+        logger.info("the trunk at %s has shown its %s, which holds for its TLS key", address, names)
         return shown
 
     def _check_statement(

@@ -355,6 +355,22 @@ def test_another_trunk_on_the_same_port_gets_nothing(world: World, asked: str) -
     assert set(got) == {"Describe"}
 
 
+def test_a_connection_that_grpc_makes_anew_goes_to_no_other_key(world: World) -> None:
+    """Unseen by its user, a channel connects again: a call then meets whoever is there, without an error before."""
+    with world.trunk(evidence_command=world.quote) as address:
+        client = world.connect(address, timeout_s=5, evidence=True)
+        client.start(ROWS, None, None).result()
+    port = int(address.rpartition(":")[2])
+    with client, world.impostor("b", port=port) as (_, got):
+        ready = threading.Event()
+        (replica,) = client._replicas._all
+        replica.channel.subscribe(lambda state: state is grpc.ChannelConnectivity.READY and ready.set(), True)
+        assert not ready.wait(4)  # gRPC tries again every 2 s
+        with pytest.raises(TrunkRefused, match="shows no evidence"):
+            client.start(ROWS, None, None).result()
+    assert set(got) == {"Describe"}
+
+
 def test_the_same_trunk_that_was_started_again_shows_itself_again(world: World) -> None:
     with world.trunk(evidence_command=world.quote) as address:
         client = world.connect(address, evidence=True)

@@ -1,5 +1,6 @@
 """What a trunk shows of itself to those who ask, and that it shows nothing of another machine's."""
 
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -174,6 +175,19 @@ def test_an_operator_signs_and_anybody_can_look(keys: Path, checkpoint: Callable
     assert other.exit_code == 1 and "is not signed by the operator's key" in other.stderr
     gone = CliRunner().invoke(app, ["trunk", "statement", "show", str(keys / "nothing")])
     assert gone.exit_code == 1 and "cannot be read (FileNotFoundError)" in gone.stderr
+
+
+@pytest.mark.parametrize(
+    "change", [{"expires": "tomorrow"}, {"issued": "2020-01-01"}, {"tls_keys": 3}, {"operator": None}]
+)
+def test_what_is_no_statement_is_not_read(change: dict[str, Any]) -> None:
+    good = Statement("o", "m", "c", "w", "1", ("k",), "none", "2026-01-01T00:00Z", "2026-02-01T00:00Z")
+    values = {**json.loads(good.signed(Ed25519PrivateKey.generate()).partition(b"\n")[0]), "of-a-later-version": 1}
+    assert Statement.of(json.dumps(values).encode()) == good
+    values |= change
+    for data in (json.dumps({k: v for k, v in values.items() if v is not None}), "[]", "", "\xff"):
+        with pytest.raises(ConfigError, match="this is no statement of a trunk's operator"):
+            Statement.of(data.encode("latin-1"))
 
 
 @pytest.mark.parametrize(
