@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from typer.testing import CliRunner
 
-from fl_split import wire
+from fl_split import demo, wire
 from fl_split.cli import app
 from fl_split.config import Lora, NodeConfig, RunConfig, Train
 from fl_split.data.batches import prepare_tokenizer, training_batches
@@ -289,6 +289,16 @@ def test_an_adapter_that_knows_its_rows_by_heart_gives_them_away(demo_model: Pat
     assert found["membership-error"] < blank["membership-error"]
     with pytest.raises(DataError, match="too few rows to tell whether the adapter gives them away"):
         membership(config, own, demo_model, tmp_path / "full", 1)
+
+
+def test_an_audit_asks_it_of_an_adapter_if_it_may(demo_model: Path, tmp_path: Path) -> None:
+    own = NodeConfig(data_path=str(demo.data_folder() / "hospital-north.jsonl"))
+    adapter = trained(demo_model, tmp_path / "blank", choose_split(RunConfig()), own, 0)
+    words = ["audit", "--examples", "2", "--tokens", "8", "--canaries", "0", "--json", "--adapter", str(adapter)]
+    words += ["--out", str(tmp_path / "a.html"), "--node-config", f"data-path={own.data_path!r}"]
+    found = [json.loads(CliRunner().invoke(app, [*words, "--members", count]).stdout) for count in ("3", "0")]
+    assert (found[0]["membership-auc"], found[0]["membership-rows"]) == (0.5, 6)
+    assert "membership-auc" not in found[1]
 
 
 def test_auc() -> None:
