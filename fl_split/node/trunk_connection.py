@@ -34,7 +34,7 @@ from fl_split.node.ledger import Ledger
 from fl_split.node.replicas import Credentials, Replica, Replicas
 from fl_split.node.surrogate_file import fetch_published
 from fl_split.node.trouble import explain
-from fl_split.node.vetting import vetting_of
+from fl_split.node.vetting import Pinned, Vetting, vetting_of
 from fl_split.proto import trunk_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -260,45 +260,49 @@ class TrunkConnection:
             replica.lock.release()
 
     def _find_out(self, replica: Replica, left_s: float, metadata: Any) -> None:
+        """Ask a replica what it is. If it has to show something, then through a channel that takes one certificate.
+
+        That channel becomes the replica's once all is accepted, and not before: other threads may be about to send.
+        """
+        asked = replica
         try:
-            reply = self._ask(replica, left_s, metadata)
-            self._expected.check(reply, replica.address, self.wire_dtype)
-            if self._meet is not None:
-                self._check_for_shares(reply, replica.address)
-                self._meet(replica.address)
-        except TrunkUnavailable as error:
-            raise NoHandshake(error.__cause__) from error
+            if self._vetting is None:
+                reply = replica.describe(pb.DescribeRequest(), timeout=left_s, metadata=metadata)
+            else:
+                pinned = self._vetting.meet(replica.address)
+                asked = replica.bound(pinned.pem, self._credentials)
+                reply = self._see(self._vetting, asked, pinned, left_s, metadata)
+            self._accept(reply, replica.address)
+        except BaseException as error:
+            if asked is not replica:
+                asked.channel.close()
+            if isinstance(error, TrunkUnavailable):
+                raise NoHandshake(error.__cause__) from error
+            raise
+        if asked is not replica:
+            replica.take(asked)
+        replica.description, replica.checked = reply, True
+
+    def _see(self, vetting: Vetting, asked: Replica, pinned: Pinned, left_s: float, metadata: Any) -> pb.DescribeReply:
+        nonce = vetting.nonce()
+        reply: pb.DescribeReply = asked.describe(pb.DescribeRequest(nonce=nonce), timeout=left_s, metadata=metadata)
+        shown = vetting.check(reply, nonce, pinned, asked.address)
+        if self._ledger is not None:
+            self._ledger.note("", "trunk-shown", 0, **shown)
+        return reply
+
+    def _accept(self, reply: pb.DescribeReply, address: str) -> None:
+        self._expected.check(reply, address, self.wire_dtype)
+        if self._meet is not None:
+            self._check_for_shares(reply, address)
+            self._meet(address)
         with self._lock:
             self.trunk_id = self.trunk_id or reply.trunk_id
         if reply.trunk_id != self.trunk_id:
             raise TrunkMismatch(
-                f"the trunk at {replica.address} is another one ({reply.trunk_id.hex()}, {_precision(reply)}) than the "
+                f"the trunk at {address} is another one ({reply.trunk_id.hex()}, {_precision(reply)}) than the "
                 f"one that this node began with ({self.trunk_id.hex()}): start all replicas with the same [model]"
             )
-        replica.description, replica.checked = reply, True
-
-    def _ask(self, replica: Replica, left_s: float, metadata: Any) -> pb.DescribeReply:
-        """What a replica says of itself. If it has to show something, it is asked through a channel of its own.
-
-        That channel takes one certificate alone. It becomes the replica's once what was shown has been accepted, and
-        not before, since other threads may be about to send.
-        """
-        if self._vetting is None:
-            return cast(pb.DescribeReply, replica.describe(pb.DescribeRequest(), timeout=left_s, metadata=metadata))
-        pinned, nonce = self._vetting.meet(replica.address), self._vetting.nonce()
-        asked = replica.bound(pinned.pem, self._credentials)
-        try:
-            reply: pb.DescribeReply = asked.describe(pb.DescribeRequest(nonce=nonce), timeout=left_s, metadata=metadata)
-            shown = self._vetting.check(reply, nonce, pinned, replica.address)
-            if self._ledger is not None:
-                self._ledger.note("", "trunk-shown", 0, **shown)
-        except BaseException:
-            if asked is not replica:
-                asked.channel.close()
-            raise
-        if asked is not replica:
-            replica.take(asked)
-        return reply
 
     def _check_for_shares(self, reply: pb.DescribeReply, address: str) -> None:
         if not reply.gradient_shares:
