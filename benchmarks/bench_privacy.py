@@ -255,13 +255,11 @@ def main() -> None:
         if not (options.missing and bench.has(f"audit-s/{bench.name}")):
             bench.defences(first)
             write(options.json, {**bench.figures, **about(0)}, keep=True)
-        if not (options.missing and bench.has(f"loss-rise/{bench.name}/{first}/redact")):
-            bench.redaction(first)
-            write(options.json, {**bench.figures, **about(0)}, keep=True)
-        bench.attacker = None  # whose memory the others need
         for depth in [] if options.quick else others:
             if not (options.missing and bench.has(f"recovered/{bench.name}/{depth}/none")):
                 bench.plain(depth)
+        if not (options.missing and bench.has(f"loss-rise/{bench.name}/{first}/redact")):
+            bench.redaction(first)
         write(options.json, {**bench.figures, **about(0)}, keep=True)
 
 
