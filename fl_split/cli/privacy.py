@@ -72,7 +72,7 @@ def ledger_show(
     file: LedgerFile, as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False
 ) -> None:
     """Sum up what has left the node, by receiver and kind."""
-    from fl_split.node.ledger import read_ledger, rows_of, say_passes
+    from fl_split.node.ledger import read_ledger, rows_of, say_passes, say_shown
 
     with errors():
         sums = read_ledger(file)
@@ -80,4 +80,4 @@ def ledger_show(
     if as_json:
         print(*(json.dumps(row) for row in rows), sep="\n")
         return
-    print(columns(rows) if rows else "nothing has left this node", say_passes(sums), sep="\n")
+    print(columns(rows) if rows else "nothing has left this node", say_passes(sums), *say_shown(sums), sep="\n")

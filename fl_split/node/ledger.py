@@ -196,6 +196,15 @@ def say_passes(sums: Sums) -> str:
     return f"{text}; {sums.repeated} of the sequences were sent before, byte for byte"
 
 
+def say_shown(sums: Sums) -> list[str]:
+    """What each trunk had to show before it got anything else, a line each."""
+    lines = []
+    for address, shown in sorted(sums.shown.items()):
+        names = " and ".join(name for name in ("statement", "evidence") if name in shown)
+        lines.append(f"the trunk at {address} has shown its {names}, for the TLS key {shown['tls-key'][:16]}")
+    return lines
+
+
 def _add(sums: Sums, entry: dict[str, Any], seen: set[str]) -> None:
     key = entry["to"], entry["kind"]
     sums.rounds.add(entry["round"])

@@ -201,6 +201,9 @@ def test_show_and_verify(tmp_path: Path) -> None:
     assert done.exit_code == 0 and read_ledger(file).head in done.output
     with pytest.raises(NodeStateError, match="cannot be read"):
         read_ledger(tmp_path / "none")
+    Ledger(file).note("", "trunk-shown", 0, trunk="t:1", evidence="e", **{"tls-key": "ab" * 32})
+    shown = CliRunner().invoke(app, ["ledger", "show", str(file)]).output
+    assert "the trunk at t:1 has shown its evidence, for the TLS key abababababababab\n" in shown
 
 
 NUMBERS = {
