@@ -36,7 +36,7 @@ def check_consent(config: RunConfig, node: NodeConfig) -> None:
         _check_consent_to_shares(config, node)
     if config.surrogate.kind != "exact":
         return
-    if (node.data_path or node.out_dir) and not node.allow_exact_gradient:
+    if node.speaks_for_itself and not node.allow_exact_gradient:
         raise ConfigError(
             "this run has surrogate.kind='exact', which sends dL/dh2, the gradient of this node's private loss, to the "
             "trunk: to allow it, set allow-exact-gradient=true in --node-config; else use another surrogate.kind"
@@ -62,7 +62,7 @@ def check_demo_data(config: RunConfig, node: NodeConfig) -> None:
 
 
 def _check_consent_to_shares(config: RunConfig, node: NodeConfig) -> None:
-    if (node.data_path or node.out_dir) and not node.allow_gradient_shares:
+    if node.speaks_for_itself and not node.allow_gradient_shares:
         raise ConfigError(
             "this run has surrogate.kind='shares', which sends hidden states to two trunks, and to each a share of "
             "dL/dh2, the gradient of this node's private loss: to allow it, set allow-gradient-shares=true in "

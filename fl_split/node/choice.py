@@ -94,7 +94,7 @@ def choose(config: RunConfig, node: NodeConfig, folder: Path, clock: Clock | Non
         folder: The base model's.
         clock: Says how long a round would take; without one, time is left open.
     """
-    if config.has_shares and (node.allow_gradient_shares or not (node.data_path or node.out_dir)):
+    if config.has_shares and (node.allow_gradient_shares or not node.speaks_for_itself):
         return Choice("shares", "the run names a second trunk, and nothing forbids it on this node")
     limit = _PART * config.run.round_timeout
     why_not = _no_streamed(config, node, folder)

@@ -371,6 +371,8 @@ def test_institution_run_and_operator_must_all_allow_it(caplog: pytest.LogCaptur
     check_consent(run, NodeConfig())  # a simulation cannot ask
     with pytest.raises(ConfigError, match="allow-gradient-shares=true in --node-config"):
         check_consent(run, NodeConfig(data_path="/data", allow_exact_gradient=True))
+    with pytest.raises(ConfigError, match="allow-gradient-shares=true in --node-config"):
+        check_consent(run, NodeConfig(trunk_ca="/ca.crt"))
     check_consent(run, NodeConfig(data_path="/data", allow_gradient_shares=True))
     assert "at most 0.0008 bits" in caplog.text
     assert "only while the two operators do not collude" in caplog.text
