@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from functools import partial, reduce
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -42,6 +43,18 @@ class Trunk(Protocol):
             Output of the last trunk layer, ``[batch, seq, hidden]``, without a graph. Rows of padding are undefined.
         """
         ...
+
+
+class Nowhere:
+    """A trunk of no layers: nothing is sent."""
+
+    def start(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> "Future[Tensor]":
+        """Return what came; see `Trunk.start`."""
+        done: Future[Tensor] = Future()
+        done.set_result(hidden_states)
+        return done
 
 
 class ExactTrunk(Trunk, Protocol):
@@ -157,3 +170,17 @@ class TrunkSlot(Hole):
 def trunk_calls_of(model: nn.Module) -> TrunkCalls:
     """The calls that a node's model, from `ends.load_ends`, makes to its trunk."""
     return cast(TrunkCalls, model.trunk_calls)
+
+
+def offline(ends: nn.Module, call: Callable[[], Tensor]) -> Tensor:
+    """Make a call with `Nowhere` in the trunk's place; then all is as it was."""
+    calls, training = trunk_calls_of(ends), ends.training
+    trunk = calls.trunk
+    calls.trunk = Nowhere()
+    ends.eval()
+    try:
+        with torch.no_grad():
+            return call()
+    finally:
+        calls.trunk = trunk
+        ends.train(training)

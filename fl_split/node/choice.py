@@ -11,11 +11,9 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fl_split.config import Kind, NodeConfig, RunConfig
@@ -27,6 +25,7 @@ from fl_split.model.checkpoint import read_config, weights_digest
 from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.loss import accumulate
+from fl_split.model.slots import Nowhere
 from fl_split.node.build import build_model
 from fl_split.plan.fits_here import check_room
 from fl_split.plan.plan import auto_class
@@ -70,7 +69,7 @@ def settle(
         return config
 
     def clock(config: RunConfig) -> float:
-        model = build_model(config, node.lora(config.lora), folder, _Echo(), tokenizer.pad_token_id)
+        model = build_model(config, node.lora(config.lora), folder, Nowhere(), tokenizer.pad_token_id)
         batch = next(training_batches(examples.train, tokenizer, config.train.batch_size, 0, 0, config.data))
         started = time.monotonic()
         accumulate(model, [batch])
@@ -134,15 +133,3 @@ def _no_streamed(config: RunConfig, node: NodeConfig, folder: Path) -> str:
 
 def _lacks_memory(config: RunConfig, node: NodeConfig) -> bool:
     return any(check.name == "memory" and check.status == "fail" for check in check_room(config, node))
-
-
-class _Echo:
-    """In the trunk's place while a step is timed; nothing is sent."""
-
-    def start(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-    ) -> "Future[Tensor]":
-        """Return what came; see `slots.Trunk.start`."""
-        done: Future[Tensor] = Future()
-        done.set_result(hidden_states)
-        return done
