@@ -7,8 +7,9 @@ a random step away from them, the padding mask, position ids).
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial, reduce
 from typing import Any, Protocol, cast
 
@@ -172,15 +173,23 @@ def trunk_calls_of(model: nn.Module) -> TrunkCalls:
     return cast(TrunkCalls, model.trunk_calls)
 
 
+@contextmanager
+def in_its_place(model: nn.Module, trunk: Trunk) -> Iterator[None]:
+    """Put another trunk in the place of a model's own, for a while."""
+    calls = trunk_calls_of(model)
+    usual, calls.trunk = calls.trunk, trunk
+    try:
+        yield
+    finally:
+        calls.trunk = usual
+
+
 def offline(ends: nn.Module, call: Callable[[], Tensor]) -> Tensor:
     """Make a call with `Nowhere` in the trunk's place; then all is as it was."""
-    calls, training = trunk_calls_of(ends), ends.training
-    trunk = calls.trunk
-    calls.trunk = Nowhere()
+    training = ends.training
     ends.eval()
     try:
-        with torch.no_grad():
+        with in_its_place(ends, Nowhere()), torch.no_grad():
             return call()
     finally:
-        calls.trunk = trunk
         ends.train(training)
