@@ -22,13 +22,12 @@ from fl_split.data.load import Examples
 from fl_split.errors import SplitError
 from fl_split.files import write_atomic
 from fl_split.model.checkpoint import read_config, weights_digest
-from fl_split.model.family import examine
+from fl_split.model.family import auto_class, examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.loss import accumulate
 from fl_split.model.slots import Nowhere
 from fl_split.node.build import build_model
 from fl_split.plan.fits_here import check_room
-from fl_split.plan.plan import auto_class
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ def choose(config: RunConfig, node: NodeConfig, folder: Path, clock: Clock | Non
 
 def _no_streamed(config: RunConfig, node: NodeConfig, folder: Path) -> str:
     """Why the trunk's layers cannot be run from this node's disk, as far as can be told without running one."""
-    anatomy = examine(read_config(str(folder)), auto_class(config))
+    anatomy = examine(read_config(str(folder)), auto_class(config.task))
     cut = Boundaries.of(anatomy, config.split.bottom_layers, config.split.top_layers)
     if weights_digest(folder, cut.layers_name, cut.trunk) is None:
         return "the trunk's part of the checkpoint is not on this disk"

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import PretrainedConfig
 
 from fl_split import wire
 from fl_split.config import Aggregation, Dp, Report, Run, RunConfig
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.checkpoint import read_config
-from fl_split.model.family import Anatomy, examine
+from fl_split.model.family import Anatomy, auto_class, examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.surrogate import kept_layers
 from fl_split.plan.step_memory import key_value_bytes, layers_of, on_meta, step_on_meta
@@ -95,11 +95,6 @@ class Plan:
 _planned: dict[tuple[str, str, RunConfig], Plan] = {}
 
 
-def auto_class(run: RunConfig) -> Any:
-    """What builds the model of a run's task."""
-    return AutoModelForSequenceClassification if run.task == "sequence-classification" else AutoModelForCausalLM
-
-
 def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     """Work out what the split of a run costs.
 
@@ -122,7 +117,7 @@ def _make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     if run.task == "sequence-classification":
         config = copy.deepcopy(config)
         config.num_labels, config.pad_token_id = len(run.data.label_names), config.pad_token_id or 0
-    anatomy = examine(config, auto_class(run))
+    anatomy = examine(config, auto_class(run.task))
     cut = Boundaries.of(anatomy, run.split.bottom_layers, run.split.top_layers)
     kind = run.surrogate.planned
     kind = "blocks" if kind == "matched" else kind  # thin layers, of as many layers' size

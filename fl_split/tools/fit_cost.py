@@ -11,10 +11,10 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoModel, PretrainedConfig
 
 from fl_split.config import RunConfig
-from fl_split.model.family import Hole, examine
+from fl_split.model.family import Hole, auto_class, examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.thin import LowRank, linears, replace
 from fl_split.plan.step_memory import Live, layers_of, on_meta, step_on_meta
@@ -145,7 +145,7 @@ def _random(layer: nn.Module, shapes: dict[str, tuple[int, int]], rank: int) -> 
 def _teacher(config: PretrainedConfig, cut: Boundaries, fit: Fit) -> tuple[int, int]:
     """Bytes of the whole model, and of a lesson at its peak."""
     classifies = fit.task == "sequence-classification"
-    anatomy = examine(config, AutoModelForSequenceClassification if classifies else AutoModelForCausalLM)
+    anatomy = examine(config, auto_class(fit.task))
     config = copy.deepcopy(config)
     object.__setattr__(config, "pad_token_id", None)  # else some look for padding, which meta tensors cannot show
     model = on_meta(config, anatomy, getattr(torch, fit.dtype))

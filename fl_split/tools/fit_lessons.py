@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from fl_split.config import Lora
 from fl_split.model import adapters
 from fl_split.model.ends import stop_dropout
-from fl_split.model.family import examine
+from fl_split.model.family import auto_class, examine
 from fl_split.model.loading import Boundaries, boundaries_of
 from fl_split.tools.fit_folder import Fit, FitFolder, Progress, Saved
 from fl_split.tools.fit_text import draw, question
@@ -49,7 +49,7 @@ def load_teacher(folder: Path, bottom_layers: int, top_layers: int, fit: Fit) ->
     Raises:
         SplitError: The model cannot be split here.
     """
-    auto = AutoModelForCausalLM if fit.task == "causal-lm" else AutoModelForSequenceClassification
+    auto = auto_class(fit.task)
     config = AutoConfig.from_pretrained(folder)
     stop_dropout(config)
     anatomy = examine(config, auto)
