@@ -153,8 +153,8 @@ class TrunkSlot(Hole):
         elif self.first:
             self.calls.start(hidden_states, self.training)
         if cache is not None:
-            ledger = entry(hidden_states)
-            cache.update(ledger, ledger, self.index)
+            register = entry(hidden_states)
+            cache.update(register, register, self.index)
         if self.kept is not None and hidden_states.requires_grad:
             layer = partial(self._keep, args, kwargs)
             self.calls.passed(layer)

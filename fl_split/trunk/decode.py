@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from fl_split import wire, wire_decode
 from fl_split.errors import WireError
-from fl_split.model.key_values import KeyValues, Part, run_pass
+from fl_split.model.key_values import KeyValues, NewTokens, run_pass
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk.admission import Gate
 from fl_split.trunk.batching import Batcher, Job
@@ -74,14 +74,14 @@ def run_pieces(model: PreTrainedModel, pieces: Sequence[wire.Packed]) -> list[Te
         for span in spans:
             step = steps[span.request]
             positions = None if step.positions is None else step.positions[span.rows]
-            parts.append(Part(step.kept, indices[span.request][span.rows.start], step.rows[span.rows], positions))
+            parts.append(NewTokens(step.kept, indices[span.request][span.rows.start], step.rows[span.rows], positions))
         for group in _groups(parts):
             for i, rows in zip(group, run_pass(model, [parts[i] for i in group]), strict=True):
                 outputs[spans[i].request][spans[i].rows] = rows
     return outputs
 
 
-def _groups(parts: Sequence[Part]) -> Iterator[list[int]]:
+def _groups(parts: Sequence[NewTokens]) -> Iterator[list[int]]:
     """Indices of parts that may run at once: longest first, so many that what is gathered for them is bounded."""
     group: list[int] = []
     for i in sorted(range(len(parts)), key=lambda i: -parts[i].end):
