@@ -28,9 +28,8 @@ from fl_split.shares import SEED_BYTES
 
 logger = logging.getLogger(__name__)
 
-PROCESS_BYTES = (
-    800 * 10**6
-)  # of a process with torch, transformers, peft and datasets, before any model: an allowance, not a measurement
+# Of a process with torch, transformers, peft and datasets, before any model: an allowance, not a measurement.
+PROCESS_BYTES = 800 * 10**6
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -241,7 +240,7 @@ def share_bytes(lengths: list[int], hidden_size: int) -> tuple[int, int]:
 
 
 def _outliers(dtype: pb.DType, hidden_size: int) -> list[int]:
-    return list(range(hidden_size - max(1, hidden_size // wire.GROUP), hidden_size)) if dtype == pb.INT8 else []
+    return list(range(hidden_size - wire.max_outliers(hidden_size), hidden_size)) if dtype == pb.INT8 else []
 
 
 # -------------------------------------------------------------------------------------------------------- choice

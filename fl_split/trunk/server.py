@@ -241,31 +241,31 @@ class TrunkServer:
 
         return handle
 
-    async def _describe(self, call: "Call") -> bytes:
+    async def _describe(self, call: Call) -> bytes:
         return self._description.SerializeToString()
 
-    async def _surrogate(self, call: "Call") -> bytes:
+    async def _surrogate(self, call: Call) -> bytes:
         async with self._gate.reading(call.caller):
             data = await call.read(self._config.limits.receive_timeout_s, _OFFSET_BYTES)
         request = pb.SurrogateRequest.FromString(data)
         return pb.SurrogateReply(data=self._published.piece(request.offset)).SerializeToString()
 
-    async def _forward(self, call: "Call") -> bytes:
+    async def _forward(self, call: Call) -> bytes:
         dtype, rows = await self._run(call, self._batcher, decode_forward)
         return await in_thread_if(rows.nbytes, encode_forward, rows, dtype, self._description.trunk_id)
 
-    async def _pull(self, call: "Call") -> bytes:
+    async def _pull(self, call: Call) -> bytes:
         dtype, rows = await self._run(call, self._puller, decode_pull)
         return await in_thread_if(rows.nbytes, encode_pull, rows, dtype, self._description.trunk_id)
 
-    async def _decode(self, call: "Call") -> None:
+    async def _decode(self, call: Call) -> None:
         await self._decoder.serve(call, self._limits)
 
-    async def _share(self, call: "Call") -> bytes:
+    async def _share(self, call: Call) -> bytes:
         dtype, rows = await self._run(call, self._puller, decode_share)
         return await in_thread_if(rows.nbytes, encode_pull, rows, dtype, self._description.trunk_id)
 
-    async def _run(self, call: "Call", batcher: Batcher, decode: Decode) -> tuple[pb.DType, Tensor]:
+    async def _run(self, call: Call, batcher: Batcher, decode: Decode) -> tuple[pb.DType, Tensor]:
         async with self._gate.reading(call.caller):
             batcher.check_room(call.caller)
             data = await call.read(self._config.limits.receive_timeout_s)
