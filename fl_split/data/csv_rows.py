@@ -116,7 +116,7 @@ def _fault(fields: list[str] | None, width: int) -> str:
 
 
 def _delimiter(file: Path, head: str, columns: Collection[str], say: Say) -> str:
-    """What separates fields: that by which the first line names the columns."""
+    """Find what separates fields: that by which the first line names the columns."""
     lines = head.splitlines()
     usual = "\t" if endings(file)[0] == ".tsv" else ","
     for delimiter in (usual, *_DELIMITERS):
@@ -134,7 +134,7 @@ def _records(lines: Sequence[str], delimiter: str) -> Iterator[list[str]]:
 
 
 def _is_header(fields: list[str]) -> bool:
-    """Neither blank nor the line by which Excel tells its delimiter."""
+    """Tell whether a line names columns: neither a blank one does nor the one by which Excel tells its delimiter."""
     return any(name.strip() for name in fields) and not fields[0].lower().startswith("sep=")
 
 
@@ -164,7 +164,7 @@ def _header(file: Path, reader: "Iterator[list[str]]", columns: Mapping[str, str
 
 
 def _part_like_records(lines: Sequence[Numbered], width: int, delimiter: str) -> float:
-    """How many of a record's further lines would be records by themselves."""
+    """Say what part of a record's further lines would be records by themselves, 0 to 1."""
     if width < 2 or not lines:
         return 0.0
     looked = list(islice(lines, 1000))

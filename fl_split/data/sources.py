@@ -172,7 +172,7 @@ def _below(key: str, folder: Path) -> Iterator[Path]:
 
 
 def _find_files(key: str, path: str) -> tuple[list[Path], list[Path]]:
-    """Files to be read, and those that a folder has beside them; hidden ones do not count."""
+    """Find the files to be read, and those that a folder has beside them; hidden ones do not count."""
     place = absolute(key, path)
     if place.is_dir():
         below = sorted(file for file in _below(key, place) if file.is_file())

@@ -228,13 +228,13 @@ class _Follower:
 
 
 def _packed(rows: Tensor, lengths: list[int], places: Tensor, before: Sequence[int]) -> Packed:
-    """With positions only if they do not count on from what is there."""
+    """Pack rows, with their positions only where these do not count on from what is there."""
     counted = torch.cat([torch.arange(n, n + new) for n, new in zip(before, lengths, strict=True)])
     return Packed(rows, lengths, None if torch.equal(places, counted) else places)
 
 
 def _first(pieces: Sequence[Tensor], length: int) -> list[Tensor]:
-    """The first `length` rows of what `pieces` hold."""
+    """Keep the first `length` rows of what `pieces` hold."""
     kept: list[Tensor] = []
     for piece in pieces:
         if length <= 0:

@@ -120,7 +120,7 @@ def choose(config: RunConfig, node: NodeConfig, folder: Path, clock: Clock | Non
 
 
 def _no_streamed(config: RunConfig, node: NodeConfig, folder: Path) -> str:
-    """Why the trunk's layers cannot be run from this node's disk, as far as can be told without running one."""
+    """Say why the trunk's layers cannot be run from this node's disk; "" if nothing is against it before one is run."""
     anatomy = examine(read_config(str(folder)), auto_class(config.task))
     cut = Boundaries.of(anatomy, config.split.bottom_layers, config.split.top_layers)
     if weights_digest(folder, cut.layers_name, cut.trunk) is None:

@@ -111,7 +111,7 @@ def keep(file: Path, server_round: int, samples: Sequence[Sample]) -> None:
 
 
 def _parted(example: Example) -> tuple[list[int], list[int]]:
-    """An example's tokens up to its last answer, and that answer."""
+    """Cut an example in two: its tokens up to its last answer, and that answer."""
     ids, labels = example["input_ids"], example["labels"]
     end = max(i for i, label in enumerate(labels) if label != IGNORED) + 1
     start = max((i for i in range(end) if labels[i] == IGNORED), default=-1) + 1

@@ -165,12 +165,12 @@ def _make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
 
 
 def _num_calls(run: RunConfig) -> float:
-    """Forward calls of a micro-batch, probes on average."""
+    """Count the forward calls of a micro-batch, probes on average."""
     return 1 + 1 / run.surrogate.probe_every if run.surrogate.is_trained and run.surrogate.probe_every else 1
 
 
 def _message_bytes(run: RunConfig, hidden_size: int) -> tuple[int, int]:
-    """What a micro-batch of full-length examples sends and receives."""
+    """Count the bytes that a micro-batch of full-length examples sends and receives."""
     lengths, dtype = [run.data.max_length] * run.train.batch_size, wire.NAMES[run.trunk.wire_dtype]
     pulled = {
         "exact": lambda: pull_bytes(lengths, dtype, hidden_size),

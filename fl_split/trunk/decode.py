@@ -82,7 +82,7 @@ def run_pieces(model: PreTrainedModel, pieces: Sequence[wire.Packed]) -> list[Te
 
 
 def _groups(parts: Sequence[NewTokens]) -> Iterator[list[int]]:
-    """Indices of parts that may run at once: longest first, so many that what is gathered for them is bounded."""
+    """Group indices of parts to be run at once: longest first, so many that what is gathered for them is bounded."""
     group: list[int] = []
     for i in sorted(range(len(parts)), key=lambda i: -parts[i].end):
         if group and (len(group) + 1) * parts[group[0]].end > _PASS_COLUMNS:
@@ -179,7 +179,7 @@ class Decoder:
                 await self._answer(call, kept, packed, dtype)
 
     async def _next(self, call: Call, lease: Lease) -> bytes | None:
-        """The next message, None at the caller's end of the stream."""
+        """Wait for the next message; None at the caller's end of the stream."""
         reading = asyncio.ensure_future(call.receive())
         try:
             both: set[asyncio.Future[Any]] = {reading, lease.ended}

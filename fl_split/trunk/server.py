@@ -141,7 +141,7 @@ class TrunkServer:
         return server
 
     def _handlers(self, service: str, answers: Mapping[str, _Answer]) -> grpc.GenericRpcHandler:
-        """Methods of a service under their names in `trunk.proto`.
+        """Put the methods of a service under their names in `trunk.proto`.
 
         Towards grpc they are streams both ways, so that a call is seen before its message is received and until its
         reply is taken: whoever is refused is refused unread, and messages are parsed here. On the wire it is the same.
@@ -218,7 +218,7 @@ class TrunkServer:
     # ---------------------------------------------------------------------------------------------------- calls
 
     def _wrap(self, method: str, answer: _Answer) -> Any:
-        """What every call goes through: who it is, how it ends, its line in the log and in the metrics."""
+        """Lead every call through the same: who it is, how it ends, its line in the log and in the metrics."""
 
         async def handle(_: Any, context: grpc.aio.ServicerContext) -> None:
             call = Call(method, context)
