@@ -23,10 +23,11 @@ from fl_split.errors import WireError
 from fl_split.model.key_values import KeyValues, NewTokens, run_pass
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk.admission import Gate
-from fl_split.trunk.batching import Batcher, Job
+from fl_split.trunk.batching import Batcher
 from fl_split.trunk.cache_pool import CacheFull, CachePool, Lease
 from fl_split.trunk.calls import Call, StreamEnded
 from fl_split.trunk.config import Batching, Limits
+from fl_split.trunk.fair_queue import Job
 from fl_split.trunk.layers import HeldLayers
 from fl_split.trunk.messages import Fields, check_sizes, encode_forward, in_thread_if
 from fl_split.trunk.metrics import TrunkMetrics

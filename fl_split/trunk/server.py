@@ -23,10 +23,11 @@ from fl_split.errors import TrunkError
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk.access import TokenBook, identify, server_credentials
 from fl_split.trunk.admission import Gate
-from fl_split.trunk.batching import Batcher, Job, where
+from fl_split.trunk.batching import Batcher, where
 from fl_split.trunk.calls import Call, Refusal
 from fl_split.trunk.config import Batching, TrunkConfig
 from fl_split.trunk.decode import Decoder
+from fl_split.trunk.fair_queue import Job
 from fl_split.trunk.health import OpenServices
 from fl_split.trunk.layers import HeldLayers, num_cpus
 from fl_split.trunk.messages import (
