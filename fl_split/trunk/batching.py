@@ -3,9 +3,7 @@
 Data path: decoded request -> **fair queue -> batch** -> layout, layers -> **each its rows** -> encoded reply.
 
 The queue holds so many tokens, and no more than a few seconds' work: what waits longer than its caller does is work
-for nobody. When it is full, the caller with the most tokens in it gives way to callers
-with fewer, and is told when to come again. Batches are filled by turns, counted in tokens, so that a caller with
-a thousand calls gets the same share of the trunk as a caller with one.
+for nobody.
 """
 
 import asyncio

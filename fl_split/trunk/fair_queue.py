@@ -1,6 +1,10 @@
 """Requests that wait: bounded in tokens, and served by turns.
 
 Data path: decoded request -> **fair queue** -> batch (`batching`).
+
+When it is full, the caller with the most tokens in it gives way to callers with fewer, and is told when to come again.
+Batches are filled by turns, counted in tokens, so that a caller with a thousand calls gets the same share of the trunk
+as a caller with one.
 """
 
 import asyncio
