@@ -44,6 +44,21 @@ def check_consent(config: RunConfig, node: NodeConfig) -> None:
     logger.warning("surrogate.kind='exact': dL/dh2, the gradient of this node's private loss, goes to the trunk")
 
 
+def _check_consent_to_shares(config: RunConfig, node: NodeConfig) -> None:
+    if node.speaks_for_itself and not node.allow_gradient_shares:
+        raise ConfigError(
+            "this run has surrogate.kind='shares', which sends hidden states to two trunks, and to each a share of "
+            "dL/dh2, the gradient of this node's private loss: to allow it, set allow-gradient-shares=true in "
+            "--node-config; else use another surrogate.kind"
+        )
+    logger.warning(
+        "surrogate.kind='shares': hidden states go to two trunks, and to each a share of dL/dh2, the gradient of this "
+        "node's private loss. Alone, a share says at most %.2g bits of a sequence's. This holds only while the two "
+        "operators do not collude: together they have the gradient",
+        leak_bits(config.surrogate.mask_std),
+    )
+
+
 def check_demo_data(config: RunConfig, node: NodeConfig) -> None:
     """Refuse to train on the demo's invented data where a data-path was forgotten or misspelt.
 
@@ -59,21 +74,6 @@ def check_demo_data(config: RunConfig, node: NodeConfig) -> None:
         raise ConfigError(
             f"{text}, for model.name='demo', not {config.model.name!r}: set data.path, or data-path in --node-config"
         )
-
-
-def _check_consent_to_shares(config: RunConfig, node: NodeConfig) -> None:
-    if node.speaks_for_itself and not node.allow_gradient_shares:
-        raise ConfigError(
-            "this run has surrogate.kind='shares', which sends hidden states to two trunks, and to each a share of "
-            "dL/dh2, the gradient of this node's private loss: to allow it, set allow-gradient-shares=true in "
-            "--node-config; else use another surrogate.kind"
-        )
-    logger.warning(
-        "surrogate.kind='shares': hidden states go to two trunks, and to each a share of dL/dh2, the gradient of this "
-        "node's private loss. Alone, a share says at most %.2g bits of a sequence's. This holds only while the two "
-        "operators do not collude: together they have the gradient",
-        leak_bits(config.surrogate.mask_std),
-    )
 
 
 def warn_of_room(config: RunConfig, node: NodeConfig) -> None:
