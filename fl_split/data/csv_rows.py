@@ -78,16 +78,7 @@ def read_csv(file: Path, say: Say, columns: Mapping[str, str]) -> Iterator[Row]:
         reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=spaced, strict=True)
         header = _header(file, reader, columns)
         told = False
-        while True:
-            lines.taken = []
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error:
-                fields = None
-            if fields == []:  # a blank line
-                continue
+        for fields in _read_records(reader, lines):
             number, following = lines.taken[0][0], lines.taken[1:]
             place = f"{file.name} line {number}"
             wrong = undecoded("".join(fields or ()))
@@ -107,6 +98,21 @@ def read_csv(file: Path, say: Say, columns: Mapping[str, str]) -> Iterator[Row]:
                 if len(following) >= _MANY_LINES and alike > _MOST:
                     say(f"{place} to {following[-1][0]} are read as one row: if they are several, a quote is missing")
                 yield Row(place, dict(zip(header, fields, strict=True)))
+
+
+def _read_records(reader: Iterator[list[str]], lines: _Lines) -> Iterator[list[str] | None]:
+    """Pass records on, without blank lines; None for one whose quotes do not fit. `lines` tells what each has taken."""
+    while True:
+        lines.taken = []
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            yield None
+            continue
+        if fields:
+            yield fields
 
 
 def _fault(fields: list[str] | None, width: int) -> str:
