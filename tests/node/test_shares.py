@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -366,13 +367,18 @@ def test_certificates_of_one_operator_on_both_sides_are_refused(
             sides.meet(1, plain)
 
 
-def test_institution_run_and_operator_must_all_allow_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_institution_run_and_operator_must_all_allow_it(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = run_of()
     check_consent(run, NodeConfig())  # a simulation cannot ask
     with pytest.raises(ConfigError, match="allow-gradient-shares=true in --node-config"):
         check_consent(run, NodeConfig(data_path="/data", allow_exact_gradient=True))
     with pytest.raises(ConfigError, match="allow-gradient-shares=true in --node-config"):
         check_consent(run, NodeConfig(trunk_ca="/ca.crt"))
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="allow-gradient-shares=true"):
+        patched.setattr(sys, "argv", ["/venv/bin/flwr-clientapp"])  # a SuperNode that was told its number only
+        check_consent(run, NodeConfig())
     check_consent(run, NodeConfig(data_path="/data", allow_gradient_shares=True))
     assert "at most 0.0008 bits" in caplog.text
     assert "only while the two operators do not collude" in caplog.text
