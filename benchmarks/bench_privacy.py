@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="only what --json lacks: goes on where it was stopped")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(2 if options.quick else 1)
+    torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     options.work.mkdir(parents=True, exist_ok=True)
     for folder in options.models[-1:] if options.quick else options.models:
