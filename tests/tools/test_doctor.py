@@ -13,6 +13,7 @@ import pytest
 from transformers import BertConfig, BertForMaskedLM
 from typer.testing import CliRunner
 
+from fl_split import demo
 from fl_split.cli import app
 from fl_split.config import UNCOVERED, NodeConfig, RunConfig, read_values
 from fl_split.errors import ConfigError
@@ -50,7 +51,8 @@ def test_what_epsilon_a_run_would_come_to_is_said_before(tmp_path: Path, demo_mo
     assert [c.status for c in checks] == ["pass", "pass"] and all(UNCOVERED in c.text for c in checks)
     epsilon = float(re.search(r"epsilon ([0-9.]+) at delta 1e-05 for one example after 90 steps", checks[0].text)[1])  # type: ignore[index]
     assert epsilon > 1
-    node = NodeConfig.from_flat({"partition-id": 0, "num-partitions": 2, **on, "dp.record-max-epsilon": epsilon / 2})
+    own = {"data-path": str(demo.data_folder() / "hospital-north.jsonl"), "dp.record-max-epsilon": epsilon / 2}
+    node = NodeConfig.from_flat({"partition-id": 0, **on, **own})
     status, text = statuses(RunConfig.from_flat(base), node)["record-dp"]
     assert status == "warn" and "ends training before" in text and UNCOVERED in text
     status, text = statuses(RunConfig.from_flat({**base, **on, "dp.record-delta": 0.5}))["record-dp"]
