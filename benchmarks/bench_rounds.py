@@ -58,11 +58,11 @@ def main() -> None:
         "--model-mb", type=int, default=100, help="of a generated model for the simulations; 0: the demo"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the kills: a run each")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and nodes, warm executors only, no kills")
+    parser.add_argument("--quick", action="store_true", help="two rounds, two nodes, warm executors, no kills")
     parser.add_argument("--json", type=Path, help="write the figures here, added to those in it")
     options = parser.parse_args()
     if options.quick:
-        options.rounds, options.simulated_rounds, options.simulated, options.model_mb = 2, 2, [2, 4], 20
+        options.rounds, options.simulated_rounds, options.simulated, options.model_mb = 2, 2, [2], 20
         options.only = [part for part in options.only if part != "kills"]
     for part in options.only:
         started, block = time.monotonic(), about(0, "flwr", "ray")
@@ -226,7 +226,8 @@ def measure_simulation(numbers: list[int], rounds: int, model_mb: int) -> dict[s
             figures[f"memory-mb/simulation/{nodes}-nodes"] = memory[nodes]
     few, many = min(numbers), max(numbers)
     figures["round-overhead-s/simulation"] = figures[f"round-overhead-s/simulation/{few}-nodes"]
-    figures["memory-per-extra-node-mb"] = (memory[many] - memory[few]) / (many - few)
+    if many > few:
+        figures["memory-per-extra-node-mb"] = (memory[many] - memory[few]) / (many - few)
     figures["model-mb"] = model_mb
     return figures
 

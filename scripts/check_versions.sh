@@ -26,6 +26,6 @@ for each; do
   [ "$each" = oldest ] && read -r -a pins <<< "$(tr '\n' ' ' <<< "$oldest")"
   "$venv/bin/pip" install --quiet "${pins[@]}" -e '.[dev]'
   "$venv/bin/pip" list 2>/dev/null | grep -E '^(flwr|transformers|peft|torch) '
-  PATH="$venv/bin:$PATH" "$venv/bin/python" -m pytest -q ${TESTS:-}
+  PATH="$venv/bin:$PATH" "$venv/bin/python" -m pytest -q -n 2 ${TESTS:-}
   rm -rf "$venv"
 done

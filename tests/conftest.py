@@ -43,9 +43,10 @@ transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
 
 
-# What quick tests do without: the trained demo, what starts servers and processes, and the table of all model types.
+# What quick tests do without: the trained demo, whole runs, servers and processes, and the table of all model types.
 _NOT_QUICK_FIXTURES = {"demo_model"}
-_NOT_QUICK_NAMES = {"fake_trunk", "table", "run_app", "server", "serving", "subprocess", "multiprocessing"}
+_SERVERS = {"fake_trunk", "run_app", "server", "serving", "subprocess", "multiprocessing"}
+_NOT_QUICK_NAMES = {"InProcessGrid", "table"} | _SERVERS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -66,6 +66,18 @@ class _Random(torch.autograd.Function):
     generator = torch.Generator()
 
 
+class _Opposite(torch.autograd.Function):
+    """The trunk's value, and as its gradient the one that leads away."""
+
+    @staticmethod
+    def forward(ctx: Any, surrogate: Tensor, trunk: Tensor) -> Tensor:
+        return trunk.view_as(trunk)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return -grads[0], None
+
+
 CONFIG = Train.model_validate({"bottom-lr": 8e-3, "top-lr": 1.6e-2})
 
 
@@ -182,15 +194,15 @@ def test_bottom_that_fails_its_trial_leaves_the_run_that_never_had_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(tmp_path, "none", **{"surrogate.kind": "none"})
-    monkeypatch.setattr(slots, "join", _Random.apply)
-    rounds = run(tmp_path, "random", **{"surrogate.kind": "identity"})
+    monkeypatch.setattr(slots, "join", _Opposite.apply)
+    rounds = run(tmp_path, "opposite", **{"surrogate.kind": "identity"})
     assert [entry["bottom-trained"] for entry in rounds] == [0, 0]
     assert "the bottom is not trained: in a trial of 10 steps" in caplog.text
-    none, random = exported(tmp_path, "none"), exported(tmp_path, "random")
-    tops = {name for name in random if ".layers.0." not in name and ".layers.1." not in name}
+    none, opposite = exported(tmp_path, "none"), exported(tmp_path, "opposite")
+    tops = {name for name in opposite if ".layers.0." not in name and ".layers.1." not in name}
     assert tops == none.keys()
-    assert all(torch.equal(none[name], random[name]) for name in tops)  # bit for bit
-    assert all(not random[name].any() for name in random.keys() - tops if ".lora_B." in name)
+    assert all(torch.equal(none[name], opposite[name]) for name in tops)  # bit for bit
+    assert all(not opposite[name].any() for name in opposite.keys() - tops if ".lora_B." in name)
 
 
 @pytest.mark.parametrize("kind", ["blocks", "distilled"])

@@ -37,8 +37,8 @@ def test_a_plan_fits_eightycolumns() -> None:
     ("cosines", "message"),
     [
         (
-            {"identity": 0.02, "blocks-2": 0.08, "exact": 1.0},
-            "No surrogate here gives the bottom a useful gradient: use",
+            {"identity": 0.02, "blocks-2": 0.08, "streamed": 1.0, "exact": 1.0},
+            "No estimate here gives the bottom a useful gradient. Of use are: surrogate.kind='streamed', whose",
         ),
         (
             {"identity": 0.2, "blocks-2": 0.5, "exact": 1.0},
@@ -46,7 +46,7 @@ def test_a_plan_fits_eightycolumns() -> None:
         ),
         (
             {"identity": 0.2, "blocks-2": 0.5},
-            "The best is blocks-2; a run tries it before it is followed",
+            "The best estimate is blocks-2; a run tries it before it is followed",
         ),
     ],
 )
