@@ -16,9 +16,11 @@ from conftest import InProcessGrid, run_app
 
 from fl_split import demo
 from fl_split.config import UNCOVERED, Dp, NodeConfig, RunConfig
+from fl_split.data.store import in_memory
 from fl_split.errors import ConfigError, NodeStateError, RoundFailed
 from fl_split.node import round
 from fl_split.node.account import NAME, Account, Charge, epsilon_of, read_charges
+from fl_split.node.record_dp import begin
 from fl_split.node.state import NodeFolder
 
 pytest.importorskip("dp_accounting", reason="the extra 'dp' is not installed")
@@ -104,6 +106,15 @@ def test_rounds_with_and_without_noise_do_not_mix(tmp_path: Path) -> None:
     account.check(dp(), 3)
     with pytest.raises(NodeStateError, match=r"earlier rounds .* were trained with dp\.record-noise-multiplier"):
         account.check(Dp(), 3)
+
+
+def test_nothing_is_charged_where_delta_is_too_large_or_nobody_asked(tmp_path: Path) -> None:
+    rows = in_memory([{"input_ids": [1, 2], "labels": [-100, 2], "key": 0, "cut": 0}] * 100)  # type: ignore[typeddict-unknown-key]
+    tokenizer: Any = None
+    with pytest.raises(ConfigError, match=r"dp\.record-delta=0\.01 is too large"):
+        begin(RunConfig.from_flat({**ON, "dp.record-delta": 0.01}), rows, tokenizer, Account(tmp_path), 1)
+    assert begin(RunConfig(), rows, tokenizer, Account(tmp_path), 1) is None
+    assert not list(tmp_path.iterdir())
 
 
 KILLED = """
@@ -213,6 +224,9 @@ def test_an_institution_switches_it_on_for_itself(demo_model: Path, tmp_path: Pa
     assert (charge.noise, charge.delta) == (2.0, 1e-6)
     of_nodes = [entry for entry in metrics(tmp_path / "x") if "partition-id" in entry]
     assert [entry.get("record-delta") for entry in of_nodes] == [1e-6, None]
+    with pytest.raises(RoundFailed, match="earlier rounds of this node were trained with"):
+        again = {**plain, "run.resume": True, "num-server-rounds": 2}
+        run_app(tmp_path, **again, node_config=[{"data-path": own["data-path"]}])
     with pytest.raises(RoundFailed, match=r"record-noise-multiplier does not go with train\.keep='best'"):
         run_app(tmp_path, "y", **{**plain, "train.keep": "best"}, node_config=[own])
 

@@ -52,6 +52,14 @@ def test_a_round_has_gains_sums_and_no_column_of_what_is_not_shared(
     assert [json.loads(line) for line in folder.metrics.read_text().splitlines()] == entries
 
 
+def test_a_runs_epsilon_stands_beside_what_it_does_not_cover(
+    folder: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    record_round(folder, lambda entries: None, FinishedRound(1, 5, {}, [node(0)], {}, epsilon=1.5))
+    assert f"privacy spent: epsilon 1.50; {UNCOVERED}" in caplog.messages[0]
+
+
 @pytest.mark.parametrize("which", [{0}, {1}, set()])
 def test_epsilon_for_one_example_is_in_the_table_of_nodes_that_have_one(
     folder: RunFolder, caplog: pytest.LogCaptureFixture, which: set[int]
