@@ -1,6 +1,6 @@
 """What does differential privacy of single examples (`dp.record-*`) cost, in loss and in time?
 
-    python benchmarks/bench_record_dp.py --model DIR --data FILE [--noise 0.5 0.8] [--quick] [--json FILE]
+    python benchmarks/bench_record_dp.py --model DIR --data FILE [--noise 0.8] [--quick] [--json FILE]
 
 FILE holds an institution's questions and answers (JSON lines). The top of 2 layers is trained (`surrogate.kind = none`,
 LoRA on all linears), without and with noise, from the same start, with as many steps and, on average, examples a step;
@@ -81,7 +81,8 @@ class Bench:
     def run(self, name: str, rate: float, record: RecordDp | None) -> None:
         """Train once from the start."""
         options = self.options
-        model: Any = build(self.folder, *ENDS, self.kept, Candidate("none"), Lora(rank=options.rank))
+        lora = Lora.model_validate({"rank": options.rank, "alpha": 2.0 * options.rank})
+        model: Any = build(self.folder, *ENDS, self.kept, Candidate("none"), lora)
         model.get_base_model().set_output_embeddings(RoundedHead(model.get_base_model().get_output_embeddings()))
         heldout = list(heldout_batches(self.examples.heldout, self.tokenizer, BATCH))
         if "heldout-loss/base" not in self.figures:
@@ -144,14 +145,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a model's folder")
     parser.add_argument("--data", type=Path, required=True, help="JSONL with question and answer")
-    parser.add_argument("--noise", type=float, nargs="*", default=[0.5, 0.8], help="dp.record-noise-multiplier")
+    parser.add_argument("--noise", type=float, nargs="*", default=[0.8], help="dp.record-noise-multiplier")
     parser.add_argument("--clip", type=float, default=1.0)
-    parser.add_argument("--rates", type=float, nargs=2, default=[2e-3, 5e-4], help="AdamW's, without and with noise")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=32, help="examples a step")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rates", type=float, nargs=2, default=[8e-3, 8e-3], help="AdamW's, without and with noise")
+    parser.add_argument("--rank", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=128, help="examples a step")
+    parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=64, help="of an example, at most")
-    parser.add_argument("--heldout", type=int, default=100, help="examples, at most")
+    parser.add_argument("--heldout", type=int, default=60, help="examples, at most")
     parser.add_argument("--quick", action="store_true", help="few small steps: the shape of the table, not its numbers")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
