@@ -143,6 +143,6 @@ def read_charges(folder: Path) -> list[Charge]:
         return [Charge(**each) for each in json.loads(file.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError) as error:
         raise NodeStateError(
-            f"{file} cannot be read ({type(error).__name__}), so what was spent is unknown: put it back from a backup, "
+            f"{NAME} cannot be read ({type(error).__name__}), so what was spent is unknown: put it back from a backup, "
             "or start a run with another run.name"
         ) from None
