@@ -73,7 +73,7 @@ def record_round(run: RunFolder, send: Callable[[list[dict[str, Any]]], None], f
 
 
 def _together(nodes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums of counts over the nodes, and means of losses, weighted by examples."""
+    """Sum counts over the nodes, and take the means of losses, weighted by examples."""
     weights = [node["num-examples"] for node in nodes]
     everywhere = set(nodes[0]).intersection(*nodes)
     means = {

@@ -23,7 +23,7 @@ from fl_split.data.sources import num_files
 from fl_split.errors import ConfigError, FLSplitError, SplitError
 from fl_split.model.causal import check_causal_config
 from fl_split.model.checkpoint import read_config, weights_digest
-from fl_split.model.family import examine
+from fl_split.model.family import auto_class, examine
 from fl_split.model.loading import Boundaries, check_quantized
 from fl_split.model.loss import IGNORED
 from fl_split.node.account import epsilon_of
@@ -31,7 +31,7 @@ from fl_split.node.build import check_demo_data, connect, connect_shares, find_m
 from fl_split.node.choice import choose
 from fl_split.node.record_dp import check_delta, sampling_of
 from fl_split.plan.fits_here import Check, check_room
-from fl_split.plan.plan import PROCESS_BYTES, auto_class, choose_split
+from fl_split.plan.plan import PROCESS_BYTES, choose_split
 from fl_split.plan.versions import check_versions
 from fl_split.tools.audit.page import NOISE
 
@@ -101,7 +101,7 @@ def _model(config: RunConfig) -> tuple[str, tuple[RunConfig, Path]]:
     folder = find_model(config)
     about = read_config(str(folder))
     check_quantized(about)
-    cut = Boundaries.of(examine(about, auto_class(config)), config.split.bottom_layers, config.split.top_layers)
+    cut = Boundaries.of(examine(about, auto_class(config.task)), config.split.bottom_layers, config.split.top_layers)
     if weights_digest(folder, cut.layers_name, range(cut.first)) is None or (
         weights_digest(folder, cut.layers_name, range(cut.end, cut.num_layers)) is None
     ):
