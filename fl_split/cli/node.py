@@ -119,7 +119,7 @@ def serve_command(
     adapter: Adapter,
     address: Address,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0: a free one")] = 8000,
     api_token_file: ApiTokenFile = "",
     ca: Ca = "",
     cert: Cert = "",
