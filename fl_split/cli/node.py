@@ -2,11 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fl_split.cli.options import Address, Ca, Cert, Key, Plaintext, TokenFile, errors, log_to_stderr
+
+if TYPE_CHECKING:
+    from fl_split.node.answers import Sampling
+    from fl_split.node.tuned import Tuned
 
 app = typer.Typer()
 
@@ -27,6 +31,7 @@ def executor_command(
     """Run a SuperNode's messages with libraries already loaded; it was started with --isolation process."""
     from fl_split.node.executor import serve
 
+    print(f"executor for the SuperNode at {address}; it has to be started with --isolation process", flush=True)
     with errors():
         serve(address, root_certificates)
 
@@ -46,7 +51,8 @@ def chat_command(
     lookup: Lookup = 0,
 ) -> None:
     """Talk to what this node has trained; Ctrl-C ends an answer, an empty line or Ctrl-D the conversation."""
-    from fl_split.node.answers import Sampling, answer
+    from fl_split.errors import FLSplitError
+    from fl_split.node.answers import Sampling
     from fl_split.node.replicas import Credentials
     from fl_split.node.tuned import load_tuned
 
@@ -56,23 +62,42 @@ def chat_command(
     with errors():
         with load_tuned(adapter, address, Credentials(ca, cert, key, token_file, allow_plaintext), base=base) as tuned:
             while question := _ask():
-                messages.append({"role": "user", "content": question})
-                made, text = answer(tuned, tuned.encode(messages), sampling), ""
+                asked = [*messages, {"role": "user", "content": question}]
                 try:
-                    for piece in made:
-                        print(piece, end="", flush=True)
-                        text += piece
-                    said = f"{made.num_tokens} tokens, {made.num_tokens / made.seconds:.1f} tokens/s"
-                except KeyboardInterrupt:
-                    made.cancel()
-                    said = "cut short"
-                print(f"\n({said})", file=sys.stderr)
-                messages.append({"role": "assistant", "content": text})
+                    text = _say(tuned, asked, sampling)
+                except FLSplitError as error:
+                    if not _is_terminal():
+                        raise
+                    print(f"\nerror: {error}\n(that question is forgotten; an empty line ends)", file=sys.stderr)
+                    continue
+                messages = [*asked, {"role": "assistant", "content": text}]
+
+
+def _say(tuned: "Tuned", messages: list[dict[str, str]], sampling: "Sampling") -> str:
+    """Print an answer as it comes, on a line of its own."""
+    from fl_split.node.answers import answer
+
+    made, text = answer(tuned, tuned.encode(messages), sampling), ""
+    try:
+        for piece in made:
+            print(piece, end="", flush=True)
+            text += piece
+        said = f"{made.num_tokens} tokens, {made.num_tokens / made.seconds:.1f} tokens/s"
+    except KeyboardInterrupt:
+        made.cancel()
+        said = "cut short"
+    print(flush=True)
+    print(f"({said})", file=sys.stderr)
+    return text
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def _ask() -> str:
     try:
-        return input("> ").strip()
+        return input("> " if _is_terminal() else "").strip()
     except (EOFError, KeyboardInterrupt):
         return ""
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import fl_split
 from fl_split.cli import app
+from fl_split.cli import node as node_verbs
 from fl_split.config import Data, Lora, RunConfig
 from fl_split.errors import ConfigError, DataError, TrunkUnavailable
 from fl_split.model import adapters
@@ -316,8 +317,22 @@ def test_chat_in_a_terminal(
     assert result.exit_code == 0, result.output
     for question in (QUESTIONS[0], QUESTIONS[2]):
         assert expected(full, demo_model, question, 12).strip() in result.stdout
+    assert result.stdout.startswith(expected(full, demo_model, QUESTIONS[0], 12) + "\n")  # no "> " in a file
     assert "tokens/s)" in result.stderr
     assert "go to the trunk" in caplog.text
+
+
+def test_a_question_that_fails_is_not_the_end_of_a_talk(
+    adapter: Path, address: str, full: Any, demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["chat", str(adapter), address, "--max-tokens", "12"]
+    talk = f"{'much too long ' * 400}\n{QUESTIONS[2]}\n"
+    piped = CliRunner().invoke(app, options, input=talk)
+    assert (piped.exit_code, piped.stdout) == (1, "") and "error: a prompt has" in piped.stderr
+    monkeypatch.setattr(node_verbs, "_is_terminal", lambda: True)
+    result = CliRunner().invoke(app, options, input=talk)
+    assert result.exit_code == 0 and "that question is forgotten" in result.stderr
+    assert expected(full, demo_model, QUESTIONS[2], 12) in result.stdout
 
 
 def test_generate_in_a_terminal(adapter: Path, address: str, jsonl: Callable[..., Path], tmp_path: Path) -> None:
