@@ -154,11 +154,14 @@ def train(msg: Message, context: Context) -> Message:
             ),
         )
     clipped = config.dp.mode != "off"  # here or on the server
+    # What `dp.record-*` comes to is not on every node, and Flower wants the same metrics of all.
+    own = {key: value for key, value in result.metrics.items() if key.startswith("record-")}
+    metrics = {key: value for key, value in result.metrics.items() if key not in own}
     reply = RecordDict(
         {
             "arrays": ArrayRecord(moved(result.shared, received) if clipped else result.shared),
-            "metrics": MetricRecord({**result.metrics}),
-            "node": ConfigRecord({"adapter": result.adapter, "scaling": result.scaling}),
+            "metrics": MetricRecord({**metrics}),
+            "node": ConfigRecord({"adapter": result.adapter, "scaling": result.scaling, **own}),
         }
     )
     return Message(reply, reply_to=msg)

@@ -41,7 +41,7 @@ from transformers.utils import logging as transformers_logging
 from fl_split import demo, wire
 from fl_split.config import RunConfig
 from fl_split.model.ends import load_ends
-from fl_split.model.key_values import KeyValues, Part, run_pass
+from fl_split.model.key_values import KeyValues, NewTokens, run_pass
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node.expected import Expected
 from fl_split.node.trunk_connection import TrunkConnection
@@ -196,7 +196,7 @@ def quartile(values: list[float]) -> float:
 
 def cache_bytes_error(folder: Path, trunk: Any, bottom: int, top: int) -> float:
     kept = KeyValues(2, 16)
-    run_pass(trunk, [Part(kept, i, torch.zeros(3 + i, trunk.config.hidden_size)) for i in range(2)])
+    run_pass(trunk, [NewTokens(kept, i, torch.zeros(3 + i, trunk.config.hidden_size)) for i in range(2)])
     run = {"model.name": str(folder.resolve()), "split.bottom-layers": bottom, "split.top-layers": top}
     planned = make_plan(trunk.config, RunConfig.from_flat({**run, "surrogate.kind": "none"})).token_bytes
     return abs(planned * 2 * 16 / kept.size_bytes - 1)

@@ -51,7 +51,7 @@ from fl_split.model.trunk import load_trunk
 from fl_split.node.evaluate import evaluate
 from fl_split.node.train import RoundSettings, make_optimizer, train_round
 from fl_split.plan.plan import make_plan
-from fl_split.shares import mask, split_gradient, step_of
+from fl_split.shares import mask_of, split_gradient, step_of
 from fl_split.tools.gradcheck import Candidate, bottom_gradient, build
 
 BATCH, MAX_LENGTH, BOTTOM, MASK_STD = 8, 80, 2, 30.0
@@ -97,7 +97,7 @@ class SharesTrunk(ExactTrunk):
         rows, lengths = wire.pack(gradient, attention_mask)
         shares = split_gradient(rows, lengths, MASK_STD)
         self.leak_bits += shares.leak_bits
-        masks = (mask(shares.seed, MASK_STD, step_of(MASK_STD), *rows.shape), shares.rest)
+        masks = (mask_of(shares.seed, MASK_STD, step_of(MASK_STD), *rows.shape), shares.rest)
         padded = [wire.unpack(share, attention_mask, len(h1)) for share in masks]
         pulled = [torch.autograd.grad(self.out, self.at, share, retain_graph=True)[0].double() for share in padded]
         return (sum(pulled) * wire.unpack(shares.norms, attention_mask, len(h1))).to(h1.dtype)

@@ -30,7 +30,7 @@ _LARGEST = 8.7  # standard deviations: of 53 random bits, Box-Muller makes no la
 class Shares:
     """One gradient, ready for two trunks."""
 
-    seed: bytes  # for the one: `mask` makes r of it
+    seed: bytes  # for the one: `mask_of` makes r of it
     rest: Tensor  # u - r, for the other; float32, [tokens, hidden]
     norms: Tensor  # of each token's sequence: what the sum of both answers is to be multiplied by, [tokens, 1]
     leak_bits: float  # that `rest` carries of the gradient, at most, all sequences together
@@ -52,7 +52,7 @@ def split_gradient(gradient: Tensor, lengths: list[int], std: float) -> Shares:
     chance = torch.from_numpy(np.random.Generator(np.random.PCG64(secrets.randbits(128))).random(unit.shape))
     whole = torch.floor(unit + chance)
     leak_bits = float((whole * step).square().sum()) / (2 * math.log(2) * std**2)
-    rest = (whole * step - mask(seed, std, step, *unit.shape).double()).float()
+    rest = (whole * step - mask_of(seed, std, step, *unit.shape).double()).float()
     return Shares(seed, rest, norms[:, None], leak_bits)
 
 
@@ -61,7 +61,7 @@ def step_of(std: float) -> float:
     return 2.0 ** math.ceil(math.log2((_LARGEST * std + 1) / 2**24))
 
 
-def mask(seed: bytes, std: float, step: float, num_rows: int, hidden_size: int) -> Tensor:
+def mask_of(seed: bytes, std: float, step: float, num_rows: int, hidden_size: int) -> Tensor:
     """The mask r of a seed, float32 ``[num_rows, hidden_size]``, as `trunk.proto` defines it.
 
     Made of bytes and float64 on the CPU wherever it is used, so both parties have the same.

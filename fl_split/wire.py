@@ -59,19 +59,20 @@ def bytes_per_token(dtype: pb.DType, hidden_size: int, num_outliers: int | None 
     """Bytes that one token's hidden state takes on the wire; for int8 by default with as many outliers as may be."""
     if dtype != pb.INT8:
         return hidden_size * FLOATS[dtype].itemsize
-    num_outliers = _max_outliers(hidden_size) if num_outliers is None else num_outliers
+    num_outliers = max_outliers(hidden_size) if num_outliers is None else num_outliers
     return 2 * -(-hidden_size // GROUP) + hidden_size + 2 * num_outliers
 
 
-def _max_outliers(hidden_size: int) -> int:
+def max_outliers(hidden_size: int) -> int:
+    """How many channels of a message may go as they are, beside those that share scales."""
     return max(1, hidden_size // GROUP)
 
 
 def _check_outliers(dtype: pb.DType, outliers: Sequence[int], hidden_size: int) -> None:
     if dtype != pb.INT8 and outliers:
         raise WireError("outliers is for dtype INT8 only: expected none")
-    if len(outliers) > _max_outliers(hidden_size):
-        raise WireError(f"outliers has {len(outliers)} channels: expected at most {_max_outliers(hidden_size)}")
+    if len(outliers) > max_outliers(hidden_size):
+        raise WireError(f"outliers has {len(outliers)} channels: expected at most {max_outliers(hidden_size)}")
     if any(a >= b for a, b in itertools.pairwise([-1, *outliers, hidden_size])):
         raise WireError(f"outliers must be ascending channels less than {hidden_size}")
 
@@ -85,7 +86,7 @@ def _quantize(rows: Tensor) -> tuple[bytes, list[int]]:
     """
     num_rows, hidden_size = rows.shape
     peaks = rows.abs().amax(0)
-    worst = peaks.topk(_max_outliers(hidden_size))
+    worst = peaks.topk(max_outliers(hidden_size))
     outliers = sorted(worst.indices[worst.values > _OUTLIER * peaks.median()].tolist())
     kept = rows[:, outliers].to(torch.bfloat16)
     padded = torch.nn.functional.pad(rows, (0, -hidden_size % GROUP))

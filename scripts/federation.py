@@ -103,6 +103,7 @@ class Federation:
         data: One file, folder or pattern per node.
         num_replicas: Of the trunk; of each, if there are two.
         in_shares: There is a second trunk, as of another operator, for `surrogate.kind = "shares"`.
+        secure: Nodes know each other by key, and share nothing but masked (`aggregation.secure`).
         warm: Nodes have executors with libraries loaded (`fl_split.node.executor`), not Flower's own.
         trunk: Keys of the trunk's configuration, such as ``{"model.name": "demo"}``.
         node: More keys of every node's configuration.
@@ -116,13 +117,14 @@ class Federation:
         *,
         num_replicas: int = 2,
         in_shares: bool = False,
+        secure: bool = False,
         warm: bool = True,
         trunk: Mapping[str, Scalar] | None = None,
         node: Mapping[str, Scalar] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.data, self.num_nodes = folder, list(data), len(data)
-        self._warm, self._ask_again = warm, 0.0
+        self._warm, self._secure, self._ask_again = warm, secure, 0.0
         self._trunks = {"trunk": "tokens.json"}  # names of keys and certificates, and of the files of tokens
         if in_shares:
             self._trunks["trunk-share"] = "share-tokens.json"
@@ -177,6 +179,8 @@ class Federation:
                 if not (home / f"{name}.token").exists():
                     token = add_token(self._keys / tokens, f"node-{i}", None)
                     write_atomic(home / f"{name}.token", token + "\n")
+        public = [(self.folder / f"node-{i}" / "supernode.pub").read_text() for i in range(self.num_nodes)]
+        write_atomic(self._keys / "institutions.pub", "".join(line.strip() + "\n" for line in public))
 
     def _make_superlink(self) -> Part:
         home, keys = self.folder / "superlink", self._keys
@@ -228,6 +232,8 @@ class Federation:
                 "trunk-share-token-file": str(home / "trunk-share.token"),
                 "allow-gradient-shares": True,
             }
+        if self._secure:
+            values |= {"secure-key": str(home / "supernode"), "secure-peers": str(self._keys / "institutions.pub")}
         values |= changes
         write_atomic(home / "node.toml", "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
         command = [
@@ -388,6 +394,7 @@ class Federation:
             "run.dir": str(self.folder / "server"),
             "trunk.address": self.trunk_address,
             **({"trunk.share-address": self.share_address, "surrogate.kind": "shares"} if self.share_address else {}),
+            **({"aggregation.secure": True} if self._secure else {}),
             "aggregation.min-nodes": self.num_nodes,
             **changes,
         }

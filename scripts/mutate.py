@@ -57,6 +57,7 @@ MODULES = {
     "trunk/access.py": "tests/trunk/test_access.py",
     "trunk/admission.py": "tests/trunk/test_admission.py",
     "trunk/batching.py": "tests/trunk/test_batching.py tests/trunk/test_queueing.py",
+    "trunk/fair_queue.py": "tests/trunk/test_batching.py tests/trunk/test_queueing.py",
     "trunk/calls.py": "tests/trunk/test_calls.py tests/trunk/test_server.py",
     "trunk/messages.py": "tests/trunk/test_messages.py tests/trunk/test_server.py",
     "trunk/padding.py": "tests/trunk/test_padding.py",

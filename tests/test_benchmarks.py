@@ -26,6 +26,10 @@ CASES = {  # script: (arguments, a figure that it writes)
         ["--model", f"{BENCH}/llama-7m", "--data", f"{BENCH}/medquad/niddk.jsonl", "--kinds", "none", "exact"],
         "heldout-loss/2+2/exact",
     ),
+    "bench_record_dp": (
+        ["--model", f"{BENCH}/llama-7m", "--data", f"{BENCH}/medquad/niddk.jsonl"],
+        "step-time-ratio/none",
+    ),
     "bench_rounds": (["--only", "start", "deployment", "simulation"], "round-overhead-s/simulation"),
     "bench_secure": ([], "secure-sum-error/4-nodes"),
     "bench_trunk": (["--bench", BENCH, "--only", "bytes"], "heldout-loss/float32"),

@@ -18,7 +18,17 @@ from flwr.serverapp.strategy import strategy as strategy_loop
 from flwr.supercore.exit import exit as flower_exit
 from flwr.supercore.superexec import run_superexec as superexec
 from flwr.supercore.superexec.executor import SubprocessExecutor
-from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
@@ -120,6 +130,54 @@ def _keys(file: Path) -> str:
 
     with safe_open(file, "pt") as tensors:
         return " ".join(tensors.keys())
+
+
+def test_transformers_says_how_long_a_cache_may_become() -> None:  # model/generation.py
+    assert "max_cache_length" in inspect.signature(GenerationMixin._prepare_cache_for_generation).parameters
+
+
+def test_transformers_layers_checkpoint_by_a_function_that_they_are_given() -> None:  # model/ends.py
+    class Layer(GradientCheckpointingLayer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    layer, given = Layer().train(), []
+    layer.gradient_checkpointing = True
+    layer._gradient_checkpointing_func = lambda run, *args: given.append(args) or run(*args)  # type: ignore[assignment]
+    assert layer(torch.ones(1, requires_grad=True)).item() == 2
+    assert len(given) == 1
+
+
+def test_transformers_takes_another_attention_by_a_name_in_the_configuration() -> None:  # plan/step_memory.py
+    called: list[nn.Module] = []
+
+    def attend(module: nn.Module, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        called.append(module)
+        return value.transpose(1, 2), None
+
+    AttentionInterface.register("canary", attend)
+    config = LlamaConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+    )  # fmt: skip
+    config._attn_implementation = "canary"
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)(input_ids=torch.zeros(1, 3, dtype=torch.long))
+    assert len(called) == 2
+
+
+def test_torch_tells_which_tables_are_in_no_checkpoint() -> None:  # model/streamed.py
+    module = nn.Module()
+    module.register_buffer("saved", torch.ones(1))
+    module.register_buffer("table", torch.ones(1), persistent=False)
+    assert module._non_persistent_buffers_set == {"table"}
+    assert list(module._buffers) == ["saved", "table"]
+
+
+def test_torch_tells_storages_apart_and_has_shapes_without_numbers() -> None:  # plan/step_memory.py, model/family.py
+    one, other = torch.ones(2, 2), torch.ones(2, 2)
+    assert one.untyped_storage()._cdata == one[0].untyped_storage()._cdata != other.untyped_storage()._cdata
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert (torch.ones(3, 7) @ torch.ones(7, 2)).shape == (3, 2)
 
 
 def test_peft_says_which_names_mean_experts() -> None:  # model/adapters.py

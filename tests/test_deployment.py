@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
@@ -46,6 +47,28 @@ def test_kills_of_node_trunk_and_server_app_lose_no_round_and_change_no_array(fe
     assert any(name.startswith("round-0003") for name in found)
     different = [name for name in expected if not torch.equal(found[name], expected[name])]
     assert different == [], f"{storm}: {len(different)} of {len(expected)} arrays differ"
+
+
+@pytest.mark.slow
+def test_masked_adapters_come_out_of_a_real_superlink_as_their_mean_and_none_goes_in_clear(
+    demo_model: Path, tmp_path: Path
+) -> None:
+    run = {**SHORT, "num-server-rounds": 2, "aggregation.share": "top", "aggregation.weighting": "equal"}
+    with Federation(tmp_path, demo_data(tmp_path, 3), num_replicas=1, secure=True) as up:
+        assert up.wait(up.submit({**run, "run.name": "masked"}), 900)[0] == "finished:completed"
+        in_clear = up.submit({**run, "run.name": "in-clear", "aggregation.secure": False})
+        assert up.wait(in_clear, 900)[0] == "finished:failed"
+        assert "secure-peers" in " ".join(node.log.read_text() for node in up.executors)
+    shared = load_file(tmp_path / "server" / "masked" / "checkpoints" / "round-0002" / "shared.safetensors")
+    own = [
+        load_file(next(tmp_path.glob(f"node-{i}/out/masked/state/*/round-0002/adapter.safetensors"))) for i in range(3)
+    ]
+    assert shared
+    for name, value in shared.items():
+        mean = torch.stack([each[name] for each in own]).mean(0)
+        assert not torch.equal(own[0][name], mean)
+        torch.testing.assert_close(value, mean, rtol=0, atol=1e-6)
+    assert not list((tmp_path / "server" / "in-clear").glob("checkpoints/round-*"))
 
 
 @pytest.mark.slow

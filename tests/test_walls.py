@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,19 @@ def _named(name: str, file: Path, modules: set[str]) -> Iterator[str]:
                 inner = f"{source}.{alias.name}"
                 found += [inner] if inner in modules else [] if alias.name == "__version__" else [source]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
-            found = [node.value]  # for `import_module`
+            found = [node.value]  # in a table of names, say
+        elif (call := _imports(node)) and isinstance(call[0], ast.Constant):
+            near = [word.value for word in call[1:] if isinstance(word, ast.Constant)]
+            found = [resolve_name(call[0].value, near[0] if near else package)]
         for each in found:
             yield from {each, each.rpartition(".")[0]} & modules - {"fl_split"} | {each} & modules
+
+
+def _imports(node: ast.AST) -> list[ast.expr]:
+    """The arguments of a call that imports a module by its name; empty for anything else."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__"):
+        return [*node.args, *(keyword.value for keyword in node.keywords)]
+    return []
 
 
 def crossings(root: Path, walls: dict[str, tuple[str, ...]]) -> list[str]:
@@ -107,6 +118,14 @@ def test_wire_knows_only_errors_and_the_messages() -> None:
         ),
         ("fl_split/trunk/published.py", "import_module('fl_split.data.rows')", "published -> fl_split.data.rows"),
         ("fl_split/trunk/published.py", "from fl_split import rows", "published -> fl_split -> fl_split.data.rows"),
+        ("fl_split/trunk/published.py", "import_module('..data.rows', __package__)", "published -> fl_split.data.rows"),
+        ("fl_split/trunk/published.py", "import_module('.data.rows', 'fl_split')", "published -> fl_split.data.rows"),
+        ("fl_split/trunk/published.py", "__import__('fl_split').rows", "published -> fl_split -> fl_split.data.rows"),
+        (
+            "fl_split/trunk/published.py",
+            "if TYPE_CHECKING:\n    from fl_split.data.rows import x",
+            "published -> fl_split.data.rows",
+        ),
     ],
 )
 def test_a_crossing_is_found(tmp_path: Path, file: str, line: str, crossing: str) -> None:
@@ -128,6 +147,20 @@ def test_a_crossing_is_found(tmp_path: Path, file: str, line: str, crossing: str
     assert crossings(tmp_path, WALLS) == []
     (tmp_path / file).write_text(f"{tree[file]}\n{line}\n")
     assert any(found.endswith(crossing) for found in crossings(tmp_path, WALLS))
+
+
+def test_names_of_modules_are_literals_but_for_tables_that_are_searched() -> None:
+    found = {
+        (str(file.relative_to(ROOT)), ast.unparse(call[0]))
+        for file in [*ROOT.glob("*.py"), *(ROOT / "fl_split").rglob("*.py")]
+        for node in ast.walk(ast.parse(file.read_text()))
+        if (call := _imports(node)) and not isinstance(call[0], ast.Constant)
+    }
+    assert found == {
+        ("fl_split/__init__.py", "_WHERE[name]"),
+        ("fl_split/server/trackers.py", "module"),
+        ("fl_split/trunk/layers.py", "module"),
+    }
 
 
 def test_every_module_has_its_line_in_the_architecture() -> None:

@@ -38,6 +38,10 @@ class NodeConfig(BaseModel):
     secure_key: str = ""
     secure_peers: str = ""
     lora_rank: Annotated[int, Field(ge=0, alias="lora.rank")] = 0  # 0: the run's
+    record_noise_multiplier: Annotated[float, Field(ge=0, alias="dp.record-noise-multiplier")] = 0.0  # 0: the run's
+    record_clip: Annotated[float, Field(ge=0, alias="dp.record-clip")] = 0.0
+    record_delta: Annotated[float, Field(ge=0, lt=1, alias="dp.record-delta")] = 0.0
+    record_max_epsilon: Annotated[float, Field(ge=0, alias="dp.record-max-epsilon")] = 0.0
     redact_rules: str = ""
     metrics_allow: str = ""
     metrics_least: Annotated[int, Field(ge=0)] = 0
@@ -83,6 +87,16 @@ class NodeConfig(BaseModel):
     def lora(self, of_run: Lora) -> Lora:
         """The run's adapters with this node's own rank, if it has one."""
         return of_run.model_copy(update={"rank": self.lora_rank}) if self.lora_rank else of_run
+
+    def with_record_dp(self, of_run: RunConfig) -> RunConfig:
+        """The run's configuration with this node's own `dp.record-*`, if it has any.
+
+        Raises:
+            ConfigError: The run does something that does not go with it.
+        """
+        names = ("record_noise_multiplier", "record_clip", "record_delta", "record_max_epsilon")
+        own = {f"dp.{kebab(name)}": value for name in names if (value := getattr(self, name))}
+        return RunConfig.from_flat({**of_run.to_flat(), **own}) if own else of_run
 
     def folder(self, config: RunConfig, run_name: str) -> Path:
         """Where this node keeps what it trains."""

@@ -34,6 +34,7 @@ from fl_split.errors import ConfigError, explain_invalid
 
 _TRACKERS = ("tensorboard", "trackio", "mlflow", "wandb")
 
+_LEAST_NOISE = 0.3  # of `dp.record-*`: 90 steps, each with a tenth of the examples, come to epsilon 100
 _REDACTED = ("email", "url", "date", "phone", "number")
 
 
@@ -72,6 +73,8 @@ class RunConfig(Section):
             _check_secure(self.aggregation, self.dp)
         if self.aggregation.personal:
             _check_personal(self.aggregation, self.dp, self.lora)
+        if self.dp.is_record:
+            _check_record(self)
         if self.lora.variant == "dora" and (self.aggregation.combine, self.aggregation.tensors) != ("mean", "both"):
             raise ValueError(
                 "lora.variant='dora' needs aggregation.combine='mean' and aggregation.tensors='both', not "
@@ -229,6 +232,38 @@ def _check_secure(aggregation: Aggregation, dp: Dp) -> None:
     for given, reason in reasons.items():
         if reason:
             raise ValueError(f"aggregation.secure=true does not go with {given}: {reason}")
+
+
+def _check_record(config: RunConfig) -> None:
+    """Refuse what looks at private examples outside the account of `dp.record-*`, or mixes them."""
+    kind, noise = config.surrogate.kind, config.dp.record_noise_multiplier
+    if noise < _LEAST_NOISE:
+        raise ValueError(
+            f"dp.record-noise-multiplier={noise:g} is too little for an epsilon that says anything: set "
+            f"{_LEAST_NOISE:g} or more, or 0 for none"
+        )
+    outside = {
+        "auto": "it times a step on private examples: name a kind",
+        "distilled": "what the surrogate learns from private text reaches the adapter without noise",
+        "shares": "a batch's gradient leaves the node without noise",
+        "exact": "a batch's gradient leaves the node without noise",
+    }
+    reasons = {
+        f"surrogate.kind={kind!r}": outside.get(kind),
+        "surrogate.distill=true": config.surrogate.distill and kind == "matched" and outside["distilled"],
+        "surrogate.check=true": config.surrogate.is_tried
+        and "a trial on private examples decides whether the bottom trains; set it to false",
+        "train.keep='best'": config.train.keep == "best"
+        and "private examples decide which adapter is exported; set 'last'",
+        "aggregation.personal=true": config.aggregation.personal
+        and "private examples decide how much of the others' adapters is taken",
+        "data.packing=true": config.data.packing and "each example's gradient is clipped by itself",
+        "data.group-by-length=true": config.data.group_by_length
+        and "each example is drawn by itself, which epsilon counts on",
+    }
+    for given, reason in reasons.items():
+        if reason:
+            raise ValueError(f"dp.record-noise-multiplier does not go with {given}: {reason}")
 
 
 def _check_shares(wanted: bool, kind: str, trunk: TrunkService, model: Model) -> None:

@@ -326,8 +326,11 @@ class Aggregation(Section):
     min_nodes: Positive = Field(2, description="fewer nodes in a round, and the run stops with an error")
 
 
+UNCOVERED = "it does not cover hidden states, which the trunk's operator can read"  # stands beside every epsilon
+
+
 class Dp(Section):
-    """Differential privacy of what nodes share, towards whoever sees the combined adapters."""
+    """Differential privacy: of a node's part in combined adapters (`mode`), of one example in a node's (`record`)."""
 
     mode: Literal["off", "server-fixed", "server-adaptive", "client-fixed", "client-adaptive"] = Field(
         "off", description="who clips the nodes' updates, and whether the norm is fixed; the server adds the noise"
@@ -342,6 +345,24 @@ class Dp(Section):
     max_epsilon: Annotated[float, Field(ge=0)] = Field(
         0.0, description="stop before a round would exceed it, with a fixed norm; 0: no limit"
     )
+
+    record_noise_multiplier: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="bound what an adapter tells of one training example: noise that each node adds to each step's "
+        "clipped gradients, in units of `dp.record-clip`; 0: none; hidden states are not covered",
+    )
+    record_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="L2 norm of one example's gradient")
+    record_delta: Annotated[float, Field(gt=0, lt=1)] = Field(
+        1e-5, description="at which a node reports epsilon for one example; below 1 / its examples to train on"
+    )
+    record_max_epsilon: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="a node trains no step that would exceed it; 0: no limit"
+    )
+
+    @property
+    def is_record(self) -> bool:
+        """Whether single examples are protected."""
+        return self.record_noise_multiplier > 0
 
 
 class Run(Section):

@@ -78,16 +78,7 @@ def read_csv(file: Path, say: Say, columns: Mapping[str, str]) -> Iterator[Row]:
         reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=spaced, strict=True)
         header = _header(file, reader, columns)
         told = False
-        while True:
-            lines.taken = []
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error:
-                fields = None
-            if fields == []:  # a blank line
-                continue
+        for fields in _read_records(reader, lines):
             number, following = lines.taken[0][0], lines.taken[1:]
             place = f"{file.name} line {number}"
             wrong = undecoded("".join(fields or ()))
@@ -109,6 +100,21 @@ def read_csv(file: Path, say: Say, columns: Mapping[str, str]) -> Iterator[Row]:
                 yield Row(place, dict(zip(header, fields, strict=True)))
 
 
+def _read_records(reader: Iterator[list[str]], lines: _Lines) -> Iterator[list[str] | None]:
+    """Pass records on, without blank lines; None for one whose quotes do not fit. `lines` tells what each has taken."""
+    while True:
+        lines.taken = []
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            yield None
+            continue
+        if fields:
+            yield fields
+
+
 def _fault(fields: list[str] | None, width: int) -> str:
     if fields is None:
         return f"{MALFORMED}: quotes that do not fit"
@@ -116,7 +122,7 @@ def _fault(fields: list[str] | None, width: int) -> str:
 
 
 def _delimiter(file: Path, head: str, columns: Collection[str], say: Say) -> str:
-    """What separates fields: that by which the first line names the columns."""
+    """Find what separates fields: that by which the first line names the columns."""
     lines = head.splitlines()
     usual = "\t" if endings(file)[0] == ".tsv" else ","
     for delimiter in (usual, *_DELIMITERS):
@@ -134,7 +140,7 @@ def _records(lines: Sequence[str], delimiter: str) -> Iterator[list[str]]:
 
 
 def _is_header(fields: list[str]) -> bool:
-    """Neither blank nor the line by which Excel tells its delimiter."""
+    """Tell whether a line names columns: neither a blank one does nor the one by which Excel tells its delimiter."""
     return any(name.strip() for name in fields) and not fields[0].lower().startswith("sep=")
 
 
@@ -164,7 +170,7 @@ def _header(file: Path, reader: "Iterator[list[str]]", columns: Mapping[str, str
 
 
 def _part_like_records(lines: Sequence[Numbered], width: int, delimiter: str) -> float:
-    """How many of a record's further lines would be records by themselves."""
+    """Say what part of a record's further lines would be records by themselves, 0 to 1."""
     if width < 2 or not lines:
         return 0.0
     looked = list(islice(lines, 1000))

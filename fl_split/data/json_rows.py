@@ -82,7 +82,7 @@ def _fault(value: Any) -> str:
 
 
 def _is_by_line(head: str) -> bool:
-    """Whether each line is a row, judged by a file's beginning."""
+    """Tell whether each line is a row, by a file's beginning."""
     lines = (stripped for line in head.splitlines() if (stripped := line.strip().lstrip("\ufeff")))
     first, second = next(lines, ""), next(lines, "")
     value = _decode(first)
@@ -92,7 +92,7 @@ def _is_by_line(head: str) -> bool:
 
 
 def _decode(line: str) -> Any:
-    """The value of a line, which may end in the comma that a list would have there."""
+    """Decode a line, which may end in the comma that a list would have there; `_NO_JSON` where it is none."""
     for text in (line, line.removesuffix(",")):
         with suppress(ValueError, RecursionError):
             return _DECODER.decode(text)
@@ -159,7 +159,7 @@ class _Stream:
         self._at = end
 
     def _peek(self) -> str:
-        """The next character that is not blank; "" at the end."""
+        """Look at the next character that is not blank; "" at the end."""
         while True:
             blank = _BLANK.match(self._buffer, self._at)
             self._skip(blank.end() if blank else self._at)

@@ -92,7 +92,7 @@ def _open(file: Path, packed: str) -> Any:
 
 
 def _encoding(sample: bytes) -> tuple[str, str]:
-    """The encoding, and what tells it; "" for UTF-8."""
+    """Find the encoding, and what tells it, which is "" for UTF-8."""
     for mark, name in _MARKS:
         if sample.startswith(mark):
             return name, "" if name == "utf-8-sig" else "byte order mark says"

@@ -161,7 +161,7 @@ def _check_columns(where: str, rows: Iterable[Row], columns: dict[str, str]) -> 
 
 
 def _no_column(where: str, key: str, column: str, columns: Sequence[str]) -> DataError:
-    """The error for a column that is not there: it goes to the server, and its note, if any, only to `fl-split doctor`.
+    """Make the error for a missing column: it goes to the server, and its note, if any, only to `fl-split doctor`.
 
     Names of columns are of a schema, but for a CSV without a header (its first row would be taken for them) and for
     JSON (its keys may be data, such as a person's name).

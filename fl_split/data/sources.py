@@ -45,7 +45,7 @@ def find_rows(config: Data, node: NodeConfig, seed: int) -> Source:
     """
     if node.data_path:
         return _source("data-path", node.data_path, config)
-    path = str(demo.data_folder()) if config.path == "demo" else config.path
+    path = path_of(config)
     if config.partitioner:
         return _dealt(_source("data.path", path, config), config, node, seed)
     if _is_hub(path) or _is_saved(absolute("data.path", path)):
@@ -61,13 +61,18 @@ def find_rows(config: Data, node: NodeConfig, seed: int) -> Source:
     return _share(_of_files(files, left_out, config), node, seed)
 
 
+def path_of(config: Data) -> str:
+    """`data.path`, with the demo's data made on first use."""
+    return str(demo.data_folder()) if config.path == "demo" else config.path
+
+
 def num_files(config: Data) -> int:
     """Files that `data.path` matches: as many nodes as a run can have, unless it is 1.
 
     Raises:
         DataError: It matches none.
     """
-    path = str(demo.data_folder()) if config.path == "demo" else config.path
+    path = path_of(config)
     if _is_hub(path) or _is_saved(absolute("data.path", path)):
         return 1
     return len(_find_files("data.path", path)[0])
@@ -167,7 +172,7 @@ def _below(key: str, folder: Path) -> Iterator[Path]:
 
 
 def _find_files(key: str, path: str) -> tuple[list[Path], list[Path]]:
-    """Files to be read, and those that a folder has beside them; hidden ones do not count."""
+    """Find the files to be read, and those that a folder has beside them; hidden ones do not count."""
     place = absolute(key, path)
     if place.is_dir():
         below = sorted(file for file in _below(key, place) if file.is_file())

@@ -1,6 +1,6 @@
 """A node's examples as an Arrow file that is mapped, not read: however many there are, memory stays flat.
 
-Data path: examples -> **prepared file** -> batches (`data.py`). The file is as private as the rows it was made of: it
+Data path: examples -> **prepared file** -> batches (`batches`). The file is as private as the rows it was made of: it
 lies in the node's own folder, for its owner's eyes only, and serves every round of a run.
 """
 
@@ -142,9 +142,8 @@ class Store:
         """Make the file, and forget others; it counts only once `finish` has been called."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._forget(but=".json")
-        with tempfile.NamedTemporaryFile(
-            dir=self._folder, prefix=".", delete=False
-        ) as scratch:  # readable by its owner
+        # Readable by its owner only.
+        with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".", delete=False) as scratch:
             try:
                 write(examples, scratch)
                 scratch.flush()

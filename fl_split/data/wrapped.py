@@ -56,7 +56,7 @@ def _is_rows(value: Any) -> bool:
 
 
 def _of_columns(value: dict[str, Any], columns: Collection[str]) -> Wrapped | None:
-    """Rows of whole columns, as lists or (by pandas' default) as objects from a row's number to its value."""
+    """Make rows of whole columns: lists or, by pandas' default, objects from a row's number to its value."""
     found = [value[column] for column in columns]
     if all(isinstance(inner, dict) for inner in found) and len({tuple(inner) for inner in found}) == 1:
         found = [list(inner.values()) for inner in found]

@@ -6,7 +6,6 @@ What leaves the node: `shared_state` decides it, by name, and nothing else reads
 
 import math
 import os
-import re
 import tempfile
 import warnings
 import zlib
@@ -29,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from fl_split.config import Aggregation, Lora, Share
 from fl_split.errors import ConfigError, NodeStateError
 from fl_split.model.ends import head_of
-from fl_split.model.loading import boundaries_of
+from fl_split.model.loading import boundaries_of, layer_of
 
 Part = Literal["bottom", "trunk", "top"]
 PARTS: tuple[Part, ...] = ("bottom", "top")  # that have adapters
@@ -167,15 +166,11 @@ def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
 
 def part_of(model: PeftModel, name: str) -> Part:
     """Which part of the model a weight belongs to; of the ends, the trunk's are those of the surrogate."""
-    cut, layer = boundaries_of(model.get_base_model()), _layer_of(model, name)
+    cut = boundaries_of(model.get_base_model())
+    layer = layer_of(name, cut.layers_name)
     if layer is None:
         return "top"  # outside the layers: the head
     return "bottom" if layer in cut.bottom else "trunk" if layer in cut.trunk else "top"
-
-
-def _layer_of(model: PeftModel, name: str) -> int | None:
-    match = re.search(rf"\.{boundaries_of(model.get_base_model()).layers_name}\.(\d+)\.", name)
-    return int(match[1]) if match else None
 
 
 def is_shared(model: PeftModel, name: str, how: Aggregation) -> bool:
@@ -189,7 +184,7 @@ def is_shared(model: PeftModel, name: str, how: Aggregation) -> bool:
     parts = {"none": (), "both": ("bottom", "top")}.get(how.share, (how.share,))
     if part_of(model, name) not in parts:
         return False
-    if _layer_of(model, name) is None:  # a classifier's head
+    if layer_of(name, boundaries_of(model.get_base_model()).layers_name) is None:  # a classifier's head
         return how.share_head
     return {"both": True, "a-only": ".lora_A." in name, "b-only": ".lora_B." in name}[how.tensors]
 

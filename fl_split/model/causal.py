@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fl_split.errors import SplitError
-from fl_split.model.packing import offline
+from fl_split.model.slots import offline
 
 _LENGTH = 8  # random tokens
 _ROUNDING = 1e-3  # of the difference at the position that was changed

@@ -19,10 +19,9 @@ from fl_split import demo
 from fl_split.config import Kind, is_local_model
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.family import examine
-from fl_split.model.loading import Boundaries
+from fl_split.model.loading import INDEX, Boundaries, layer_of
 from fl_split.model.surrogate import kept_layers
 
-INDEX = "model.safetensors.index.json"  # which file of a checkpoint holds which weight
 _ABOUT = ("*.json", "*.model", "*.txt", "*.jinja")  # config, tokenizer, index
 _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
 _SAMPLED_ROWS = 16
@@ -40,7 +39,7 @@ def node_needs(
         cut = Boundaries.of(examine(config, AutoModel), bottom_layers, top_layers)
         kept = cut.trunk if surrogate == "streamed" else kept_layers(surrogate, layers, cut.first, cut.end)
         held = {*cut.bottom, *cut.top, *kept}
-        return lambda key: (layer := _layer_of(key, cut.layers_name)) is None or layer in held
+        return lambda key: (layer := layer_of(key, cut.layers_name)) is None or layer in held
 
     return needs
 
@@ -53,7 +52,7 @@ def trunk_needs(bottom_layers: int, top_layers: int) -> Callable[[PretrainedConf
         cut = Boundaries.of(anatomy, bottom_layers, top_layers)
 
         def needed(key: str) -> bool:
-            layer = _layer_of(key, cut.layers_name)
+            layer = layer_of(key, cut.layers_name)
             return key.endswith(anatomy.common) if layer is None else layer in cut.trunk
 
         return needed
@@ -160,7 +159,7 @@ def missing_files(folder: Path, layers_name: str, layers: range) -> list[str]:
     if not index.is_file():
         return []
     files = json.loads(index.read_text())["weight_map"]
-    needed = {file for key, file in files.items() if _layer_of(key, layers_name) in layers}
+    needed = {file for key, file in files.items() if layer_of(key, layers_name) in layers}
     return sorted(file for file in needed if not (folder / file).is_file())
 
 
@@ -190,8 +189,3 @@ def _files_needed(folder: Path, needs: Callable[[PretrainedConfig], Needs] | Non
         return ["*.safetensors"]
     needed = needs(AutoConfig.from_pretrained(folder))
     return sorted({file for key, file in json.loads(index.read_text())["weight_map"].items() if needed(key)})
-
-
-def _layer_of(key: str, layers_name: str) -> int | None:
-    match = re.search(rf"(?:^|\.){re.escape(layers_name)}\.(\d+)\.", key)
-    return int(match[1]) if match else None

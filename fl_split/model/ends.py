@@ -12,19 +12,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fl_split.config import Kind
 from fl_split.errors import SplitError
 from fl_split.malloc import give_back_freed
-from fl_split.model.family import Anatomy, Hole, ancestors, examine
+from fl_split.model.family import Anatomy, Hole, ancestors, auto_class, examine
 from fl_split.model.generation import Streams
 from fl_split.model.loading import Boundaries, boundaries_of, ignore_in_checkpoint, list_of_layers, load_around_holes
 from fl_split.model.slots import Trunk, TrunkCalls, TrunkSlot
@@ -78,7 +72,7 @@ def load_ends(
     if labels:
         config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
     stop_dropout(config)
-    anatomy = examine(config, _auto_class(labels))
+    anatomy = examine(config, auto_class("sequence-classification" if labels else "causal-lm"))
     head = anatomy.head if labels else ()
     cut = Boundaries.of(anatomy, bottom_layers, top_layers)
     kept = kept_layers(surrogate, surrogate_layers, cut.first, cut.end)
@@ -119,7 +113,7 @@ def sketch_ends(
     """
     if labels:
         config.num_labels = len(labels)
-    anatomy = examine(config, _auto_class(labels))
+    anatomy = examine(config, auto_class("sequence-classification" if labels else "causal-lm"))
     cut = Boundaries.of(anatomy, bottom_layers, top_layers)
     with torch.device("meta"):
         model: Any = anatomy.model_class(config)
@@ -156,10 +150,6 @@ def checkpoint_activations(ends: nn.Module) -> None:
 def head_of(model: nn.Module) -> tuple[str, ...]:
     """Names of the modules that are a classifier's head; none for a language model."""
     return cast(tuple[str, ...], getattr(model, "head_modules", ()))
-
-
-def _auto_class(labels: Sequence[str]) -> Any:
-    return AutoModelForSequenceClassification if labels else AutoModelForCausalLM
 
 
 def _load_without(

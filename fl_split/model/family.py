@@ -15,8 +15,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
+from fl_split.config import Task
 from fl_split.errors import SplitError
 
 # What a family's own code may fail with, where it is run otherwise than as a whole.
@@ -51,6 +57,11 @@ class Anatomy:
     edges: tuple[str, ...]  # modules outside the layers that make or change hidden states; relative to the base model
     common: tuple[str, ...]  # weights of the base model that all its layers use, such as a bias of positions
     head: tuple[str, ...]  # modules of the whole model that make one vector of a sequence, or its logits
+
+
+def auto_class(task: Task) -> Any:
+    """The Hugging Face auto class of a task's models."""
+    return AutoModelForSequenceClassification if task == "sequence-classification" else AutoModelForCausalLM
 
 
 def examine(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> Anatomy:

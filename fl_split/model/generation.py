@@ -2,9 +2,9 @@
 
 Data path: bottom with its cache -> **new tokens of each sequence -> the stream of this cache** -> top with its cache.
 
-transformers' cache has a place for every layer. At those of the trunk, a *ledger* is put where keys would be: which of
-the stream's sequences a row is. Whatever `generate` does to its cache, such as cropping it after speculation or
-reordering beams, it does to the ledger, and before the next step the stream is made to follow.
+transformers' cache has a place for every layer. At those of the trunk, a *register* is put where keys would be: which
+of the stream's sequences a row is. Whatever `generate` does to its cache, such as cropping it after speculation or
+reordering beams, it does to the register, and before the next step the stream is made to follow.
 
 What was sent is kept, so that it can be sent again: when a trunk is lost in the middle of an answer, when there are
 more tokens than room was reserved for. What leaves the node: hidden states after the bottom, of the prompt *and of the
@@ -100,7 +100,7 @@ class Streams:
 
         Args:
             trunk: A `StreamingTrunk`, unless it keeps nothing.
-            cache: That of the pass; its ledger is followed, but not added to: see `entry`.
+            cache: That of the pass; its register is followed, but not added to: see `entry`.
             layer: The trunk's first.
             hidden_states: ``[batch, seq, hidden]`` of the new tokens; leaves the node.
             mask: ``[batch, all tokens]`` or ``[batch, seq]``, 1 for real tokens, or None if all are.
@@ -124,9 +124,9 @@ class Streams:
         elif follower is None:
             raise SplitError("this cache was not filled by this model, or is a copy: begin with an empty one")
         else:
-            ledger: Tensor = cast(Any, cache.layers[layer]).keys
-            follower.follow(ledger[:, 0, -1, 0].tolist(), columns)
-            ledger.copy_(entry(ledger).expand_as(ledger))
+            register: Tensor = cast(Any, cache.layers[layer]).keys
+            follower.follow(register[:, 0, -1, 0].tolist(), columns)
+            register.copy_(entry(register).expand_as(register))
         return follower.step(hidden_states, mask, positions)
 
     def _check(self, trunk: object, cache: Cache, layer: int) -> None:
@@ -141,7 +141,7 @@ class Streams:
 
 
 def entry(hidden_states: Tensor) -> Tensor:
-    """What new tokens leave in the ledger: the number of their row, ``[batch, 1, seq, 1]``."""
+    """What new tokens leave in the register: the number of their row, ``[batch, 1, seq, 1]``."""
     batch, seq = hidden_states.shape[0], hidden_states.shape[-2]
     return torch.arange(batch, device=hidden_states.device).view(batch, 1, 1, 1).expand(batch, 1, seq, 1)
 
@@ -228,13 +228,13 @@ class _Follower:
 
 
 def _packed(rows: Tensor, lengths: list[int], places: Tensor, before: Sequence[int]) -> Packed:
-    """With positions only if they do not count on from what is there."""
+    """Pack rows, with their positions only where these do not count on from what is there."""
     counted = torch.cat([torch.arange(n, n + new) for n, new in zip(before, lengths, strict=True)])
     return Packed(rows, lengths, None if torch.equal(places, counted) else places)
 
 
 def _first(pieces: Sequence[Tensor], length: int) -> list[Tensor]:
-    """The first `length` rows of what `pieces` hold."""
+    """Keep the first `length` rows of what `pieces` hold."""
     kept: list[Tensor] = []
     for piece in pieces:
         if length <= 0:

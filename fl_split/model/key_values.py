@@ -56,7 +56,7 @@ class KeyValues:
 
 
 @dataclass(frozen=True)
-class Part:
+class NewTokens:
     """One sequence's new tokens: ``rows`` is ``[tokens, hidden]``, ``positions`` ``[tokens]`` or None to count on."""
 
     kept: KeyValues
@@ -78,7 +78,7 @@ class Part:
 class _PassCache(Cache):
     """What the layers take for their cache in one pass."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[NewTokens]) -> None:
         super().__init__(layers=[DynamicLayer()])  # says that it is no sliding one; it holds nothing
         self._parts = parts
         self._width = max(len(part.rows) for part in parts)
@@ -119,7 +119,7 @@ class _PassCache(Cache):
         return self._total, 0
 
 
-def run_pass(model: PreTrainedModel, parts: Sequence[Part]) -> list[Tensor]:
+def run_pass(model: PreTrainedModel, parts: Sequence[NewTokens]) -> list[Tensor]:
     """Run a trunk's layers over new tokens of some sequences, each at most once, and keep their keys and values.
 
     There must be room: ``part.end`` at most its capacity.
@@ -160,8 +160,8 @@ def bytes_per_token(model: PreTrainedModel) -> int:
     rows = [torch.randn(n, hidden_size, generator=generator) for n in (7, 4)]
     kept = KeyValues(2, 8)
     try:
-        run_pass(model, [Part(kept, i, r[:-3]) for i, r in enumerate(rows)])
-        stepped = run_pass(model, [Part(kept, i, r[-3:]) for i, r in enumerate(rows)])
+        run_pass(model, [NewTokens(kept, i, r[:-3]) for i, r in enumerate(rows)])
+        stepped = run_pass(model, [NewTokens(kept, i, r[-3:]) for i, r in enumerate(rows)])
     except CANNOT_RUN:
         return 0
     for row, found in zip(rows, stepped, strict=True):

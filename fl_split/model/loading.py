@@ -7,6 +7,7 @@ stay those of the full model, so Hugging Face's own forward and loss, PEFT and `
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from fl_split.errors import SplitError
 from fl_split.model.family import Anatomy
+
+INDEX = "model.safetensors.index.json"  # which file of a checkpoint holds which weight
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,12 @@ class Boundaries:
 def boundaries_of(model: nn.Module) -> Boundaries:
     """Where the ends or a trunk were cut."""
     return cast(Boundaries, model.boundaries)
+
+
+def layer_of(key: str, layers_name: str) -> int | None:
+    """Which layer a weight belongs to, by its name; None for one outside the layers."""
+    match = re.search(rf"(?:^|\.){re.escape(layers_name)}\.(\d+)\.", key)
+    return int(match[1]) if match else None
 
 
 def list_of_layers(base: nn.Module, anatomy: Anatomy) -> nn.ModuleList:
@@ -163,7 +172,7 @@ def check_quantized(config: PretrainedConfig) -> None:
 
 def _partial_checkpoint(folder: Path) -> dict[str, Any] | None:
     """Open the weights at hand, not read yet, if some files of a checkpoint are missing, which another party needs."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not index.is_file():
         return None
     named = set(json.loads(index.read_text())["weight_map"].values())

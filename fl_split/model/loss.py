@@ -3,7 +3,7 @@
 Data path: **batch -> model (bottom, trunk call, surrogate, top) -> loss -> backward**.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -17,19 +17,29 @@ IGNORED = -100  # label of a token that the loss does not count
 Batch = dict[str, Tensor]  # "input_ids", "attention_mask": [batch, seq]; "labels": [batch, seq], or [batch]
 
 
-def accumulate(model: PeftModel, batches: Iterable[Batch], in_flight: int = 1) -> float:
+def accumulate(
+    model: PeftModel, batches: Iterable[Batch], in_flight: int = 1, alone: Callable[[Tensor], None] | None = None
+) -> float:
     """Add one step's gradients, of the mean loss over all targets of its micro-batches; return that loss.
 
     With `in_flight` > 1, as many calls to the trunk are under way while the node computes; the result is the same.
+
+    Args:
+        model: The ends with their adapters; their gradients are added to.
+        batches: Micro-batches.
+        in_flight: Calls to the trunk at the same time, at most.
+        alone: Gets each micro-batch's loss, the mean over its own targets, and makes of it what it will, instead; then
+            the losses' sum is returned.
     """
     batches = list(batches)
-    num_targets = sum(count_targets(batch) for batch in batches)
+    all_targets = sum(count_targets(batch) for batch in batches)
     seeds = torch.randint(2**62, (len(batches),)).tolist()  # dropout's, whatever runs in between
 
     def run(batch: Batch, seed: int) -> float:
         torch.manual_seed(seed)
+        num_targets = count_targets(batch) if alone else all_targets
         loss = forward(model, batch, num_targets)[0]  # the logits, by far the largest tensor, go before backward begins
-        loss.backward()
+        (alone or Tensor.backward)(loss)
         return float(loss.item())
 
     tasks = [partial(run, batch, seed) for batch, seed in zip(batches, seeds, strict=True)]

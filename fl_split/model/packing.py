@@ -1,29 +1,16 @@
 """Whether examples laid end to end are kept apart by a model: shown on the model at hand, never assumed."""
 
-from collections.abc import Callable
-from concurrent.futures import Future
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fl_split.errors import SplitError
-from fl_split.model.slots import trunk_calls_of
+from fl_split.model.slots import offline
 
 _LENGTHS = (5, 9)  # tokens of two random examples
 _TOLERANCE = 0.1  # of the difference that sharing attention makes; what rounding makes is far below
-
-
-class _Nowhere:
-    """A trunk of no layers, in this process."""
-
-    def start(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-    ) -> "Future[Tensor]":
-        done: Future[Tensor] = Future()
-        done.set_result(hidden_states.detach())
-        return done
 
 
 def check_packing(ends: PreTrainedModel) -> None:
@@ -49,17 +36,3 @@ def check_packing(ends: PreTrainedModel) -> None:
             f"data.packing=true is not exact for {ends.config.model_type}: packed examples would see each other; set "
             "data.packing=false, and data.group-by-length=true for less padding"
         )
-
-
-def offline(ends: nn.Module, call: Callable[[], Tensor]) -> Tensor:
-    """Make a call with a trunk that passes hidden states on; then all is as it was."""
-    calls, training = trunk_calls_of(ends), ends.training
-    trunk = calls.trunk
-    calls.trunk = _Nowhere()
-    ends.eval()
-    try:
-        with torch.no_grad():
-            return call()
-    finally:
-        calls.trunk = trunk
-        ends.train(training)

@@ -7,11 +7,13 @@ a random step away from them, the padding mask, position ids).
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial, reduce
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -42,6 +44,18 @@ class Trunk(Protocol):
             Output of the last trunk layer, ``[batch, seq, hidden]``, without a graph. Rows of padding are undefined.
         """
         ...
+
+
+class Nowhere:
+    """A trunk of no layers: nothing is sent."""
+
+    def start(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> "Future[Tensor]":
+        """Return what came; see `Trunk.start`."""
+        done: Future[Tensor] = Future()
+        done.set_result(hidden_states)
+        return done
 
 
 class ExactTrunk(Trunk, Protocol):
@@ -139,8 +153,8 @@ class TrunkSlot(Hole):
         elif self.first:
             self.calls.start(hidden_states, self.training)
         if cache is not None:
-            ledger = entry(hidden_states)
-            cache.update(ledger, ledger, self.index)
+            register = entry(hidden_states)
+            cache.update(register, register, self.index)
         if self.kept is not None and hidden_states.requires_grad:
             layer = partial(self._keep, args, kwargs)
             self.calls.passed(layer)
@@ -157,3 +171,25 @@ class TrunkSlot(Hole):
 def trunk_calls_of(model: nn.Module) -> TrunkCalls:
     """The calls that a node's model, from `ends.load_ends`, makes to its trunk."""
     return cast(TrunkCalls, model.trunk_calls)
+
+
+@contextmanager
+def in_its_place(model: nn.Module, trunk: Trunk) -> Iterator[None]:
+    """Put another trunk in the place of a model's own, for a while."""
+    calls = trunk_calls_of(model)
+    usual, calls.trunk = calls.trunk, trunk
+    try:
+        yield
+    finally:
+        calls.trunk = usual
+
+
+def offline(ends: nn.Module, call: Callable[[], Tensor]) -> Tensor:
+    """Make a call with `Nowhere` in the trunk's place; then all is as it was."""
+    training = ends.training
+    ends.eval()
+    try:
+        with in_its_place(ends, Nowhere()), torch.no_grad():
+            return call()
+    finally:
+        ends.train(training)

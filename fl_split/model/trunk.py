@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from fl_split.errors import SplitError
 from fl_split.model.family import Anatomy, Hole, all_left_out, examine
-from fl_split.model.key_values import KeyValues, Part, run_pass
+from fl_split.model.key_values import KeyValues, NewTokens, run_pass
 from fl_split.model.loading import Boundaries, ignore_in_checkpoint, list_of_layers, load_around_holes
 from fl_split.model.thin import thin_layer
 from fl_split.wire import Packed
@@ -109,7 +109,7 @@ class LocalStream:
         """Run new tokens in one pass."""
         rows = packed.rows.split(packed.lengths)
         places = [None] * len(rows) if packed.positions is None else packed.positions.split(packed.lengths)
-        parts = [Part(self._kept, i, rows[i], places[i]) for i, length in enumerate(packed.lengths) if length]
+        parts = [NewTokens(self._kept, i, rows[i], places[i]) for i, length in enumerate(packed.lengths) if length]
         return torch.cat(run_pass(self._model, parts))
 
     def close(self) -> None:

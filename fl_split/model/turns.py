@@ -33,7 +33,6 @@ class _Turns(Generic[T]):
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._abandoned = False
         self._result: Future[T] = Future()
-        self._rng: Any = None
         self._thread = threading.Thread(target=self._run, name="micro-batch", daemon=True)
         self._thread.start()
 

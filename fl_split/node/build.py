@@ -30,13 +30,18 @@ from fl_split.shares import leak_bits
 logger = logging.getLogger(__name__)
 
 
+def is_deployed(node: NodeConfig) -> bool:
+    """Whether a node is an institution's, so that there is somebody to ask; a simulation has nobody."""
+    return node.speaks_for_itself or Path(sys.argv[0]).name == "flwr-clientapp"  # a simulation has no such process
+
+
 def check_consent(config: RunConfig, node: NodeConfig) -> None:
     """Refuse exact gradients without the institution's own word, where there is one (a simulation cannot ask)."""
     if config.surrogate.kind == "shares":
         _check_consent_to_shares(config, node)
     if config.surrogate.kind != "exact":
         return
-    if (node.data_path or node.out_dir) and not node.allow_exact_gradient:
+    if is_deployed(node) and not node.allow_exact_gradient:
         raise ConfigError(
             "this run has surrogate.kind='exact', which sends dL/dh2, the gradient of this node's private loss, to the "
             "trunk: to allow it, set allow-exact-gradient=true in --node-config; else use another surrogate.kind"
@@ -44,25 +49,8 @@ def check_consent(config: RunConfig, node: NodeConfig) -> None:
     logger.warning("surrogate.kind='exact': dL/dh2, the gradient of this node's private loss, goes to the trunk")
 
 
-def check_demo_data(config: RunConfig, node: NodeConfig) -> None:
-    """Refuse to train on the demo's invented data where a data-path was forgotten or misspelt.
-
-    Raises:
-        ConfigError: A deployed node, or another model than the demo's, is left with `data.path = "demo"`.
-    """
-    if node.data_path or config.data.path != "demo":
-        return
-    text = "this node has no data-path, and the run's data.path='demo' is the demo's invented data"
-    if node.speaks_for_itself or Path(sys.argv[0]).name == "flwr-clientapp":  # a simulation has no such process
-        raise ConfigError(f"{text}, not an institution's: set data-path in --node-config")
-    if config.model.name != "demo":
-        raise ConfigError(
-            f"{text}, for model.name='demo', not {config.model.name!r}: set data.path, or data-path in --node-config"
-        )
-
-
 def _check_consent_to_shares(config: RunConfig, node: NodeConfig) -> None:
-    if (node.data_path or node.out_dir) and not node.allow_gradient_shares:
+    if is_deployed(node) and not node.allow_gradient_shares:
         raise ConfigError(
             "this run has surrogate.kind='shares', which sends hidden states to two trunks, and to each a share of "
             "dL/dh2, the gradient of this node's private loss: to allow it, set allow-gradient-shares=true in "
@@ -74,6 +62,23 @@ def _check_consent_to_shares(config: RunConfig, node: NodeConfig) -> None:
         "operators do not collude: together they have the gradient",
         leak_bits(config.surrogate.mask_std),
     )
+
+
+def check_demo_data(config: RunConfig, node: NodeConfig) -> None:
+    """Refuse to train on the demo's invented data where a data-path was forgotten or misspelt.
+
+    Raises:
+        ConfigError: A deployed node, or another model than the demo's, is left with `data.path = "demo"`.
+    """
+    if node.data_path or config.data.path != "demo":
+        return
+    text = "this node has no data-path, and the run's data.path='demo' is the demo's invented data"
+    if is_deployed(node):
+        raise ConfigError(f"{text}, not an institution's: set data-path in --node-config")
+    if config.model.name != "demo":
+        raise ConfigError(
+            f"{text}, for model.name='demo', not {config.model.name!r}: set data.path, or data-path in --node-config"
+        )
 
 
 def warn_of_room(config: RunConfig, node: NodeConfig) -> None:

@@ -20,13 +20,19 @@ def base_name(model: Model, folder: Path) -> str:
 
 
 def card_text(
-    config: RunConfig, node: NodeConfig, server_round: int, heldout: dict[str, float], examples: Examples
+    config: RunConfig,
+    node: NodeConfig,
+    server_round: int,
+    heldout: dict[str, float],
+    examples: Examples,
+    privacy: str = "",
 ) -> str:
-    """Say in Markdown what was trained, on what and how well; numbers, no text of an example."""
+    """Say in Markdown what was trained, on what and how well, and what it tells of one example; no text of any."""
     revision = config.model.revision or "default"
     results = "\n".join(f"| {name} in round {server_round} | {value:.4f} |" for name, value in heldout.items())
     labels = f"| labels, in order | {', '.join(config.data.label_names)} |\n" if config.data.labels else ""
     report = examples.report
+    privacy = f"| differential privacy | {privacy} |\n" if privacy else ""
     template = f"| prompt and response | `{report.template}` |\n" if report.template else ""
     return f"""---
 library_name: peft
@@ -47,7 +53,7 @@ Trained with fl-split on the first {config.split.bottom_layers} and last {config
 {template}| surrogate | {config.surrogate.kind} |
 | variant, rank, alpha | {config.lora.variant}, {node.lora(config.lora).rank}, {config.lora.alpha:g} |
 {results}
-{labels}| shared with other nodes | {config.aggregation.share} |
+{labels}{privacy}| shared with other nodes | {config.aggregation.share} |
 """
 
 

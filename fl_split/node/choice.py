@@ -11,11 +11,9 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fl_split.config import Kind, NodeConfig, RunConfig
@@ -24,12 +22,12 @@ from fl_split.data.load import Examples
 from fl_split.errors import SplitError
 from fl_split.files import write_atomic
 from fl_split.model.checkpoint import read_config, weights_digest
-from fl_split.model.family import examine
+from fl_split.model.family import auto_class, examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.loss import accumulate
-from fl_split.node.build import build_model
+from fl_split.model.slots import Nowhere
+from fl_split.node.build import build_model, is_deployed
 from fl_split.plan.fits_here import check_room
-from fl_split.plan.plan import auto_class
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +68,7 @@ def settle(
         return config
 
     def clock(config: RunConfig) -> float:
-        model = build_model(config, node.lora(config.lora), folder, _Echo(), tokenizer.pad_token_id)
+        model = build_model(config, node.lora(config.lora), folder, Nowhere(), tokenizer.pad_token_id)
         batch = next(training_batches(examples.train, tokenizer, config.train.batch_size, 0, 0, config.data))
         started = time.monotonic()
         accumulate(model, [batch])
@@ -94,7 +92,7 @@ def choose(config: RunConfig, node: NodeConfig, folder: Path, clock: Clock | Non
         folder: The base model's.
         clock: Says how long a round would take; without one, time is left open.
     """
-    if config.has_shares and (node.allow_gradient_shares or not (node.data_path or node.out_dir)):
+    if config.has_shares and (node.allow_gradient_shares or not is_deployed(node)):
         return Choice("shares", "the run names a second trunk, and nothing forbids it on this node")
     limit = _PART * config.run.round_timeout
     why_not = _no_streamed(config, node, folder)
@@ -122,8 +120,8 @@ def choose(config: RunConfig, node: NodeConfig, folder: Path, clock: Clock | Non
 
 
 def _no_streamed(config: RunConfig, node: NodeConfig, folder: Path) -> str:
-    """Why the trunk's layers cannot be run from this node's disk, as far as can be told without running one."""
-    anatomy = examine(read_config(str(folder)), auto_class(config))
+    """Say why the trunk's layers cannot be run from this node's disk; "" if nothing is against it before one is run."""
+    anatomy = examine(read_config(str(folder)), auto_class(config.task))
     cut = Boundaries.of(anatomy, config.split.bottom_layers, config.split.top_layers)
     if weights_digest(folder, cut.layers_name, cut.trunk) is None:
         return "the trunk's part of the checkpoint is not on this disk"
@@ -134,15 +132,3 @@ def _no_streamed(config: RunConfig, node: NodeConfig, folder: Path) -> str:
 
 def _lacks_memory(config: RunConfig, node: NodeConfig) -> bool:
     return any(check.name == "memory" and check.status == "fail" for check in check_room(config, node))
-
-
-class _Echo:
-    """In the trunk's place while a step is timed; nothing is sent."""
-
-    def start(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-    ) -> "Future[Tensor]":
-        """Return what came; see `slots.Trunk.start`."""
-        done: Future[Tensor] = Future()
-        done.set_result(hidden_states)
-        return done

@@ -104,9 +104,8 @@ def serve(address: str, root_certificates: Path | None) -> None:
             "'fl-split doctor'; or start the SuperNode without --isolation process, which needs no executor"
         )
     os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", POLL_S)
-    os.environ.setdefault(
-        "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
-    )  # looking for a GPU must not make forks unable to use it
+    # Looking for a GPU must not make forks unable to use it.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     executor = ForkExecutor()
     setattr(superexec, "get_executor", lambda *_, **__: executor)  # noqa: B010  # Flower offers a choice of its own only
     superexec.run_superexec(

@@ -10,6 +10,10 @@ from fl_split.node.evaluate import Scores
 
 _NEEDED = ("partition-id", "weight")
 _COUNTS = ("num-examples", "bad-rows", "truncated-examples", "cached-sequences")  # of examples
+_OF_TRAINING = (  # computed from single rows to train on, without noise
+    "bad-rows", "truncated-examples", "truncated-tokens", "train-loss", "train-tokens", "tokens-per-s",
+    "activation-bytes", "cached-sequences",
+)  # fmt: skip
 _SCORES = ("heldout-", "sample-", "gain-over-")  # how keys of scores on held-out ones begin
 
 
@@ -41,6 +45,7 @@ class RoundMetrics:
     rounds_missed: int  # since this node's last
     exported_round: int  # whose adapter is the export: see `train.keep`
     worth: Mapping[str, float] = field(default_factory=dict)  # of `aggregation.personal`, by key: `node.personal`
+    record_dp: Mapping[str, float] = field(default_factory=dict)  # of `dp.record-*`, by key: `node.account`
 
     def record(self) -> dict[str, int | float]:
         """The numbers by their keys."""
@@ -49,7 +54,7 @@ class RoundMetrics:
             match name:
                 case "heldout":
                     record |= heldout_metrics(value)
-                case "samples" | "worth":
+                case "samples" | "worth" | "record_dp":
                     record |= value
                 case _:
                     record[name.replace("_", "-")] = value
@@ -62,7 +67,8 @@ def given_away(
     """What of a round's numbers leaves the node; what is withheld is nan, since the server reads every key.
 
     Withheld is what `metrics-allow` does not name, and, with `metrics-least`, counts of fewer examples than that, and
-    scores on fewer held-out ones. The weight in the mean is needed, and rounded up.
+    scores on fewer held-out ones. The weight in the mean is needed, and rounded up. With `dp.record-*` nothing leaves
+    that was computed from rows to train on, but for how many they are, and what is in the account.
 
     Args:
         record: All numbers.
@@ -75,6 +81,7 @@ def given_away(
     for key, value in record.items():
         few = key in _COUNTS and 0 < value < least or key.startswith(_SCORES) and num_heldout < least
         few |= key.startswith("sample-") and num_samples < least
+        few |= key in _OF_TRAINING and "record-epsilon" in record
         if key not in _NEEDED and (few or (allowed and not any(fnmatch(key, pattern) for pattern in allowed))):
             kept[key] = math.nan
     if node.metrics_least and record["weight"] > 1:  # 1: all nodes weigh the same

@@ -44,8 +44,8 @@ def take(
         scaling: alpha / rank of this node.
 
     Returns:
-        New values of some of the adapter's arrays, and the factors of what is to be added to the model itself, by
-        module: names without their ending, A first.
+        New values of some of the adapter's arrays; and the arrays, ``residual_A`` and ``residual_B`` of each module, of
+        what is to be added to the model itself.
     """
     adapter = {name: value for name, value in received.items() if not name.endswith((RESIDUAL_A, RESIDUAL_B))}
     if how == "svd":

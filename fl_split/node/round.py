@@ -30,7 +30,8 @@ from fl_split.model import adapters
 from fl_split.model.distill import Distiller
 from fl_split.model.loss import Batch
 from fl_split.model.slots import Trunk
-from fl_split.node import masks, personal, train
+from fl_split.node import masks, personal, record_dp, train
+from fl_split.node.account import Account, Charge
 from fl_split.node.build import (
     build_model,
     check_consent,
@@ -103,6 +104,7 @@ def run_round(
     check_demo_data(config, node)
     if config.data.samples:
         check_scorer()
+    config = node.with_record_dp(config)
     with ExitStack() as stack:
         this = Round.build(choose_split(config).with_rates(), node, instructions, stack)
         this.restore(received)
@@ -123,6 +125,7 @@ class Outcome:
     heldout: dict[str, Scores]  # `base`, `before`, `shared`, `after`; and of `aggregation.personal`, `alone`
     evaluate_s: float
     trunk_forward_s: float  # of training
+    charge: Charge | None = None  # of `dp.record-*`
     worth: personal.Worth | None = None  # of `aggregation.personal`
     samples: Sequence[Sample] = ()  # private; their means are not
 
@@ -144,6 +147,7 @@ class Round:
     distiller: Distiller | None  # if the surrogate is trained on the way
     folder: NodeFolder
     saved: SavedRound  # the newest one before this
+    account: Account  # of `dp.record-*`
     progress: Progress
     started: float  # by `time.monotonic`
 
@@ -156,7 +160,9 @@ class Round:
         home = node.folder(config, instructions.run_name)
         examples = load_examples(config.data, node, tokenizer, config.train.seed, store=home / "examples")
         check_fits(AutoConfig.from_pretrained(base), tokenizer, examples, config.data)
-        folder = NodeFolder(home, instructions.run_id)
+        folder, account = NodeFolder(home, instructions.run_id), Account(home)
+        saved = folder.load_before(instructions.server_round) or SavedRound(0)
+        account.check(config.dp, saved.number)
         config = settle(config, node, base, tokenizer, examples, folder.choice)
         check_consent(config, node)
         if instructions.server_round == 1:
@@ -191,7 +197,8 @@ class Round:
             optimizer=optimizer,
             distiller=distiller,
             folder=folder,
-            saved=folder.load_before(instructions.server_round) or SavedRound(0),
+            saved=saved,
+            account=account,
             progress=Progress(
                 home,
                 f"node {node.partition_id}, run {instructions.run_name}, "
@@ -252,6 +259,7 @@ class Round:
         torch.manual_seed(hash((seed, server_round, partition)))  # of dropout
         first_step = (server_round - 1) * config.train.steps
         first_example = first_step * config.train.batch_size * config.train.accumulation
+        private = record_dp.begin(config, self.examples.train, self.tokenizer, self.account, server_round)
         forward_s = -self.connection.forward_s
         trained = train_round(
             self.model,
@@ -265,6 +273,7 @@ class Round:
                 proximal_mu=self.instructions.proximal_mu,
                 trains_bottom=follow,
                 anchored=lambda name: adapters.is_shared(self.model, name, config.aggregation),
+                record_dp=private,
             ),
             self.progress.step,
         )
@@ -276,7 +285,9 @@ class Round:
                 "the held-out loss after training is not finite: this round is dropped, and the adapter of the last "
                 "good round stays; lower train.bottom-lr={:g} and train.top-lr={:g}".format(*config.train.rates)
             )
-        return Outcome(trained, trial, follow, heldout, evaluate_s + time.monotonic() - started, forward_s)
+        evaluate_s += time.monotonic() - started
+        charge = private.charge if private else None
+        return Outcome(trained, trial, follow, heldout, evaluate_s, forward_s, charge)
 
     def weigh(self, outcome: Outcome, received: dict[str, Tensor]) -> Outcome:
         """Take as much of the others' adapters as helps: `node.personal`; mutates the model, until the round's end."""
@@ -379,7 +390,8 @@ class Round:
         earlier = self.saved.scores.get("exported", now) if self.same_heldout else now
         exported = now if config.train.keep == "last" else min(earlier, now, key=_chosen_by)
         if exported is now:  # before the round counts: what a kill leaves is then done again
-            card = card_text(config, self.node, server_round, heldout_metrics(outcome.heldout), self.examples)
+            scores, privacy = heldout_metrics(outcome.heldout), str(outcome.charge or "")
+            card = card_text(config, self.node, server_round, scores, self.examples, privacy)
             base = base_name(config.model, self.base)
             adapters.export(self.model, self.folder.adapter, base, config.model.revision, card)
             write_recipe(self.folder.adapter, config, self.tokenizer)
@@ -426,6 +438,7 @@ class Round:
             rounds_missed=self.instructions.server_round - 1 - self.saved.number,
             exported_round=exported_round,
             worth=outcome.worth.record() if outcome.worth else {},
+            record_dp=outcome.charge.record() if outcome.charge else {},
         )
         record, path = metrics.record(), self.folder.adapter
         self.progress.finish(record, time.monotonic() - self.started, path)

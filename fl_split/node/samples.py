@@ -8,8 +8,7 @@ What leaves the node: hidden states of prompts and answers, to the trunk; the tw
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +21,7 @@ from fl_split.data.examples import Example
 from fl_split.errors import ConfigError, SplitError
 from fl_split.files import read_entries, write_atomic
 from fl_split.model.loss import IGNORED
-from fl_split.model.slots import trunk_calls_of
+from fl_split.model.slots import in_its_place
 from fl_split.node.trunk_connection import TrunkConnection
 
 _LONGER = 16  # tokens that an answer may have beyond the longest reference of its batch
@@ -84,7 +83,7 @@ def answer_heldout(
     """
     scorer, remaining, samples = check_scorer(), iter([_parted(example) for example in examples]), list[Sample]()
     model.eval()
-    with _asking(model, connection):
+    with in_its_place(model, connection):
         while pairs := list(islice(remaining, batch_size)):
             answers = _generate(model, tokenizer, pairs, connection.offers_streams)
             for (prompt_ids, reference_ids), answer_ids in zip(pairs, answers, strict=True):
@@ -111,18 +110,8 @@ def keep(file: Path, server_round: int, samples: Sequence[Sample]) -> None:
     write_atomic(file, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
 
 
-@contextmanager
-def _asking(model: Any, connection: TrunkConnection) -> Iterator[None]:
-    calls = trunk_calls_of(model)
-    usual, calls.trunk = calls.trunk, connection
-    try:
-        yield
-    finally:
-        calls.trunk = usual
-
-
 def _parted(example: Example) -> tuple[list[int], list[int]]:
-    """An example's tokens up to its last answer, and that answer."""
+    """Cut an example in two: its tokens up to its last answer, and that answer."""
     ids, labels = example["input_ids"], example["labels"]
     end = max(i for i, label in enumerate(labels) if label != IGNORED) + 1
     start = max((i for i in range(end) if labels[i] == IGNORED), default=-1) + 1

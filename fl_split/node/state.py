@@ -4,6 +4,7 @@
         adapter/                                  the PEFT export
         state/<run id>/round-0003/                adapter, optimizer, surrogate and numbers as safetensors: private
         state/<run id>/choice.json                what `surrogate.kind = auto` came to
+        dp-account.json                           what `dp.record-*` has spent
         samples.jsonl                             what it answers to held-out prompts: private
         examples/                                 the prepared examples: private
         trunk-cache.sqlite                        what the trunk answered, of a frozen bottom: private

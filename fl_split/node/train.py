@@ -21,6 +21,7 @@ from fl_split.model.adapters import bottom_parameters, parameter_groups, part_of
 from fl_split.model.distill import Distiller
 from fl_split.model.loss import Batch, accumulate, count_tokens
 from fl_split.model.slots import trunk_calls_of
+from fl_split.node.record_dp import RecordDp
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class RoundSettings:
     proximal_mu: float = 0.0  # weight of FedProx's term
     trains_bottom: bool = True  # False: its gradient is made only for a distiller, and dropped
     anchored: Callable[[str], bool] = lambda name: True  # the weights that it is about, by name: those that are shared
+    record_dp: RecordDp | None = None  # draws the examples and makes the gradients, with noise, of steps that it counts
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Step:
     """How far a local round is after an optimizer step."""
 
     number: int  # of the whole run, from 1
-    loss: float  # of this step
+    loss: float  # of this step; nan if `dp.record-*` drew no example
     num_tokens: int  # real tokens of the round so far
     seconds: float  # so far
 
@@ -49,7 +51,7 @@ class Step:
 class Trained:
     """What a local round came to."""
 
-    loss: float  # mean per response token, or per text of a classifier, over the round's steps
+    loss: float  # mean per response token, or per text of a classifier, over the round's steps; nan without one
     num_tokens: int  # real tokens trained on
     seconds: float
 
@@ -80,7 +82,7 @@ def train_round(
     Args:
         model: The ends with their adapters; mutated.
         optimizer: From `make_optimizer`; mutated.
-        batches: Endless micro-batches.
+        batches: Endless micro-batches; left alone with `dp.record-*`, which draws its own.
         config: Steps, accumulation, scheduler and clipping.
         settings: Which part of a run this is.
         on_step: Called after each step.
@@ -88,7 +90,9 @@ def train_round(
     Raises:
         TrainingError: Loss, gradient or weights are no longer finite.
     """
-    steps = range(settings.first_step, settings.first_step + config.steps)
+    private = settings.record_dp
+    num_steps = private.charge.steps if private else config.steps
+    steps = range(settings.first_step, settings.first_step + num_steps)
     scheduler = _scheduler(optimizer, config, steps.start, settings.total_steps or steps.stop)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     bottom = bottom_parameters(model)
@@ -96,24 +100,29 @@ def train_round(
     for parameter in bottom:
         parameter.requires_grad_(settings.trains_bottom or distiller is not None)
     model.train()
-    started, loss_sum, num_tokens = time.monotonic(), 0.0, 0
-    with tqdm(total=config.steps, unit="step", disable=None, leave=False) as bar:  # None: only on a terminal
+    started, loss_sum, num_losses, num_tokens = time.monotonic(), 0.0, 0, 0
+    with tqdm(total=num_steps, unit="step", disable=None, leave=False) as bar:  # None: only on a terminal
         for step in steps:
-            step_batches = [next(batches) for _ in range(config.accumulation)]
-            loss = accumulate(model, step_batches, settings.in_flight)
+            if private:
+                step_batches = private.draw()
+                loss = private.accumulate(model, params, step_batches, settings.in_flight)
+            else:
+                step_batches = [next(batches) for _ in range(config.accumulation)]
+                loss = accumulate(model, step_batches, settings.in_flight)
             if not settings.trains_bottom:
                 for parameter in bottom:
                     parameter.grad = None
             proximal.add_gradient()
             norm = torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
-            _check_finite(config, step + 1, loss=loss, gradient=norm.item())
+            _check_finite(config, step + 1, **({} if private else {"loss": loss}), gradient=norm.item())
             optimizer.step()
             _check_finite(config, step + 1, weights=torch.nn.utils.get_total_norm(params).item())
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
             if distiller is not None:
                 distiller.step()
-            loss_sum += loss
+            if math.isfinite(loss):
+                loss_sum, num_losses = loss_sum + loss, num_losses + 1
             num_tokens += sum(count_tokens(batch) for batch in step_batches)
             seconds = time.monotonic() - started
             bar.set_postfix_str(f"loss {loss:.3f}, {num_tokens / seconds:.0f} tokens/s")
@@ -121,7 +130,7 @@ def train_round(
             on_step(Step(step + 1, loss, num_tokens, seconds))
     for parameter in bottom:
         parameter.requires_grad_(True)
-    return Trained(loss_sum / config.steps, num_tokens, time.monotonic() - started)
+    return Trained(loss_sum / num_losses if num_losses else math.nan, num_tokens, time.monotonic() - started)
 
 
 def optimizer_state(model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

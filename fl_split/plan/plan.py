@@ -13,24 +13,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import PretrainedConfig
 
 from fl_split import wire
 from fl_split.config import Aggregation, Dp, Report, Run, RunConfig
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.checkpoint import read_config
-from fl_split.model.family import Anatomy, examine
+from fl_split.model.family import Anatomy, auto_class, examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.surrogate import kept_layers
+from fl_split.plan.message_bytes import pull_bytes, reply_bytes, request_bytes, share_bytes
 from fl_split.plan.step_memory import key_value_bytes, layers_of, on_meta, step_on_meta
-from fl_split.proto import trunk_pb2 as pb
-from fl_split.shares import SEED_BYTES
 
 logger = logging.getLogger(__name__)
 
-PROCESS_BYTES = (
-    800 * 10**6
-)  # of a process with torch, transformers, peft and datasets, before any model: an allowance, not a measurement
+# Of a process with torch, transformers, peft and datasets, before any model: an allowance, not a measurement.
+PROCESS_BYTES = 800 * 10**6
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -95,11 +93,6 @@ class Plan:
 _planned: dict[tuple[str, str, RunConfig], Plan] = {}
 
 
-def auto_class(run: RunConfig) -> Any:
-    """What builds the model of a run's task."""
-    return AutoModelForSequenceClassification if run.task == "sequence-classification" else AutoModelForCausalLM
-
-
 def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     """Work out what the split of a run costs.
 
@@ -122,7 +115,7 @@ def _make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     if run.task == "sequence-classification":
         config = copy.deepcopy(config)
         config.num_labels, config.pad_token_id = len(run.data.label_names), config.pad_token_id or 0
-    anatomy = examine(config, auto_class(run))
+    anatomy = examine(config, auto_class(run.task))
     cut = Boundaries.of(anatomy, run.split.bottom_layers, run.split.top_layers)
     kind = run.surrogate.planned
     kind = "blocks" if kind == "matched" else kind  # thin layers, of as many layers' size
@@ -171,12 +164,12 @@ def _make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
 
 
 def _num_calls(run: RunConfig) -> float:
-    """Forward calls of a micro-batch, probes on average."""
+    """Count the forward calls of a micro-batch, probes on average."""
     return 1 + 1 / run.surrogate.probe_every if run.surrogate.is_trained and run.surrogate.probe_every else 1
 
 
 def _message_bytes(run: RunConfig, hidden_size: int) -> tuple[int, int]:
-    """What a micro-batch of full-length examples sends and receives."""
+    """Count the bytes that a micro-batch of full-length examples sends and receives."""
     lengths, dtype = [run.data.max_length] * run.train.batch_size, wire.NAMES[run.trunk.wire_dtype]
     pulled = {
         "exact": lambda: pull_bytes(lengths, dtype, hidden_size),
@@ -208,45 +201,6 @@ def _step(
 
 def _num_params(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-# --------------------------------------------------------------------------------------------------------- wire
-
-
-def request_bytes(lengths: list[int], dtype: pb.DType, hidden_size: int) -> int:
-    """Bytes of the request for sequences of these lengths; for int8 with as many outlier channels as may be."""
-    rows = bytes(sum(lengths) * wire.bytes_per_token(dtype, hidden_size))
-    return pb.ForwardRequest(
-        dtype=dtype, hidden_states=rows, lengths=lengths, outliers=_outliers(dtype, hidden_size)
-    ).ByteSize()
-
-
-def reply_bytes(lengths: list[int], dtype: pb.DType, hidden_size: int) -> int:
-    """Bytes of the reply to `request_bytes`."""
-    rows = bytes(sum(lengths) * wire.bytes_per_token(dtype, hidden_size))
-    reply = pb.ForwardReply(dtype=dtype, hidden_states=rows, outliers=_outliers(dtype, hidden_size), trunk_id=bytes(16))
-    return reply.ByteSize()
-
-
-def pull_bytes(lengths: list[int], dtype: pb.DType, hidden_size: int) -> tuple[int, int]:
-    """Bytes of the request and the reply of an exact gradient, which int8 is not for."""
-    dtype = pb.BFLOAT16 if dtype == pb.INT8 else dtype
-    rows = torch.zeros(sum(lengths), hidden_size)
-    request = wire.encode_pull(wire.Packed(rows, lengths, None), rows, dtype)
-    return request.ByteSize(), wire.encode_pull_reply(rows, dtype, bytes(16)).ByteSize()
-
-
-def share_bytes(lengths: list[int], hidden_size: int) -> tuple[int, int]:
-    """Bytes of both requests and both replies of an exact gradient in shares."""
-    rows = torch.zeros(sum(lengths), hidden_size)
-    mask = pb.Mask(seed=bytes(SEED_BYTES), std=1.0, step=1.0)
-    sent = wire.encode_shares(wire.Packed(rows, lengths, None), mask, rows)
-    reply = wire.encode_pull_reply(rows, pb.FLOAT32, bytes(16))
-    return sum(request.ByteSize() for request in sent), 2 * reply.ByteSize()
-
-
-def _outliers(dtype: pb.DType, hidden_size: int) -> list[int]:
-    return list(range(hidden_size - max(1, hidden_size // wire.GROUP), hidden_size)) if dtype == pb.INT8 else []
 
 
 # -------------------------------------------------------------------------------------------------------- choice

@@ -62,9 +62,8 @@ def key_value_bytes(model: Any, layers: range) -> int:
     nn.Module.to(model, torch.bfloat16)  # the one that experts' kernels know on the meta device
     try:
         with torch.no_grad(), torch.device("meta"):
-            token = torch.zeros(
-                1, 1, core.get_input_embeddings().embedding_dim, dtype=torch.bfloat16
-            )  # ids would be looked at
+            width = core.get_input_embeddings().embedding_dim
+            token = torch.zeros(1, 1, width, dtype=torch.bfloat16)  # ids would be looked at
             core(inputs_embeds=token, use_cache=True, **{name: cache})
         kept: Any = [cache.layers[i] for i in layers]
         return sum(int(layer.keys.numel() + layer.values.numel()) for layer in kept) * int(dtype.itemsize)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+from fl_split.config import UNCOVERED
 from fl_split.server.flower import SUMMED
 from fl_split.server.progress import clock
 from fl_split.server.run_folder import RunFolder
@@ -31,6 +32,7 @@ _COLUMNS = (
     ("bottom's gain", "bottom-gain", ".3f"),
     ("tokens/s", "tokens-per-s", ".0f"),
     ("MB to trunk", "activation-bytes", "mb"),
+    ("epsilon", "record-epsilon", ".2f"),  # of dp.record-*
 )
 
 _ACCURACY = "heldout-accuracy-after"
@@ -63,7 +65,7 @@ def record_round(run: RunFolder, send: Callable[[list[dict[str, Any]]], None], f
         **({} if finished.epsilon is None else {"epsilon": finished.epsilon}),
     }
     run.finish_round(finished.number, [*nodes, summary], finished.shared, finished.server_state)
-    privacy = "" if finished.epsilon is None else f", privacy spent: epsilon {finished.epsilon:.2f}"
+    privacy = "" if finished.epsilon is None else f", privacy spent: epsilon {finished.epsilon:.2f}; {UNCOVERED}"
     logger.info("round %d/%d%s\n%s", finished.number, finished.num_rounds, privacy, _table(nodes))
     for node in nodes:
         _warn(node)
@@ -71,7 +73,7 @@ def record_round(run: RunFolder, send: Callable[[list[dict[str, Any]]], None], f
 
 
 def _together(nodes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums of counts over the nodes, and means of losses, weighted by examples."""
+    """Sum counts over the nodes, and take the means of losses, weighted by examples."""
     weights = [node["num-examples"] for node in nodes]
     everywhere = set(nodes[0]).intersection(*nodes)
     means = {
@@ -143,7 +145,7 @@ def _table(nodes: list[dict[str, Any]]) -> str:
     every = _together(nodes)
     if len(nodes) > 1:
         shown.append({**every, "partition-id": "all", "gain": gain(every)})
-    columns = [column for column in _COLUMNS if column[1] in shown[0]]
+    columns = [column for column in _COLUMNS if any(column[1] in node for node in nodes) or column[1] == "gain"]
     if not any(node["name"] for node in nodes):
         columns = [column for column in columns if column[1] != "name"]
     if all(node["heldout-loss-shared"] == node["heldout-loss-base"] for node in nodes):  # nothing is shared
@@ -153,9 +155,10 @@ def _table(nodes: list[dict[str, Any]]) -> str:
     rows = [[heading for heading, _, _ in columns]]
     rows += [[_cell(node.get(key, ""), form) for _, key, form in columns] for node in shown]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    return "\n".join(
-        "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-    )
+    lines = ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    if any("record-epsilon" in node for node in nodes):
+        lines.append(f"  epsilon of an adapter for one training example of its node; {UNCOVERED}")
+    return "\n".join(lines)
 
 
 def _cell(value: float | str, form: str) -> str:

@@ -172,7 +172,7 @@ def read_run(root: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _resumed(saved: Mapping[str, Scalar], now: RunConfig, given: Mapping[str, Scalar] | None) -> RunConfig:
-    """A run's own configuration with what may change of what was given."""
+    """Take a run's own configuration, and what may change of what was given."""
     flat, default = now.to_flat(), RunConfig().to_flat()
     given = {key: value for key, value in flat.items() if value != default[key]} if given is None else given
     fixed = _MAY_NOT if saved.get("dp.mode", "off") == "off" else _MAY_NOT + _MAY_NOT_WITH_DP

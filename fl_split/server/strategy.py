@@ -238,6 +238,6 @@ def _check_numbers(nodes: Iterable[dict[str, Any]]) -> None:
 
 
 def _is_finite(reply: Message) -> bool:
-    """Whether what a node shares can be combined: one NaN would make all nodes' weights NaN."""
+    """Tell whether what a node shares can be combined: one NaN would make all nodes' weights NaN."""
     arrays = reply.content.array_records["arrays"].to_torch_state_dict()
     return all(bool(torch.isfinite(value).all()) for value in arrays.values())

@@ -103,5 +103,5 @@ _OPEN: dict[str, Callable[[RunFolder, ExitStack], Send]] = {
 
 
 def _about(config: RunConfig) -> dict[str, Any]:
-    """A run's configuration without paths: it says where data lies."""
+    """Leave paths out of a run's configuration: they say where data lies."""
     return {key: value for key, value in config.to_flat().items() if not str(value).startswith(("/", "~"))}

@@ -75,7 +75,7 @@ def look(place: int) -> tuple[str, str]:
 
 
 def _inline(svg: str, title: str) -> str:
-    """The element alone, as wide as its place, with a name for who cannot see it."""
+    """Cut out the element, as wide as its place, with a name for who cannot see it."""
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{title}">', svg, count=1)
     return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from fl_split.config import Data, NodeConfig, RunConfig
+from fl_split.config import UNCOVERED, Data, NodeConfig, RunConfig
 from fl_split.data.batches import prepare_tokenizer
 from fl_split.data.examples import Example
 from fl_split.data.fits import check_fits
@@ -23,13 +23,15 @@ from fl_split.data.sources import num_files
 from fl_split.errors import ConfigError, FLSplitError, SplitError
 from fl_split.model.causal import check_causal_config
 from fl_split.model.checkpoint import read_config, weights_digest
-from fl_split.model.family import examine
+from fl_split.model.family import auto_class, examine
 from fl_split.model.loading import Boundaries, check_quantized
 from fl_split.model.loss import IGNORED
+from fl_split.node.account import epsilon_of
 from fl_split.node.build import check_demo_data, connect, connect_shares, find_model
 from fl_split.node.choice import choose
+from fl_split.node.record_dp import check_delta, sampling_of
 from fl_split.plan.fits_here import Check, check_room
-from fl_split.plan.plan import PROCESS_BYTES, auto_class, choose_split
+from fl_split.plan.plan import PROCESS_BYTES, choose_split
 from fl_split.plan.versions import check_versions
 from fl_split.tools.audit.page import NOISE
 
@@ -55,6 +57,11 @@ def diagnose(config: RunConfig, own: NodeConfig, max_rows: int | None = None, nu
         yield Check("warn", "node", "node-config lacks partition-id, without which a deployed node refuses to train")
     for key, near in own.unknown.items():
         yield Check("warn", "node", f"{key!r} is no key of fl-split's (the nearest is {near!r}), and left alone")
+    check, together = _try("record-dp", lambda: ("", own.with_record_dp(config)))
+    if together is None:
+        yield check
+        return
+    config = together
     model, found = _try("model", lambda: _model(config))
     yield model
     if found is None:
@@ -94,7 +101,7 @@ def _model(config: RunConfig) -> tuple[str, tuple[RunConfig, Path]]:
     folder = find_model(config)
     about = read_config(str(folder))
     check_quantized(about)
-    cut = Boundaries.of(examine(about, auto_class(config)), config.split.bottom_layers, config.split.top_layers)
+    cut = Boundaries.of(examine(about, auto_class(config.task)), config.split.bottom_layers, config.split.top_layers)
     if weights_digest(folder, cut.layers_name, range(cut.first)) is None or (
         weights_digest(folder, cut.layers_name, range(cut.end, cut.num_layers)) is None
     ):
@@ -199,6 +206,8 @@ def _check_node(
     if config.data.redact or node.redact_rules:
         found = report.say_redacted()
         yield Check("pass" if found else "warn", "redact", f"replaced by pseudonyms: {found or 'nothing was found'}")
+    if config.dp.is_record and report.num_rows != max_rows:
+        yield _check_record_dp(config, len(examples.train))
     yield from _check_copies(examples)
     yield _check_lengths(examples, config.data.max_length)
     if report.template:
@@ -207,6 +216,24 @@ def _check_node(
         sample = [label for example in examples.train[:_SAMPLE] for label in example["labels"]]
         share = sum(label != IGNORED for label in sample) / len(sample)
         yield Check("pass", "targets", f"the loss counts {100 * share:.0f} % of the tokens; --show 2 prints which")
+
+
+def _check_record_dp(config: RunConfig, num_examples: int) -> Check:
+    """What the run would come to, if this node takes part in every round."""
+    dp, steps = config.dp, config.num_server_rounds * config.train.steps
+
+    def look() -> tuple[str, float]:
+        check_delta(dp, num_examples)
+        spent = epsilon_of([(sampling_of(config, num_examples), dp.record_noise_multiplier, steps)], dp.record_delta)
+        return f"epsilon {spent:.2f} at delta {dp.record_delta:g} for one example after {steps} steps", spent
+
+    check, spent = _try("record-dp", look)
+    if spent is None:
+        return check
+    if 0 < dp.record_max_epsilon < spent:
+        text = f"{check.text}: dp.record-max-epsilon={dp.record_max_epsilon:g} ends training before; {UNCOVERED}"
+        return Check("warn", "record-dp", text)
+    return replace(check, text=f"{check.text}; {UNCOVERED}")
 
 
 def _check_copies(examples: Examples) -> Iterator[Check]:

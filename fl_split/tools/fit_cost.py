@@ -11,10 +11,10 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoModel, PretrainedConfig
 
 from fl_split.config import RunConfig
-from fl_split.model.family import Hole, examine
+from fl_split.model.family import Hole, auto_class, examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.thin import LowRank, linears, replace
 from fl_split.plan.step_memory import Live, layers_of, on_meta, step_on_meta
@@ -119,12 +119,12 @@ def say_time(teacher: Any, folder: Path, public: Tensor, budget: Budget, fit: Fi
 
 
 def _work(short: int, long: int) -> float:
-    """Operations of a cut, up to a factor: products with the longer side's moment, and taking the shorter's apart."""
+    """Count what a cut computes, up to a factor: products with the longer side's moment, taking the shorter's apart."""
     return short * long**2 + short**2 * long + 10 * short**3
 
 
 def _seconds(do: Callable[[], Any], device: str) -> float:
-    """Time of one go, the second of two."""
+    """Time one go, the second of two."""
     for _ in range(2):
         started = time.perf_counter()
         do()
@@ -134,7 +134,7 @@ def _seconds(do: Callable[[], Any], device: str) -> float:
 
 
 def _random(layer: nn.Module, shapes: dict[str, tuple[int, int]], rank: int) -> dict[str, Tensor]:
-    """Weights of a thin layer with random products."""
+    """Make the weights of a thin layer with random products."""
     weights = {name: tensor.float().cpu() for name, tensor in layer.state_dict().items()}
     for name, (out, into) in shapes.items():
         del weights[f"{name}.weight"]
@@ -143,9 +143,9 @@ def _random(layer: nn.Module, shapes: dict[str, tuple[int, int]], rank: int) -> 
 
 
 def _teacher(config: PretrainedConfig, cut: Boundaries, fit: Fit) -> tuple[int, int]:
-    """Bytes of the whole model, and of a lesson at its peak."""
+    """Count the bytes of the whole model, and of a lesson at its peak."""
     classifies = fit.task == "sequence-classification"
-    anatomy = examine(config, AutoModelForSequenceClassification if classifies else AutoModelForCausalLM)
+    anatomy = examine(config, auto_class(fit.task))
     config = copy.deepcopy(config)
     object.__setattr__(config, "pad_token_id", None)  # else some look for padding, which meta tensors cannot show
     model = on_meta(config, anatomy, getattr(torch, fit.dtype))
@@ -157,7 +157,7 @@ def _teacher(config: PretrainedConfig, cut: Boundaries, fit: Fit) -> tuple[int, 
 
 
 def _student(trunk: Any, layers: nn.ModuleList, cut: Boundaries, budget: Budget, fit: Fit) -> int:
-    """Bytes of the surrogate while it is trained; its trunk on the meta device is mutated."""
+    """Count the bytes of the surrogate while it is trained; its trunk on the meta device is mutated."""
     rank = max(1, round(budget.numbers / budget.one_rank))
     for i, layer in enumerate(layers):
         if i not in cut.trunk:

@@ -144,7 +144,7 @@ class Saved:
         self._saved_at = time.monotonic()
 
 
-class Progress:
+class Stage:
     """Says how far one stage of a fit is, and how long it will take."""
 
     def __init__(self, what: str, total: int, done: int = 0) -> None:

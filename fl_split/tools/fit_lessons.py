@@ -9,14 +9,14 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from fl_split.config import Lora
 from fl_split.model import adapters
 from fl_split.model.ends import stop_dropout
-from fl_split.model.family import examine
+from fl_split.model.family import auto_class, examine
 from fl_split.model.loading import Boundaries, boundaries_of
-from fl_split.tools.fit_folder import Fit, FitFolder, Progress, Saved
+from fl_split.tools.fit_folder import Fit, FitFolder, Saved, Stage
 from fl_split.tools.fit_text import draw, question
 
 _TUNING_RATES = (6e-3, 8e-3, 1e-2, 1.2e-2)  # of the simulated fine-tunings, in turn
@@ -49,7 +49,7 @@ def load_teacher(folder: Path, bottom_layers: int, top_layers: int, fit: Fit) ->
     Raises:
         SplitError: The model cannot be split here.
     """
-    auto = AutoModelForCausalLM if fit.task == "causal-lm" else AutoModelForSequenceClassification
+    auto = auto_class(fit.task)
     config = AutoConfig.from_pretrained(folder)
     stop_dropout(config)
     anatomy = examine(config, auto)
@@ -66,7 +66,7 @@ def load_teacher(folder: Path, bottom_layers: int, top_layers: int, fit: Fit) ->
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """What a layer was called with."""
 
     hidden_states: Tensor
@@ -75,18 +75,18 @@ class Call:
 
 
 @contextmanager
-def tapped(model: nn.Module, at: Sequence[int], gradient_from: int) -> Iterator[dict[int, Call]]:
+def tapped(model: nn.Module, at: Sequence[int], gradient_from: int) -> Iterator[dict[int, LayerCall]]:
     """Hold on to what goes into some layers of a whole model; a graph begins at one of them, if not before."""
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = cast(PreTrainedModel, whole).base_model.get_submodule(boundaries_of(whole).layers_path)
-    seen: dict[int, Call] = {}
+    seen: dict[int, LayerCall] = {}
 
     def tap(i: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden_states = args[0]
             if i == gradient_from and not hidden_states.requires_grad:
                 hidden_states = hidden_states.detach().requires_grad_()
-            seen[i] = Call(hidden_states, args[1:], kwargs)
+            seen[i] = LayerCall(hidden_states, args[1:], kwargs)
             return (hidden_states, *args[1:]), kwargs
 
         return hook
@@ -150,7 +150,7 @@ def record_lessons(teacher: PreTrainedModel, public: Tensor, check: Tensor, fit:
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
     saved = Saved(folder, "tuning", trained, optimizer)
     begin = saved.load()
-    progress = Progress("lessons", 2 * num_pairs, 2 * begin)
+    progress = Stage("lessons", 2 * num_pairs, 2 * begin)
     for pair in range(begin, num_pairs):
         run, step = divmod(pair, per_run)
         if step == 0:

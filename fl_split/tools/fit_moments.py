@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from fl_split.errors import ConfigError
 from fl_split.model.loading import boundaries_of
 from fl_split.model.thin import linears
-from fl_split.tools.fit_folder import Fit, FitFolder, Progress
-from fl_split.tools.fit_lessons import Batches, Call, tapped
+from fl_split.tools.fit_folder import Fit, FitFolder, Stage
+from fl_split.tools.fit_lessons import Batches, LayerCall, tapped
 
 # Flattening of the second moments: at 0 the SVD keeps what the recorded text needs, at infinity it is the plain one.
 # The Jacobian meets every direction of the input, so its moment is flattened more.
@@ -100,7 +100,7 @@ def cut_layers(teacher: PreTrainedModel, public: Tensor, budget: Budget, fit: Fi
         return
     batches, cut = Batches(teacher, fit), boundaries_of(teacher)
     num_batches = min(MOMENT_BATCHES, max(1, len(public) // fit.batch_size))
-    progress = Progress("inputs of layers", num_batches)
+    progress = Stage("inputs of layers", num_batches)
     for b in range(num_batches):
         if folder.has(f"inputs-{b}"):
             continue
@@ -116,7 +116,7 @@ def cut_layers(teacher: PreTrainedModel, public: Tensor, budget: Budget, fit: Fi
         gradients = folder.load(f"gradient-{max(todo) + 1}")
     layers = teacher.base_model.get_submodule(cut.layers_path)
     most = max(_LEAST_RANK, round(ROOM_FOR_CHOICE * budget.numbers / budget.one_rank))
-    progress = Progress("layers cut", len(todo))
+    progress = Stage("layers cut", len(todo))
     for done, i in enumerate(reversed(todo), 1):
         layer = layers.get_submodule(str(i))
         # In the order of their numbers, not of a file: on that the last bits of a sum depend.
@@ -130,7 +130,7 @@ def cut_layers(teacher: PreTrainedModel, public: Tensor, budget: Budget, fit: Fi
 
 
 def moments_of(
-    layer: nn.Module, call: Call, inputs: dict[str, Tensor], gradients: dict[str, Tensor]
+    layer: nn.Module, call: LayerCall, inputs: dict[str, Tensor], gradients: dict[str, Tensor]
 ) -> tuple[Moments, dict[str, Tensor]]:
     """Second moments of a layer's linears, and the gradients at its input.
 

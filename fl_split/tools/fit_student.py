@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fl_split.model.loading import Boundaries
 from fl_split.model.trunk import load_trunk
-from fl_split.tools.fit_folder import Fit, FitFolder, Progress, Saved
+from fl_split.tools.fit_folder import Fit, FitFolder, Saved, Stage
 from fl_split.tools.fit_lessons import Lesson
 from fl_split.tools.fit_moments import Budget
 from fl_split.tools.fit_text import generator
@@ -58,7 +58,7 @@ def train(student: PreTrainedModel, recorded: FitFolder, config: Fit) -> None:
     count = int(recorded.load_one("lessons-done", "count"))
     saved = Saved(recorded, "fit", parameters, optimizer)
     begin = saved.load()
-    progress = Progress("fit", config.steps, begin)
+    progress = Stage("fit", config.steps, begin)
     for step in range(begin, config.steps):
         warm = min(1.0, (step + 1) / 30)
         rate = config.lr * warm * (0.01 + 0.99 * (1 + math.cos(math.pi * step / config.steps)) / 2)

@@ -16,10 +16,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from fl_split import demo
 from fl_split.config import Data, Kind, Lora, NodeConfig
 from fl_split.data.batches import prepare_tokenizer, training_batches
 from fl_split.data.load import load_examples
+from fl_split.data.sources import path_of
 from fl_split.errors import ConfigError
 from fl_split.model import adapters
 from fl_split.model.checkpoint import resolve_model
@@ -93,7 +93,7 @@ def check_model(
         )
     folder = resolve_model(*model)
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
-    examples = load_examples(config, NodeConfig(data_path=_own_path(config)), tokenizer, 0)
+    examples = load_examples(config, NodeConfig(data_path=path_of(config)), tokenizer, 0)
     batches = list(islice(training_batches(examples.train, tokenizer, 8, 0, 0), num_batches))
     expected = Expected.from_checkpoint(folder, *ends)
     for file in matched:
@@ -136,10 +136,6 @@ def _words(cosine: float) -> str:
     if cosine >= _GOOD:
         return "follows the exact gradient"
     return "is weak" if cosine >= _POOR else "hardly follows it"
-
-
-def _own_path(config: Data) -> str:
-    return str(demo.data_folder()) if config.path == "demo" else config.path
 
 
 def build(

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fl_split import __version__
+from fl_split.config import UNCOVERED
 from fl_split.errors import NodeStateError
+from fl_split.node.account import read_charges
 from fl_split.node.ledger import NAME, Sums, read_ledger, say_passes
 from fl_split.tools.audit.page import CONTROLS, FIGURES, NOISE, rows_of, table
 
@@ -25,15 +27,16 @@ _SEEN = {
     "shared-adapter": "weights trained on private text, from which parts of it may be found",
     "key": "a public key for masks over shared weights; nothing of this node's text",
     "metrics": "numbers about the round",
-    "node": "name and scale of the adapter",
+    "node": "name and scale of the adapter, and its epsilon if it has one",
     "error": "why a round failed; no text of examples",
 }
 _RISKS = (
     f"Whoever runs the trunk can read most of the text whose hidden states are sent; {NOISE}, nor by more layers on "
     "it, nor by int8. TLS keeps out others only.",
     "Names, dates and numbers that no rule describes are not replaced.",
-    "Adapters that are shared hold traces of the text that they were trained on. Differential privacy of a run (dp.*) "
-    "limits that towards who sees the combined adapters; it does not cover hidden states.",
+    "Adapters hold traces of the text that they were trained on. Differential privacy limits that: of one example "
+    "(dp.record-*, see above) towards whoever sees this node's adapter, of the whole node (dp.mode) towards whoever "
+    f"sees the combined ones; {UNCOVERED}.",
     "The ledger shows what this software sent. It is no proof against somebody who changes the software, or who "
     "rewrites the whole ledger: keep its last hash elsewhere.",
 )
@@ -58,6 +61,7 @@ def privacy_report(folder: Path, audit: Path | None) -> str:
         ("What has left this node", _left(sums)),
         ("What of it can be read", _read_by(found)),
         ("What was replaced before", _replaced(sums)),
+        ("What the adapter tells of one example", _account(folder)),
         ("What remains", f"<ul>{''.join(f'<li>{escape(risk, quote=False)}</li>' for risk in _RISKS)}</ul>"),
         ("By which this can be checked", table(_hashes(folder, sums, found))),
     )
@@ -125,6 +129,18 @@ def _replaced(sums: Sums) -> str:
     if not sums.redacted:
         return "<p>Nothing: no rules were given (data.redact, redact-rules), or they found nothing.</p>"
     return table([(kind, f"{count:,}") for kind, count in sorted(sums.redacted.items())])
+
+
+def _account(folder: Path) -> str:
+    charges = read_charges(folder)
+    if not charges:
+        return "<p>No bound: the run trained without dp.record-noise-multiplier.</p>"
+    rows = [("round", "steps", "chance of an example to be in a step", "noise", "epsilon so far")]
+    rows += [(str(c.round), str(c.steps), f"{c.sampling:.4f}", f"{c.noise:g}", f"{c.epsilon:.2f}") for c in charges]
+    return (
+        f"<p>At most {escape(str(charges[-1]))}. Held-out examples, whose losses leave as metrics, are not covered "
+        f"either, and other runs on the same rows add theirs.</p>{table(rows)}"
+    )
 
 
 def _hashes(folder: Path, sums: Sums, found: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -13,13 +13,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fl_split.config import RunConfig
+from fl_split.config import UNCOVERED, RunConfig
 from fl_split.files import read_entries
 from fl_split.server.run_folder import read_run
 from fl_split.tools.charts import Chart, Line, draw, look, steps_of
 
 Entry = Mapping[str, Any]
 
+_NOT_COVERED = f"<p class='faint'>Of every epsilon: {UNCOVERED}.</p>"
 _WORTH = {"gain-over-alone", "gain-over-alone-error", "others-weight-bottom", "others-weight-top"}
 
 
@@ -126,7 +127,8 @@ def _overview(runs: Sequence[Record]) -> str:
         )
     means = {run.name: {entry["round"]: entry["heldout-loss-after"] for entry in run.rounds} for run in runs}
     picture = _figures([Chart("Mean held-out loss of each run", "round", "loss", means)]) if len(runs) > 1 else ""
-    return f"<section>{_table(rows)}{picture}</section>"
+    privacy = _NOT_COVERED if any(row["epsilon"] != "none" for row in rows) else ""
+    return f"<section>{_table(rows)}{privacy}{picture}</section>"
 
 
 def _run(run: Record) -> str:
@@ -154,11 +156,15 @@ def _run(run: Record) -> str:
     worth = run.by_round("gain-over-alone")
     if any(worth.values()):
         charts.append(Chart("What the others' adapters won beyond training alone", "round", "nats", worth))
+    of_one = run.by_round("record-epsilon")
+    if any(of_one.values()):
+        charts.append(Chart("Privacy of single examples spent", "round", "epsilon", of_one))
     spent = {entry["round"]: entry["epsilon"] for entry in run.rounds if "epsilon" in entry}
     if spent:
         charts.append(Chart("Privacy spent", "round", "epsilon", {"epsilon": spent}))
     return (
         f"<section><h2>{escape(run.name)}</h2><h3>What each node gained</h3>{_table(_quality(run))}{_figures(charts)}"
+        f"{_NOT_COVERED if any(of_one.values()) or spent else ''}"
         f"<h3>What it took</h3>{_table(_cost(run))}{about}{_samples(run)}{_configuration(run)}</section>"
     )
 
@@ -182,6 +188,11 @@ def _quality(run: Record) -> list[dict[str, Any]]:
             weights = ", ".join(f"{last[f'others-weight-{part}']:g} {part}" for part in ("bottom", "top"))
             row["over training alone"] = f"{last['gain-over-alone']:+.4f} ± {last['gain-over-alone-error']:.4f}"
             row["weight of the others"] = weights
+        if any(run.by_round("record-epsilon").values()):
+            known = "record-epsilon" in last
+            row["epsilon for one example"] = (
+                f"{last['record-epsilon']:.2f} at delta {last['record-delta']:g}" if known else "none"
+            )
         nothing_shared = last["heldout-loss-shared"] == base  # what a node, which has no configuration, sees of it
         if run.config.get("aggregation.share", "none" if nothing_shared else "") == "none":
             del row["shared alone"]

@@ -70,7 +70,7 @@ def ping(address: str, credentials: Credentials, timeout_s: float = 5.0) -> tupl
 
 
 @dataclass
-class Sample:
+class Snapshot:
     """A trunk's metrics at one moment: sums over labels, and per institution."""
 
     at: float
@@ -80,7 +80,7 @@ class Sample:
     info: dict[str, str] = field(default_factory=dict)
 
 
-def scrape(url: str, timeout_s: float = 5.0) -> Sample:
+def scrape(url: str, timeout_s: float = 5.0) -> Snapshot:
     """Read a trunk's metrics.
 
     Raises:
@@ -96,22 +96,22 @@ def scrape(url: str, timeout_s: float = 5.0) -> Sample:
             f"no metrics at {url} ({type(error).__name__}): give the address of metrics.port, such as "
             "http://127.0.0.1:9471/metrics"
         ) from error
-    sample = Sample(time.monotonic())
+    snapshot = Snapshot(time.monotonic())
     for metric in (metric for family in families for metric in family.samples):
         name, labels = metric.name.removeprefix(_PREFIX), metric.labels
         if not name.endswith("_bucket"):
-            sample.totals[name] += metric.value
+            snapshot.totals[name] += metric.value
         if name == "tokens_total":
-            sample.tokens[labels["institution"]] += metric.value
+            snapshot.tokens[labels["institution"]] += metric.value
         elif name == "calls_total":
-            sample.calls[labels["institution"], labels["code"]] += metric.value
+            snapshot.calls[labels["institution"], labels["code"]] += metric.value
         elif name == "info":
-            sample.info = labels
-    return sample
+            snapshot.info = labels
+    return snapshot
 
 
-def table(before: Sample, now: Sample) -> Table:
-    """Rates between two samples, and the state at the second: one line per institution."""
+def table(before: Snapshot, now: Snapshot) -> Table:
+    """Rates between two snapshots, and the state at the second: one line per institution."""
     seconds = max(now.at - before.at, 1e-9)
 
     def rate(name: str) -> float:

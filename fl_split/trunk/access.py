@@ -129,7 +129,7 @@ class TokenBook:
         return status.st_mtime_ns, status.st_size, status.st_ino
 
     def institution_of(self, token: str) -> str:
-        """Whose token this is. Takes the same time whichever entry matches, if any.
+        """Find the institution that a token was made for; takes the same time whichever entry matches, if any.
 
         Raises:
             Unauthenticated: It is unknown, revoked or expired.

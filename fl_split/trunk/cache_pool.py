@@ -74,7 +74,7 @@ class CachePool:
                 lease.ended.set_result(False)
 
     def _to_take(self, caller: str, size_bytes: int) -> list[Lease]:
-        """Leases that have to give way for this one; none if there is room."""
+        """Choose the leases that have to give way for this one; none if there is room."""
         held = Counter[str]()
         for lease in self._leases:
             held[lease.caller] += lease.size_bytes

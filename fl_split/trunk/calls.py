@@ -13,8 +13,9 @@ from google.protobuf.message import DecodeError
 from fl_split.errors import WireError
 from fl_split.trunk.access import Unauthenticated
 from fl_split.trunk.admission import TooManyCalls
-from fl_split.trunk.batching import DeadlinePassed, ForwardFailed, QueueFull, where
+from fl_split.trunk.batching import DeadlinePassed, ForwardFailed, where
 from fl_split.trunk.cache_pool import CacheFull
+from fl_split.trunk.fair_queue import QueueFull
 from fl_split.trunk.metrics import TrunkMetrics
 from fl_split.trunk.published import NothingPublished
 from fl_split.wire import PUSHBACK, REQUEST_ID

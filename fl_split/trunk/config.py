@@ -11,18 +11,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl_split.address import is_loopback
+from fl_split.config.sections import Positive, kebab
 from fl_split.errors import ConfigError, explain_invalid
 
 Port = Annotated[int, Field(ge=0, le=65535)]
-Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Quantization = Literal["", "bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", alias_generator=lambda name: name.replace("_", "-"), populate_by_name=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=kebab, populate_by_name=True)
 
 
 class TrunkModel(_Section):

@@ -20,13 +20,14 @@ from transformers import PreTrainedModel
 
 from fl_split import wire, wire_decode
 from fl_split.errors import WireError
-from fl_split.model.key_values import KeyValues, Part, run_pass
+from fl_split.model.key_values import KeyValues, NewTokens, run_pass
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk.admission import Gate
-from fl_split.trunk.batching import Batcher, Job
+from fl_split.trunk.batching import Batcher
 from fl_split.trunk.cache_pool import CacheFull, CachePool, Lease
 from fl_split.trunk.calls import Call, StreamEnded
 from fl_split.trunk.config import Batching, Limits
+from fl_split.trunk.fair_queue import Job
 from fl_split.trunk.layers import HeldLayers
 from fl_split.trunk.messages import Fields, check_sizes, encode_forward, in_thread_if
 from fl_split.trunk.metrics import TrunkMetrics
@@ -74,15 +75,15 @@ def run_pieces(model: PreTrainedModel, pieces: Sequence[wire.Packed]) -> list[Te
         for span in spans:
             step = steps[span.request]
             positions = None if step.positions is None else step.positions[span.rows]
-            parts.append(Part(step.kept, indices[span.request][span.rows.start], step.rows[span.rows], positions))
+            parts.append(NewTokens(step.kept, indices[span.request][span.rows.start], step.rows[span.rows], positions))
         for group in _groups(parts):
             for i, rows in zip(group, run_pass(model, [parts[i] for i in group]), strict=True):
                 outputs[spans[i].request][spans[i].rows] = rows
     return outputs
 
 
-def _groups(parts: Sequence[Part]) -> Iterator[list[int]]:
-    """Indices of parts that may run at once: longest first, so many that what is gathered for them is bounded."""
+def _groups(parts: Sequence[NewTokens]) -> Iterator[list[int]]:
+    """Group indices of parts to be run at once: longest first, so many that what is gathered for them is bounded."""
     group: list[int] = []
     for i in sorted(range(len(parts)), key=lambda i: -parts[i].end):
         if group and (len(group) + 1) * parts[group[0]].end > _PASS_COLUMNS:
@@ -179,7 +180,7 @@ class Decoder:
                 await self._answer(call, kept, packed, dtype)
 
     async def _next(self, call: Call, lease: Lease) -> bytes | None:
-        """The next message, None at the caller's end of the stream."""
+        """Wait for the next message; None at the caller's end of the stream."""
         reading = asyncio.ensure_future(call.receive())
         try:
             both: set[asyncio.Future[Any]] = {reading, lease.ended}

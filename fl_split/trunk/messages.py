@@ -17,7 +17,7 @@ from fl_split import wire
 from fl_split.errors import WireError
 from fl_split.model.trunk import pull_back
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.shares import MAX_STD, SEED_BYTES, mask, step_of
+from fl_split.shares import MAX_STD, SEED_BYTES, mask_of, step_of
 
 Fields = Mapping[int, Any]  # of a message: its tensors, None for bytes, or the fields of a message in it
 Decode = Callable[[bytes, wire.CallLimits], tuple[pb.DType, wire.Packed]]
@@ -77,7 +77,7 @@ def decode_share(data: bytes, limits: wire.CallLimits) -> tuple[pb.DType, wire.P
     if step != step_of(std):
         raise WireError(f"mask.step={step:g}: expected {step_of(std):g} for this mask.std")
     packed = wire.decode_request(request.forward, limits)
-    rows = torch.cat([packed.rows, mask(seed, std, step, *packed.rows.shape)], 1)
+    rows = torch.cat([packed.rows, mask_of(seed, std, step, *packed.rows.shape)], 1)
     return pb.FLOAT32, wire.Packed(rows, packed.lengths, packed.positions)
 
 

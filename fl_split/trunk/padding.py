@@ -14,7 +14,7 @@ from fl_split.wire import Packed
 _PADDING = 0.1  # of a forward pass, at most, before sequences of another length get a pass of their own
 _PASS_TOKENS = 64  # what one more forward pass costs, about, in tokens
 
-Run = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+RunLayers = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def passes(requests: Sequence[Packed]) -> Iterator[list[Span]]:
     yield current
 
 
-def run_packed(run: Run, requests: Sequence[Packed], *, causal: bool) -> tuple[list[Tensor], int]:
+def run_packed(run: RunLayers, requests: Sequence[Packed], *, causal: bool) -> tuple[list[Tensor], int]:
     """Run all sequences of all requests, padded as little as possible.
 
     Args:
@@ -106,7 +106,7 @@ def _positions(requests: Sequence[Packed], sequences: Sequence[Span]) -> Tensor 
     return filled
 
 
-def is_causal(run: Run, hidden_size: int) -> bool:
+def is_causal(run: RunLayers, hidden_size: int) -> bool:
     """Whether outputs stay the same, bit for bit, when a later token changes; False also where rounding hides it."""
     hidden_states = torch.randn(1, 8, hidden_size, generator=torch.Generator().manual_seed(0))
     changed = hidden_states.clone()

@@ -23,10 +23,11 @@ from fl_split.errors import TrunkError
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.trunk.access import TokenBook, identify, server_credentials
 from fl_split.trunk.admission import Gate
-from fl_split.trunk.batching import Batcher, Job, where
+from fl_split.trunk.batching import Batcher, where
 from fl_split.trunk.calls import Call, Refusal
 from fl_split.trunk.config import Batching, TrunkConfig
 from fl_split.trunk.decode import Decoder
+from fl_split.trunk.fair_queue import Job
 from fl_split.trunk.health import OpenServices
 from fl_split.trunk.layers import HeldLayers, num_cpus
 from fl_split.trunk.messages import (
@@ -141,7 +142,7 @@ class TrunkServer:
         return server
 
     def _handlers(self, service: str, answers: Mapping[str, _Answer]) -> grpc.GenericRpcHandler:
-        """Methods of a service under their names in `trunk.proto`.
+        """Put the methods of a service under their names in `trunk.proto`.
 
         Towards grpc they are streams both ways, so that a call is seen before its message is received and until its
         reply is taken: whoever is refused is refused unread, and messages are parsed here. On the wire it is the same.
@@ -218,7 +219,7 @@ class TrunkServer:
     # ---------------------------------------------------------------------------------------------------- calls
 
     def _wrap(self, method: str, answer: _Answer) -> Any:
-        """What every call goes through: who it is, how it ends, its line in the log and in the metrics."""
+        """Lead every call through the same: who it is, how it ends, its line in the log and in the metrics."""
 
         async def handle(_: Any, context: grpc.aio.ServicerContext) -> None:
             call = Call(method, context)
@@ -241,31 +242,31 @@ class TrunkServer:
 
         return handle
 
-    async def _describe(self, call: "Call") -> bytes:
+    async def _describe(self, call: Call) -> bytes:
         return self._description.SerializeToString()
 
-    async def _surrogate(self, call: "Call") -> bytes:
+    async def _surrogate(self, call: Call) -> bytes:
         async with self._gate.reading(call.caller):
             data = await call.read(self._config.limits.receive_timeout_s, _OFFSET_BYTES)
         request = pb.SurrogateRequest.FromString(data)
         return pb.SurrogateReply(data=self._published.piece(request.offset)).SerializeToString()
 
-    async def _forward(self, call: "Call") -> bytes:
+    async def _forward(self, call: Call) -> bytes:
         dtype, rows = await self._run(call, self._batcher, decode_forward)
         return await in_thread_if(rows.nbytes, encode_forward, rows, dtype, self._description.trunk_id)
 
-    async def _pull(self, call: "Call") -> bytes:
+    async def _pull(self, call: Call) -> bytes:
         dtype, rows = await self._run(call, self._puller, decode_pull)
         return await in_thread_if(rows.nbytes, encode_pull, rows, dtype, self._description.trunk_id)
 
-    async def _decode(self, call: "Call") -> None:
+    async def _decode(self, call: Call) -> None:
         await self._decoder.serve(call, self._limits)
 
-    async def _share(self, call: "Call") -> bytes:
+    async def _share(self, call: Call) -> bytes:
         dtype, rows = await self._run(call, self._puller, decode_share)
         return await in_thread_if(rows.nbytes, encode_pull, rows, dtype, self._description.trunk_id)
 
-    async def _run(self, call: "Call", batcher: Batcher, decode: Decode) -> tuple[pb.DType, Tensor]:
+    async def _run(self, call: Call, batcher: Batcher, decode: Decode) -> tuple[pb.DType, Tensor]:
         async with self._gate.reading(call.caller):
             batcher.check_room(call.caller)
             data = await call.read(self._config.limits.receive_timeout_s)

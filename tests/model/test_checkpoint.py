@@ -14,8 +14,9 @@ from safetensors import safe_open
 
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.errors import ConfigError, SplitError
-from fl_split.model.checkpoint import INDEX, node_needs, resolve_model, trunk_needs, weights_digest
+from fl_split.model.checkpoint import node_needs, resolve_model, trunk_needs, weights_digest
 from fl_split.model.ends import load_ends
+from fl_split.model.loading import INDEX
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.tools.doctor import diagnose
 

@@ -17,7 +17,7 @@ from fl_split.config import Lora
 from fl_split.errors import SplitError
 from fl_split.model import adapters
 from fl_split.model.ends import load_ends
-from fl_split.model.slots import trunk_calls_of
+from fl_split.model.slots import Nowhere, in_its_place, trunk_calls_of
 from fl_split.model.trunk import LocalTrunk, load_trunk
 
 WITHOUT = {"minimax"}  # keeps a state of its own
@@ -173,40 +173,35 @@ def test_logits_of_a_pass_with_a_cache_equal_those_without(llama: Pair) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
 
 
+class Counted(LocalTrunk):
+    """Notes how much room each stream is opened with."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.opened: list[int] = []
+
+    def open(self, packed: Any, room: int) -> Any:
+        self.opened.append(room)
+        return super().open(packed, room)
+
+
 def test_more_tokens_than_room_was_made_for(llama: Pair) -> None:
     """Nobody said how many would come: what was sent is sent again into more room."""
-    opened: list[int] = []
-
-    class Counted(LocalTrunk):
-        def open(self, packed: Any, room: int) -> Any:
-            opened.append(room)
-            return super().open(packed, room)
-
-    calls = trunk_calls_of(llama.split)
-    before, calls.trunk = calls.trunk, Counted(llama.trunk)
+    trunk = Counted(llama.trunk)
     ids = torch.randint(3, 99, (2, 120), generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
+    with torch.no_grad(), in_its_place(llama.split, trunk):
         cache = DynamicCache(config=llama.split.config)
         parts = [passed(llama, ids[:, i : i + 10], cache) for i in range(0, 120, 10)]
         torch.testing.assert_close(torch.cat(parts, 1), llama.full(ids).logits, rtol=1e-3, atol=1e-3)
-    calls.trunk = before
-    assert opened == [74, 160]
+    assert trunk.opened == [74, 160]
 
 
 def test_room_is_what_generate_may_make(llama: Pair) -> None:
-    opened: list[int] = []
-
-    class Counted(LocalTrunk):
-        def open(self, packed: Any, room: int) -> Any:
-            opened.append(room)
-            return super().open(packed, room)
-
-    calls = trunk_calls_of(llama.split)
-    before, calls.trunk = calls.trunk, Counted(llama.trunk)
-    llama.split.generate(IDS, max_new_tokens=20, **COMMON)
-    llama.split.generate(IDS, max_new_tokens=20, num_beams=2, **COMMON)
-    calls.trunk = before
-    assert opened == [29, 29]
+    trunk = Counted(llama.trunk)
+    with in_its_place(llama.split, trunk):
+        llama.split.generate(IDS, max_new_tokens=20, **COMMON)
+        llama.split.generate(IDS, max_new_tokens=20, num_beams=2, **COMMON)
+    assert trunk.opened == [29, 29]
 
 
 def test_an_adapter_is_used(llama: Pair, tmp_path: Path) -> None:
@@ -247,15 +242,8 @@ def test_other_caches_are_refused(llama: Pair) -> None:
 
 
 def test_a_trunk_that_keeps_nothing_is_refused(llama: Pair) -> None:
-    class Forgetful:
-        start = LocalTrunk.start
-
-    calls = trunk_calls_of(llama.split)
-    before, calls.trunk = calls.trunk, Forgetful()
-    try:
-        refused(llama, "Forgetful keeps no keys and values")
-    finally:
-        calls.trunk = before
+    with in_its_place(llama.split, Nowhere()):
+        refused(llama, "Nowhere keeps no keys and values")
 
 
 def test_a_copied_cache_is_refused(llama: Pair) -> None:

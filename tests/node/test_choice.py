@@ -51,6 +51,7 @@ def test_default_is_auto() -> None:
         (SECOND, {**OWN, "allow-gradient-shares": True}, "shares"),
         (SECOND, OWN, "streamed"),
         (SECOND, {"partition-id": 0, "out-dir": "/mine"}, "streamed"),
+        (SECOND, {"partition-id": 0, "trunk-ca": "/ca.crt"}, "streamed"),
         ({}, {**OWN, "allow-gradient-shares": True, "trunk-share-address": "there:1"}, "streamed"),
         ({"trunk.exact-gradient": True}, {**OWN, "allow-exact-gradient": True}, "streamed"),  # `exact` is never chosen
     ],

@@ -58,6 +58,7 @@ NEEDED, GIVEN = "set allow-exact-gradient=true in --node-config", "/no-such-mode
     [
         ("exact", {"data-path": "/mine"}, NEEDED),
         ("exact", {"out-dir": "/mine"}, NEEDED),
+        ("exact", {"trunk-token-file": "/mine"}, NEEDED),  # its rows may be where the run's data.path says
         ("exact", {"data-path": "/mine", "allow-exact-gradient": True}, GIVEN),
         ("exact", {}, GIVEN),  # a simulation has nobody to ask
         ("blocks", {"data-path": "/mine"}, GIVEN),

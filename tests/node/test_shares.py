@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from fl_split.node.shares import SharesTrunk, Sides
 from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.plan.plan import make_plan
 from fl_split.proto import trunk_pb2 as pb
-from fl_split.shares import leak_bits, mask, split_gradient, step_of
+from fl_split.shares import leak_bits, mask_of, split_gradient, step_of
 from fl_split.tools.certificates import make_authority, make_server_certificate
 from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.layers import HeldLayers, hold_layers
@@ -99,7 +100,7 @@ def test_a_share_is_distributed_alike_whatever_the_gradient(monkeypatch: pytest.
     large[0], large[350, 3] = 1e6, -1e6  # all in two tokens, and 15 orders of magnitude more
     for std in (1.0, 30.0):
         shares = [split_gradient(gradient, lengths, std) for gradient in (small, large)]
-        masks = [mask(share.seed, std, step_of(std), 400, 64) for share in shares]
+        masks = [mask_of(share.seed, std, step_of(std), 400, 64) for share in shares]
         for values in ([s.rest for s in shares], masks):
             assert stats.ks_2samp(*(v.flatten().numpy() for v in values)).pvalue > 0.01
         for share in shares:
@@ -116,7 +117,7 @@ def test_no_bit_of_a_share_tells_which_gradient_it_is_of() -> None:
     gradient = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
     for std in (1.0, 30.0, 1000.0):
         step, shares = step_of(std), split_gradient(gradient, [64], std)
-        for numbers in (shares.rest, mask(shares.seed, std, step, 64, 50)):
+        for numbers in (shares.rest, mask_of(shares.seed, std, step, 64, 50)):
             whole = numbers.double() / step
             assert torch.equal(whole, whole.round())
             assert whole.abs().max() < 2**24
@@ -133,7 +134,7 @@ def test_bound_of_the_leak_is_that_of_a_normal_channel() -> None:
 def test_mask_is_what_the_proto_says() -> None:
     """Written out once more, number by number, without torch."""
     std, step = 30.0, step_of(30.0)
-    got = mask(SEED, std, step, 3, 5)
+    got = mask_of(SEED, std, step, 3, 5)
     for row in range(3):
         data = hashlib.shake_256(SEED + row.to_bytes(8, "little")).digest(48)
         numbers = []
@@ -145,15 +146,15 @@ def test_mask_is_what_the_proto_says() -> None:
             numbers += [radius * math.cos(2 * math.pi * u1), radius * math.sin(2 * math.pi * u1)]
         expected = [round(number * (std / step)) * step for number in numbers[:5]]
         torch.testing.assert_close(got[row], torch.tensor(expected), rtol=0, atol=step)
-    assert torch.equal(mask(SEED, std, step, 3, 5)[:2], mask(SEED, std, step, 2, 5))  # by rows: calls may be cut
-    assert not torch.equal(got, mask(bytes(32), std, step, 3, 5))
+    assert torch.equal(mask_of(SEED, std, step, 3, 5)[:2], mask_of(SEED, std, step, 2, 5))  # by rows: calls may be cut
+    assert not torch.equal(got, mask_of(bytes(32), std, step, 3, 5))
     assert split_gradient(torch.ones(1, 4), [1], 1.0).seed != split_gradient(torch.ones(1, 4), [1], 1.0).seed
 
 
 def test_mask_does_not_depend_on_how_much_is_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = mask(SEED, 30.0, step_of(30.0), 7, 6)
+    whole = mask_of(SEED, 30.0, step_of(30.0), 7, 6)
     monkeypatch.setattr("fl_split.shares._PAIRS_AT_ONCE", 6)
-    assert torch.equal(mask(SEED, 30.0, step_of(30.0), 7, 6), whole)
+    assert torch.equal(mask_of(SEED, 30.0, step_of(30.0), 7, 6), whole)
 
 
 def test_small_gradients_are_not_rounded_away_on_average() -> None:
@@ -162,7 +163,7 @@ def test_small_gradients_are_not_rounded_away_on_average() -> None:
     means = []
     for _ in range(40):
         share = split_gradient(gradient, [1], 30.0)
-        sum_ = share.rest + mask(share.seed, 30.0, step_of(30.0), 1, 4000)
+        sum_ = share.rest + mask_of(share.seed, 30.0, step_of(30.0), 1, 4000)
         means.append(float(sum_[0, 1:].mean()))
     assert np.mean(means) == pytest.approx(1e-7, rel=0.3)
 
@@ -271,7 +272,7 @@ def test_no_share_goes_to_the_other_side_when_replicas_are_killed(demo_model: Pa
     assert len(seeds) == len(rests) == 25  # what was made again was the same: one of each kind for each gradient
     rows = [torch.frombuffer(bytearray(rest), dtype=torch.float32) for rest in rests]
     for seed in seeds:  # each mask belongs to one rest, which is on the other side
-        made = mask(seed, 30.0, step_of(30.0), 32, held.hidden_size).flatten()
+        made = mask_of(seed, 30.0, step_of(30.0), 32, held.hidden_size).flatten()
         assert sum(float((row + made).norm()) < 3 for row in rows) == 1
 
 
@@ -366,11 +367,18 @@ def test_certificates_of_one_operator_on_both_sides_are_refused(
             sides.meet(1, plain)
 
 
-def test_institution_run_and_operator_must_all_allow_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_institution_run_and_operator_must_all_allow_it(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = run_of()
     check_consent(run, NodeConfig())  # a simulation cannot ask
     with pytest.raises(ConfigError, match="allow-gradient-shares=true in --node-config"):
         check_consent(run, NodeConfig(data_path="/data", allow_exact_gradient=True))
+    with pytest.raises(ConfigError, match="allow-gradient-shares=true in --node-config"):
+        check_consent(run, NodeConfig(trunk_ca="/ca.crt"))
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="allow-gradient-shares=true"):
+        patched.setattr(sys, "argv", ["/venv/bin/flwr-clientapp"])  # a SuperNode that was told its number only
+        check_consent(run, NodeConfig())
     check_consent(run, NodeConfig(data_path="/data", allow_gradient_shares=True))
     assert "at most 0.0008 bits" in caplog.text
     assert "only while the two operators do not collude" in caplog.text

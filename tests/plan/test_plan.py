@@ -24,6 +24,7 @@ from fl_split.model.trunk import load_trunk
 from fl_split.node import train
 from fl_split.node.expected import Expected
 from fl_split.node.trunk_connection import TrunkConnection
+from fl_split.plan.message_bytes import request_bytes
 from fl_split.plan.plan import (
     PROCESS_BYTES,
     Link,
@@ -31,7 +32,6 @@ from fl_split.plan.plan import (
     choose_split,
     make_plan,
     parse_size,
-    request_bytes,
     rows_of,
     splits,
 )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fl_split.config import RunConfig
+from fl_split.config import UNCOVERED, RunConfig
 from fl_split.server.report import final_table, record_round
 from fl_split.server.run_folder import RunFolder
 from fl_split.server.strategy import FinishedRound
@@ -50,6 +50,26 @@ def test_a_round_has_gains_sums_and_no_column_of_what_is_not_shared(
     together = entries[-1]
     assert (together["bad-rows"], together["activation-bytes"], together["tokens-per-s"]) == (4, 4_000_000, 100.0)
     assert [json.loads(line) for line in folder.metrics.read_text().splitlines()] == entries
+
+
+def test_a_runs_epsilon_stands_beside_what_it_does_not_cover(
+    folder: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    record_round(folder, lambda entries: None, FinishedRound(1, 5, {}, [node(0)], {}, epsilon=1.5))
+    assert f"privacy spent: epsilon 1.50; {UNCOVERED}" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("which", [{0}, {1}, set()])
+def test_epsilon_for_one_example_is_in_the_table_of_nodes_that_have_one(
+    folder: RunFolder, caplog: pytest.LogCaptureFixture, which: set[int]
+) -> None:
+    caplog.set_level("INFO")
+    record(folder, *(node(i, **({"record-epsilon": 1.864} if i in which else {})) for i in (0, 1)))
+    _, heading, *rows = caplog.messages[0].splitlines()
+    assert heading.endswith("  epsilon") == bool(which)
+    assert {i for i in (0, 1) if rows[i].endswith("  1.86")} == which
+    assert (UNCOVERED in caplog.messages[0]) == bool(which)
 
 
 @pytest.mark.parametrize("error", [0.0, 0.1])

@@ -13,8 +13,9 @@ import pytest
 from transformers import BertConfig, BertForMaskedLM
 from typer.testing import CliRunner
 
+from fl_split import demo
 from fl_split.cli import app
-from fl_split.config import NodeConfig, RunConfig, read_values
+from fl_split.config import UNCOVERED, NodeConfig, RunConfig, read_values
 from fl_split.errors import ConfigError
 from fl_split.node.build import warn_of_room
 from fl_split.plan import fits_here, versions
@@ -39,6 +40,26 @@ def test_the_demo_passes_and_each_check_says_what_it_saw(tmp_path: Path, demo_mo
     assert found["data"][1].endswith("hospital-south.jsonl: 45 examples to train on, 5 held out")
     assert "the loss counts" in found["targets"][1]
     assert "embedded" in found["trunk"][1]
+
+
+def test_what_epsilon_a_run_would_come_to_is_said_before(tmp_path: Path, demo_model: Path) -> None:
+    pytest.importorskip("dp_accounting", reason="the extra 'dp' is not installed")
+    base: dict[str, Any] = {"run.dir": str(tmp_path), "data.max-length": 64, "train.keep": "last",
+                            "surrogate.kind": "none"}  # fmt: skip
+    on = {"dp.record-noise-multiplier": 1.0}
+    checks = [c for c in diagnose(RunConfig.from_flat({**base, **on}), NodeConfig()) if c.name == "record-dp"]
+    assert [c.status for c in checks] == ["pass", "pass"] and all(UNCOVERED in c.text for c in checks)
+    epsilon = float(re.search(r"epsilon ([0-9.]+) at delta 1e-05 for one example after 90 steps", checks[0].text)[1])  # type: ignore[index]
+    assert epsilon > 1
+    own = {"data-path": str(demo.data_folder() / "hospital-north.jsonl"), "dp.record-max-epsilon": epsilon / 2}
+    node = NodeConfig.from_flat({"partition-id": 0, **on, **own})
+    status, text = statuses(RunConfig.from_flat(base), node)["record-dp"]
+    assert status == "warn" and "ends training before" in text and UNCOVERED in text
+    status, text = statuses(RunConfig.from_flat({**base, **on, "dp.record-delta": 0.5}))["record-dp"]
+    assert status == "fail" and "dp.record-delta=0.5 is too large" in text
+    status, text = statuses(RunConfig(), node)["record-dp"]
+    assert status == "fail" and "does not go with surrogate.kind='auto'" in text
+    assert "record-dp" not in statuses(RunConfig.from_flat(base), max_rows=50)
 
 
 def test_bad_rows_and_cut_examples_are_warned_of(jsonl: Callable[..., Path], tmp_path: Path, demo_model: Path) -> None:

@@ -26,7 +26,7 @@ from fl_split.model.thin import linears, read_card
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.tools import fit_folder, fit_lessons, fit_moments
 from fl_split.tools.fit_cost import Cost
-from fl_split.tools.fit_folder import Fit, FitFolder, Progress
+from fl_split.tools.fit_folder import Fit, FitFolder, Stage
 from fl_split.tools.fit_lessons import Batches, load_teacher, observe, record_lessons
 from fl_split.tools.fit_moments import moments_of, thin_product
 from fl_split.tools.fit_surrogate import fit
@@ -349,7 +349,7 @@ def test_time_left_is_that_of_the_speed_so_far(
     caplog.set_level("INFO")
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    progress = Progress("lessons", 110, done=10)
+    progress = Stage("lessons", 110, done=10)
     for done in range(11, 111):
         now[0] += 60.0
         progress.step(done)

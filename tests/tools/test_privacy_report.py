@@ -1,13 +1,16 @@
 """The officer's page says what the ledger and an audit say, and nothing that neither says."""
 
 import json
+from html import unescape
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from fl_split.cli import app
+from fl_split.config import UNCOVERED, Dp
 from fl_split.errors import NodeStateError
+from fl_split.node.account import Account
 from fl_split.node.ledger import Ledger, read_ledger
 from fl_split.tools.audit.page import NOISE
 from fl_split.tools.privacy_report import privacy_report
@@ -40,6 +43,17 @@ def test_page_holds_an_audit(node: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     html = (tmp_path / "p.html").read_text()
     assert "At least 98.2 %" in html and "98.2 %" in html and "2+2" in html and "Not measured" not in html
+
+
+def test_page_holds_what_the_adapter_tells_of_one_example(node: Path) -> None:
+    pytest.importorskip("dp_accounting", reason="the extra 'dp' is not installed")
+    assert "No bound: the run trained without" in privacy_report(node, None)
+    Account(node).charge(Dp.model_validate({"record-noise-multiplier": 1.25}), 1, 30, 0.0625)
+    last = Account(node).charge(Dp.model_validate({"record-noise-multiplier": 1.25}), 2, 20, 0.0625)
+    html = privacy_report(node, None)
+    assert f"At most epsilon {last.epsilon:.2f} at delta 1e-05 for one training example; {UNCOVERED}" in unescape(html)
+    for cell in ("30", "20", "0.0625", "1.25", f"{last.epsilon:.2f}"):
+        assert f"<td>{cell}</td>" in html
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "3"])

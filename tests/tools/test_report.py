@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from fl_split.cli import app
-from fl_split.config import RunConfig
+from fl_split.config import UNCOVERED, RunConfig
 from fl_split.errors import ConfigError, NodeStateError
 from fl_split.server.run_folder import RunFolder
 from fl_split.tools.charts import Chart, draw
@@ -79,6 +79,13 @@ def test_the_page_stands_by_itself_and_has_the_numbers(tmp_path: Path) -> None:
     assert text.count("shared alone") == 1  # the other run shares nothing
     assert "Training loss by step" in text and "Privacy spent" in text and "Mean held-out loss of each run" in text
     assert "prefers-color-scheme: dark" in text and "#010203" not in text
+
+
+def test_epsilon_for_one_example_stands_beside_what_it_does_not_cover(tmp_path: Path) -> None:
+    text = report([make_run(tmp_path, "one", {"record-epsilon": 1.864, "record-delta": 1e-6})])
+    assert "1.86 at delta 1e-06" in Page(text).cells and "Privacy of single examples spent" in text
+    assert text.count(UNCOVERED) == 2  # beside either table, for the run's own epsilon as well
+    assert "Privacy of single examples" not in report([make_run(tmp_path, "two")])
 
 
 def test_an_institution_reads_what_sharing_was_worth_to_it(tmp_path: Path) -> None:

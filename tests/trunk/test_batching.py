@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_split.trunk.batching import Batcher, DeadlinePassed, Done, FairQueue, ForwardFailed, Job, QueueFull
+from fl_split.trunk.batching import Batcher, DeadlinePassed, ForwardFailed
 from fl_split.trunk.config import Batching
+from fl_split.trunk.fair_queue import Done, FairQueue, Job, QueueFull
 from fl_split.wire import Packed
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from fl_split import wire
 from fl_split.errors import ConfigError
-from fl_split.model.key_values import KeyValues, Part, run_pass
+from fl_split.model.key_values import KeyValues, NewTokens, run_pass
 from fl_split.model.thin import linears
 from fl_split.model.trunk import pull_back
 from fl_split.node.expected import Expected
@@ -82,7 +82,7 @@ def test_generation_in_steps_is_as_at_once(demo_model: Path, quantization: str) 
     assert held.identity.decode.bytes_per_token > 0
     kept = KeyValues(3, 32)
     ends = [0, 20, *range(21, 33)]
-    found = [run_pass(held.model, [Part(kept, i, rows[i, a:b]) for i in range(3)]) for a, b in pairwise(ends)]
+    found = [run_pass(held.model, [NewTokens(kept, i, rows[i, a:b]) for i in range(3)]) for a, b in pairwise(ends)]
     out = torch.stack([torch.cat([step[i] for step in found]) for i in range(3)])
     exact = held.run(rows, None, None)
     # bitsandbytes rounds what is computed as well, by the largest value of a pass
