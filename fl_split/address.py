@@ -4,6 +4,8 @@ import ipaddress
 
 from fl_split.errors import ConfigError
 
+_NO_WEB = ("http://", "https://", "grpc://", "grpcs://")
+
 
 def is_loopback(host: str) -> bool:
     """Whether a host name or address stays on this machine."""
@@ -31,6 +33,11 @@ def split_address(address: str) -> list[str]:
             port.isdecimal() and 0 < int(port) < 65536 and len(part) > len(port) + 1
         ):
             raise ConfigError(f"trunk.address={address!r}: {part!r} is not host:port; separate several with commas")
+        if part.startswith(_NO_WEB):
+            raise ConfigError(
+                f"trunk.address={address!r}: expected host:port without {part.partition('//')[0]}//: it is no web "
+                "page, and trunk-ca (--ca) asks for TLS"
+            )
     if not parts:
         raise ConfigError("trunk.address is empty: expected 'embedded', or host:port, several with commas between")
     return parts

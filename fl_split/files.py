@@ -20,10 +20,11 @@ if TYPE_CHECKING:  # torch takes seconds to load, and most of what writes a file
 KEPT_ROUNDS = 2  # of a run or a node: the server may have lost the last one, and then asks for it again
 
 
+_ROOM = "make room there and start again; a run goes on with run.resume=true"
 _NO_RIGHT = "this account may not read or write there: give it the right to (chmod, chown)"
 _REFUSALS = {
-    errno.ENOSPC: "the disk is full: make room there, then resume the run",
-    errno.EDQUOT: "this account's quota of the disk is used up: make room there, then resume the run",
+    errno.ENOSPC: f"the disk is full: {_ROOM}",
+    errno.EDQUOT: f"this account's quota of the disk is used up: {_ROOM}",
     errno.EROFS: "the disk is read-only: name a folder on another one, or mount it for writing",
     errno.EACCES: _NO_RIGHT,
     errno.EPERM: _NO_RIGHT,
@@ -31,7 +32,7 @@ _REFUSALS = {
 
 
 @contextmanager
-def disk_in_words(folder: Path) -> Iterator[None]:
+def disk_in_words(folder: Path | str) -> Iterator[None]:
     """Say in words why the system refused to write: it is no fault of the code, and its remedy is known.
 
     Args:

@@ -147,6 +147,8 @@ def test_several_pairs_of_one_table_are_merged_key_by_key(tmp_path: Path) -> Non
     [
         ("train.steps", "'train.steps' has no key or no value"),
         ("a=1 b", "'b' has no key"),
+        ('partition-id = 0\nout-dir = "/x"  # private', "no spaces around '=', and of a TOML file its path"),
+        ("/no/such/node.toml", r"/no/such/node.toml cannot be read \(FileNotFoundError\): expected a TOML file$"),
         ("a=[1]", "wrong key=value"),
     ],
 )

@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import run_app
 from safetensors import SafetensorError
+from typer.testing import CliRunner
 
+from fl_split.cli import app
 from fl_split.errors import ConfigError, FLSplitError
 from fl_split.files import Rounds, disk_in_words
 
@@ -21,7 +23,7 @@ Refuse = Callable[[Exception], None]
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "^/out: the disk is full: make room there, then resume"),
+        (OSError(errno.ENOSPC, "No space left on device"), "^/out: the disk is full: make room there and start again"),
         (
             OSError(errno.EDQUOT, "Disk quota exceeded", "/out/a"),
             "^/out/a: this account.s quota of the disk",
@@ -34,6 +36,22 @@ Refuse = Callable[[Exception], None]
 def test_a_refusal_of_the_disk_is_told_in_words(error: Exception, message: str) -> None:
     with pytest.raises(FLSplitError, match=message), disk_in_words(Path("/out")):
         raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "error: a file of this command: the disk is full"),
+        (OSError(errno.EROFS, "Read-only", "/keys/a"), "error: /keys/a: the disk is read-only"),
+    ],
+)
+def test_a_command_tells_it_as_well(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fl_split.trunk.access.add_token", refuse)
+    done = CliRunner().invoke(app, ["trunk", "token", "add", "a", "--tokens", "t"])
+    assert done.exit_code == 1 and done.stderr.startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -77,5 +95,5 @@ def test_a_full_disk_is_named_where_the_person_looks(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(where, fail)
-    with pytest.raises(FLSplitError, match=f"{who}.*: the disk is full: make room there, then resume the run"):
+    with pytest.raises(FLSplitError, match=f"{who}.*: the disk is full: make room there and start again"):
         run_app(tmp_path, "x", nodes=2, **{"train.steps": 1, "num-server-rounds": 1, "data.max-length": 32})

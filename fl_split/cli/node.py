@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,10 @@ from fl_split.cli.options import (
     errors,
     log_to_stderr,
 )
+
+if TYPE_CHECKING:
+    from fl_split.node.answers import Sampling
+    from fl_split.node.tuned import Tuned
 
 app = typer.Typer()
 
@@ -39,6 +43,7 @@ def executor_command(
     """Run a SuperNode's messages with libraries already loaded; it was started with --isolation process."""
     from fl_split.node.executor import serve
 
+    print(f"executor for the SuperNode at {address}; it has to be started with --isolation process", flush=True)
     with errors():
         serve(address, root_certificates)
 
@@ -61,7 +66,8 @@ def chat_command(
     lookup: Lookup = 0,
 ) -> None:
     """Talk to what this node has trained; Ctrl-C ends an answer, an empty line or Ctrl-D the conversation."""
-    from fl_split.node.answers import Sampling, answer
+    from fl_split.errors import FLSplitError
+    from fl_split.node.answers import Sampling
     from fl_split.node.replicas import Credentials
     from fl_split.node.tuned import load_tuned
 
@@ -72,23 +78,42 @@ def chat_command(
         trust = Credentials(ca, cert, key, token_file, allow_plaintext, operator_key, verifier)
         with load_tuned(adapter, address, trust, base=base, ledger=ledger) as tuned:
             while question := _ask():
-                messages.append({"role": "user", "content": question})
-                made, text = answer(tuned, tuned.encode(messages), sampling), ""
+                asked = [*messages, {"role": "user", "content": question}]
                 try:
-                    for piece in made:
-                        print(piece, end="", flush=True)
-                        text += piece
-                    said = f"{made.num_tokens} tokens, {made.num_tokens / made.seconds:.1f} tokens/s"
-                except KeyboardInterrupt:
-                    made.cancel()
-                    said = "cut short"
-                print(f"\n({said})", file=sys.stderr)
-                messages.append({"role": "assistant", "content": text})
+                    text = _say(tuned, asked, sampling)
+                except FLSplitError as error:
+                    if not _is_terminal():
+                        raise
+                    print(f"\nerror: {error}\n(that question is forgotten; an empty line ends)", file=sys.stderr)
+                    continue
+                messages = [*asked, {"role": "assistant", "content": text}]
+
+
+def _say(tuned: "Tuned", messages: list[dict[str, str]], sampling: "Sampling") -> str:
+    """Print an answer as it comes, on a line of its own."""
+    from fl_split.node.answers import answer
+
+    made, text = answer(tuned, tuned.encode(messages), sampling), ""
+    try:
+        for piece in made:
+            print(piece, end="", flush=True)
+            text += piece
+        said = f"{made.num_tokens} tokens, {made.num_tokens / made.seconds:.1f} tokens/s"
+    except KeyboardInterrupt:
+        made.cancel()
+        said = "cut short"
+    print(flush=True)
+    print(f"({said})", file=sys.stderr)
+    return text
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def _ask() -> str:
     try:
-        return input("> ").strip()
+        return input("> " if _is_terminal() else "").strip()
     except (EOFError, KeyboardInterrupt):
         return ""
 
@@ -139,7 +164,7 @@ def serve_command(
     adapter: Adapter,
     address: Address,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0: a free one")] = 8000,
     api_token_file: ApiTokenFile = "",
     ca: Ca = "",
     cert: Cert = "",

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fl_split.errors import FLSplitError
+from fl_split.files import disk_in_words
 
 Address = Annotated[str, typer.Argument(help="host:port")]
 Ca = Annotated[str, typer.Option(help="PEM file of the CA that the trunk's certificate must come from")]
@@ -36,7 +37,8 @@ NodeValues = Annotated[list[str] | None, typer.Option(help="key=value of this no
 def errors() -> Iterator[None]:
     """Turn what went wrong into one message and exit code 1."""
     try:
-        yield
+        with disk_in_words("a file of this command"):
+            yield
     except FLSplitError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

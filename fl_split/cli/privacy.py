@@ -11,7 +11,13 @@ from fl_split.cli.options import NodeValues, RunFile, RunValues, columns, errors
 app = typer.Typer()
 ledger = typer.Typer(no_args_is_help=True, help="What has left this node: <out-dir>/<run.name>/ledger.jsonl.")
 app.add_typer(ledger, name="ledger")
-LedgerFile = Annotated[Path, typer.Argument(help="ledger.jsonl of a run, on the node")]
+LedgerFile = Annotated[
+    Path,
+    typer.Argument(
+        help="ledger.jsonl of a run on the node, or its folder, <out-dir>/<run.name>",
+        callback=lambda file: file / "ledger.jsonl" if file.is_dir() else file,
+    ),
+]
 
 
 @app.command("audit")

@@ -117,7 +117,7 @@ def trunk_top(
 def token_add(
     institution: Annotated[str, typer.Argument(help="its name in metrics and logs")],
     tokens: Tokens,
-    days: Annotated[float | None, typer.Option(help="until it expires; without it, never")] = None,
+    days: Annotated[float | None, typer.Option(min=0.001, help="until it expires; without it, never")] = None,
 ) -> None:
     """Create a token and print it: it cannot be shown again."""
     from fl_split.trunk.access import add_token

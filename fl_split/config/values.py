@@ -33,7 +33,9 @@ def read_values(file: Path | None, overrides: list[str]) -> dict[str, Scalar]:
 def _read_file(file: Path) -> dict[str, Scalar]:
     try:
         return _flatten(tomllib.loads(file.expanduser().read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({type(error).__name__}): expected a TOML file") from None
+    except ValueError as error:
         raise ConfigError(f"{file} cannot be read as TOML ({type(error).__name__}): {_QUOTES}") from None
 
 
@@ -41,7 +43,8 @@ def _read_pairs(given: str) -> dict[str, Scalar]:
     pairs = _PAIR.findall(given)
     left = _PAIR.sub("", given).split()
     if left:
-        raise ConfigError(f"wrong key=value: {left[0]!r} has no key or no value; {_QUOTES}")
+        spaced = "; no spaces around '=', and of a TOML file its path, not what is in it" if "=" in left else ""
+        raise ConfigError(f"wrong key=value: {left[0]!r} has no key or no value; {_QUOTES}{spaced}")
     try:
         return _flatten(tomllib.loads("\n".join(f"{key} = {value}" for key, value in pairs)))
     except ValueError as error:

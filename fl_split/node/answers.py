@@ -6,6 +6,7 @@ Data path: questions -> **tokens, batches -> generate -> texts** -> a terminal, 
 import json
 import os
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,10 +16,11 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from fl_split.errors import DataError
+from fl_split.node.draw import Draw
 from fl_split.node.tuned import Tuned
 
 
@@ -74,13 +76,14 @@ class _Tokens(BaseStreamer):
         self.queue.put(None)
 
 
-def options_of(tuned: Tuned, sampling: Sampling) -> dict[str, Any]:
-    """What `generate` is called with."""
+def options_of(tuned: Tuned, sampling: Sampling, rows: Sequence[int], prompt_length: int) -> dict[str, Any]:
+    """What `generate` is called with; `rows` are numbers of the questions, each of which draws tokens of its own."""
     options: dict[str, Any] = {"max_new_tokens": sampling.max_tokens, "use_cache": True, "do_sample": False}
+    options |= {"temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature > 0:
-        options |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    else:
-        options |= {"temperature": None, "top_p": None, "top_k": None}
+        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        draw = Draw([f"{seed} {row}" for row in rows], sampling.temperature, sampling.top_p, prompt_length)
+        options["logits_processor"] = LogitsProcessorList([draw])
     if sampling.stop:
         options |= {"stop_strings": list(sampling.stop), "tokenizer": tuned.tokenizer}
     if sampling.lookup:
@@ -103,14 +106,12 @@ def answer(tuned: Tuned, ids: Sequence[int], sampling: Sampling) -> Answer:
 
     def generate() -> None:
         try:
-            if sampling.seed is not None:
-                torch.manual_seed(sampling.seed)
             out = tuned.model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([cancelled]),
-                **{**options_of(tuned, sampling), "max_new_tokens": most},
+                **{**options_of(tuned, sampling, [0], prompt.shape[1]), "max_new_tokens": most},
             )
             made.num_tokens = out.shape[1] - prompt.shape[1]
             made.reason = "length" if made.num_tokens >= most and not cancelled.event.is_set() else "stop"
@@ -225,7 +226,7 @@ def answer_file(
     with _appended(answers) as file:
         while done < len(rows):
             batch = slice(done, done + batch_size)
-            texts = answer_batch(tuned, prompts[batch], sampling)
+            texts = answer_batch(tuned, prompts[batch], sampling, done)
             for row, text in zip(rows[batch], texts, strict=True):
                 file.write(json.dumps({**row, "answer": text}, ensure_ascii=False) + "\n")
             file.flush()
@@ -242,8 +243,14 @@ def _appended(answers: Path) -> TextIO:
         raise DataError(f"--out {answers} cannot be written ({type(error).__name__})") from None
 
 
-def answer_batch(tuned: Tuned, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
+def answer_batch(tuned: Tuned, prompts: Sequence[Sequence[int]], sampling: Sampling, first: int = 0) -> list[str]:
     """Answer prompts at the same time, padded on the left.
+
+    Args:
+        tuned: Whom to ask.
+        prompts: Their tokens.
+        sampling: How.
+        first: The first one's number in its file, so that what is drawn does not depend on who shares the batch.
 
     Raises:
         DataError: A prompt is empty, or too long.
@@ -253,9 +260,8 @@ def answer_batch(tuned: Tuned, prompts: Sequence[Sequence[int]], sampling: Sampl
     pad = int(tuned.tokenizer.pad_token_id or 0)
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=tuned.model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=tuned.model.device)
-    if sampling.seed is not None:
-        torch.manual_seed(sampling.seed)
-    options = {**options_of(tuned, sampling), "max_new_tokens": most}
+    rows = range(first, first + len(prompts))
+    options = {**options_of(tuned, sampling, rows, longest), "max_new_tokens": most}
     out = tuned.model.generate(input_ids=ids, attention_mask=mask, **options)
     return ["".join(until_stop(iter([_text(tuned, row)]), sampling.stop)) for row in out[:, longest:].tolist()]
 

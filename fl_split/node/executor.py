@@ -91,8 +91,13 @@ def serve(address: str, root_certificates: Path | None) -> None:
         root_certificates: PEM file, where that API speaks TLS.
 
     Raises:
-        ConfigError: This version of Flower chooses its executor in another way.
+        ConfigError: No address, or this version of Flower chooses its executor in another way.
     """
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise ConfigError(
+            f"{address!r} is not host:port: expected the SuperNode's --host and --port, such as 127.0.0.1:9094"
+        )
     if "get_executor" not in superexec.run_superexec.__code__.co_names:  # else nobody would ask for what is set below
         raise ConfigError(
             f"Flower {version('flwr')} cannot be given an executor: expected the versions that fl-split asks for, see "

@@ -46,6 +46,8 @@ def explain(error: grpc.RpcError, address: str) -> str:
         )
     if "WRONG_VERSION_NUMBER" in details:
         return "TLS handshake failed, it speaks no TLS: check the address, or leave trunk-ca and trunk-cert out"
+    if re.search(r"ALPN|http1|parsing HTTP/2", details):
+        return "something else than a trunk listens on this port, perhaps the SuperLink: check trunk-address"
     if re.search(r"handshake|ssl|tls", details, re.IGNORECASE):
         return "TLS handshake failed: check trunk-ca, trunk-cert and trunk-key (--ca, --cert, --key)"
     if re.search(r"socket closed|reset", details, re.IGNORECASE):

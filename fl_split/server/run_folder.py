@@ -164,7 +164,8 @@ def read_run(root: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     finished = max(Rounds(root / "checkpoints").finished(), default=0)
     if not finished or not (root / "run.json").is_file():
         raise NodeStateError(
-            f"no run with a finished round in {root}: give a run's folder, <run.dir>/<run.name> of the server"
+            f"no run with a finished round in {root}: give a run's folder, <run.dir>/<run.name> of the server, or on a "
+            "node <out-dir>/<run.name>"
         )
     about: dict[str, Any] = json.loads((root / "run.json").read_text(encoding="utf-8"))
     return about, [entry for entry in read_entries(root / "metrics.jsonl") if entry["round"] <= finished]

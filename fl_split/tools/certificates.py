@@ -170,7 +170,14 @@ def _write_new(files: dict[Path, tuple[bytes, int]]) -> None:
     for file in files:
         if file.exists():
             raise ConfigError(f"{file} is there already and is not replaced: move it away, or choose another name")
-    for file, (content, mode) in files.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as opened:
-            opened.write(content)
+    made: list[Path] = []
+    try:
+        for file, (content, mode) in files.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as opened:
+                made.append(file)
+                opened.write(content)
+    except OSError:  # a full disk: half a key would be in the way of the next try
+        for file in made:
+            file.unlink()
+        raise

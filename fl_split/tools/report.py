@@ -1,7 +1,7 @@
 """`fl-split report`: what one or several runs came to, as one HTML page that needs no server and no script.
 
 It reads what the server keeps of a run, and of simulated nodes their own losses by step and their samples
-(`data.samples`); no weight.
+(`data.samples`); or, on a node, what that node keeps of its own. No weight.
 """
 
 import math
@@ -37,11 +37,15 @@ class Record:
 
     @classmethod
     def read(cls, root: Path) -> "Record":
-        """Read a run's folder.
+        """Read a run's folder, or on a node that node's own.
 
         Raises:
             NodeStateError: There is no run with a finished round.
         """
+        kept = [] if (root / "run.json").exists() else read_entries(root / "metrics.jsonl")
+        if rounds := [entry for entry in kept if "partition-id" in entry]:
+            number = rounds[-1]["partition-id"]
+            return cls(root.name, root, {}, {number: rounds}, [], {number: steps_of(kept)})
         about, entries = read_run(root)
         numbers = sorted({entry["partition-id"] for entry in entries if "partition-id" in entry})
         own = {i: steps_of(read_entries(root / "nodes" / str(i) / "metrics.jsonl")) for i in numbers}
@@ -57,7 +61,7 @@ class Record:
     @property
     def config(self) -> Mapping[str, Any]:
         """The run's configuration, flat."""
-        config: Mapping[str, Any] = self.about["config"]
+        config: Mapping[str, Any] = self.about.get("config", {})  # a node does not keep it
         return config
 
     def label(self, number: int) -> str:
@@ -88,7 +92,8 @@ def report(roots: Iterable[Path]) -> str:
     style = files("fl_split.tools").joinpath("report.css").read_text(encoding="utf-8")
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     title = "fl-split: " + ", ".join(run.name for run in runs)
-    parts = [_overview(runs), *(_run(run) for run in runs)]
+    of_servers = [run for run in runs if run.rounds]
+    parts = [_overview(of_servers) if of_servers else "", *(_run(run) for run in runs)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -147,6 +152,7 @@ def _run(run: Record) -> str:
     shared = (
         f"The server gave each node {size:,.2f} MB of shared weights in all." if size else "No weights were shared."
     )
+    about = f"<p>{shared}</p>" if run.rounds else ""
     worth = run.by_round("gain-over-alone")
     if any(worth.values()):
         charts.append(Chart("What the others' adapters won beyond training alone", "round", "nats", worth))
@@ -159,8 +165,7 @@ def _run(run: Record) -> str:
     return (
         f"<section><h2>{escape(run.name)}</h2><h3>What each node gained</h3>{_table(_quality(run))}{_figures(charts)}"
         f"{_NOT_COVERED if any(of_one.values()) or spent else ''}"
-        f"<h3>What it took</h3>{_table(_cost(run))}<p>{shared}</p>"
-        f"{_samples(run)}<h3>Configuration</h3>{_configuration(run)}</section>"
+        f"<h3>What it took</h3>{_table(_cost(run))}{about}{_samples(run)}{_configuration(run)}</section>"
     )
 
 
@@ -188,7 +193,8 @@ def _quality(run: Record) -> list[dict[str, Any]]:
             row["epsilon for one example"] = (
                 f"{last['record-epsilon']:.2f} at delta {last['record-delta']:g}" if known else "none"
             )
-        if run.config["aggregation.share"] == "none":
+        nothing_shared = last["heldout-loss-shared"] == base  # what a node, which has no configuration, sees of it
+        if run.config.get("aggregation.share", "none" if nothing_shared else "") == "none":
             del row["shared alone"]
         if "heldout-accuracy-after" in last:
             row["accuracy"] = f"{last['heldout-accuracy-after']:.3f}"
@@ -228,28 +234,30 @@ def _samples(run: Record) -> str:
     }.items():
         samples = read_entries(folder / "samples.jsonl")
         newest = [entry for entry in samples if entry.get("round") == samples[-1].get("round")]
-        parts += [f"<h3>Sample outputs{escape(name)}</h3>{_table(newest)}"] if newest else []
+        rows = [{key: f"{x:.2f}" if isinstance(x, float) else x for key, x in sample.items()} for sample in newest]
+        parts += [f"<h3>Sample outputs{escape(name)}</h3>{_table(rows, 'texts')}"] if rows else []
     return "".join(parts)
 
 
 def _configuration(run: Record) -> str:
+    if not run.config:
+        return ""
     default = RunConfig().to_flat()
     changed = [{"key": k, "value": v} for k, v in run.config.items() if v != default.get(k)]
     rest = [{"key": k, "value": v} for k, v in run.config.items() if v == default.get(k)]
     versions = [{"package": name, "version": value} for name, value in run.about["versions"].items()]
     return (
-        f"{_table(changed)}<details><summary>as by default, and versions</summary>{_table(rest)}{_table(versions)}"
-        "</details>"
+        f"<h3>Configuration</h3>{_table(changed, 'pairs')}<details><summary>as by default, and versions</summary>"
+        f"{_table(rest, 'pairs')}{_table(versions)}</details>"
     )
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _table(rows: Sequence[Mapping[str, Any]], kind: str = "") -> str:
     if not rows:
         return "<p class='faint'>nothing</p>"
     head = "".join(f"<th>{escape(str(key))}</th>" for key in rows[0])
     body = "".join(f"<tr>{''.join(f'<td>{escape(str(value))}</td>' for value in row.values())}</tr>" for row in rows)
-    kind = " class='pairs'" if list(rows[0]) == ["key", "value"] else ""
-    return f"<div class='wide'><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return f"<div class='wide'><table class='{kind}'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _figures(charts: Sequence[Chart]) -> str:

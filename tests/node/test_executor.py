@@ -7,6 +7,7 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec import run_superexec as superexec
 from flwr.supercore.superexec.executor import ExecutionSpec, SubprocessExecutor
 
+from fl_split.errors import ConfigError
 from fl_split.node import executor
 
 
@@ -73,6 +74,12 @@ def test_flowers_loop_is_given_this_executor(monkeypatch: pytest.MonkeyPatch) ->
     executor.serve("127.0.0.1:1", None)
     assert isinstance(seen["executor"], Recording)
     assert (seen["runtime_api_address"], seen["insecure"]) == ("127.0.0.1:1", True)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", ":9094", "127.0.0.1:", "http://127.0.0.1"])
+def test_an_address_without_a_port_is_refused_rather_than_tried_for_ever(address: str) -> None:
+    with pytest.raises(ConfigError, match="is not host:port: expected the SuperNode's --host and --port"):
+        executor.serve(address, None)
 
 
 def test_a_message_runs_the_submitted_code_not_the_executors() -> None:

@@ -194,6 +194,7 @@ def test_what_cannot_be_written_down_is_not_sent(tmp_path: Path) -> None:
 def test_show_and_verify(tmp_path: Path) -> None:
     file = filled(tmp_path)
     shown = CliRunner().invoke(app, ["ledger", "show", str(file)]).output
+    assert CliRunner().invoke(app, ["ledger", "show", str(file.parent)]).output == shown
     assert "server" in shown and "metrics" in shown and "46" in shown
     (line,) = CliRunner().invoke(app, ["ledger", "show", "--json", str(file)]).output.splitlines()
     assert json.loads(line) == {"to": "server", "kind": "metrics", "messages": 4, "bytes": 46}

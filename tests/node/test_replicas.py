@@ -240,5 +240,10 @@ def test_addresses_that_are_none_are_refused(address: str) -> None:
         split_address(address)
 
 
+def test_an_address_of_the_web_is_none() -> None:
+    with pytest.raises(ConfigError, match="expected host:port without https://: it is no web page"):
+        split_address("https://trunk.example.org:9470")
+
+
 def test_addresses_are_cut_at_commas() -> None:
     assert split_address("a:1, [::1]:2,dns:///b:3") == ["a:1", "[::1]:2", "dns:///b:3"]

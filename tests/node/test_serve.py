@@ -1,5 +1,9 @@
 """The endpoint, driven by OpenAI's own client: answers, streams, usage, errors in its format."""
 
+import json
+import queue
+import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -7,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
+import torch
 import uvicorn
 from openai import OpenAI
 from test_tuned import QUESTIONS, adapter, address, expected, full  # noqa: F401  # fixtures
@@ -124,6 +130,67 @@ def test_what_cannot_be_done_is_refused(client: OpenAI, options: Any, error: Any
     assert "private" not in str(caught.value)
 
 
+HALF = chr(0xD800)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "match"),
+    [
+        ("POST", "chat/completions", "{", 400, "JSON decode error"),
+        ("POST", "chat/completions", "null", 400, "Field required"),
+        ("POST", "chat/completions", "[" * 100_000, 400, "parsing the body"),
+        ("POST", "completions", {"prompt": "a", "max_tokens": -1}, 400, "max_tokens: Input should be greater"),
+        ("POST", "completions", '{"prompt": "a", "max_tokens": ' + "9" * 5000 + "}", 400, "parsing the body"),
+        ("POST", "completions", {"prompt": "a", "stop": [HALF]}, 400, "stop.*half of a letter"),
+        ("POST", "chat/completions", {"messages": [{"role": HALF, "content": "a"}]}, 400, "role: .*half of a letter"),
+        (
+            "POST",
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "'text'",
+        ),
+        ("GET", "completions", "", 405, "Method Not Allowed"),
+        ("POST", "embeddings", {}, 404, "Not Found"),
+    ],
+)
+def test_whatever_is_refused_is_refused_in_their_format(
+    client: OpenAI, method: str, path: str, body: Any, status: int, match: str
+) -> None:
+    text = body if isinstance(body, str) else json.dumps(body)
+    response = httpx.request(
+        method, f"{client.base_url}{path}", content=text, headers={"Content-Type": "application/json"}
+    )
+    error = response.json()["error"]
+    assert (response.status_code, error["type"]) == (status, "invalid_request_error")
+    assert re.search(match, error["message"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_nobody_foresaw_is_an_error_in_their_format_and_no_text_in_a_log(
+    tuned: Tuned, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    def fails(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("private words")
+
+    monkeypatch.setattr(tuned.model, "generate", fails)
+    with running(tuned) as client, pytest.raises(openai.APIError, match="RuntimeError") as caught:
+        list(client.completions.create(model="adapter", prompt="a", stream=stream))  # type: ignore[call-overload]
+    assert "private" not in str(caught.value)
+    (line,) = [record for record in caplog.records if record.name == "fl_split.node.serve"]
+    assert re.search(r"a request failed: RuntimeError at test_serve\.py:\d+ <- answers\.py", line.getMessage())
+    assert "private" not in line.getMessage() and line.exc_info is None
+
+
+def test_text_may_come_in_parts(client: OpenAI) -> None:
+    def ask(content: Any) -> str | None:
+        messages: Any = [{"role": "user", "content": content}]
+        return client.chat.completions.create(model="adapter", messages=messages).choices[0].message.content
+
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "asthma?"}]
+    assert ask(parts) == ask("What is asthma?")
+
+
 def test_messages_that_cannot_be_framed_are_refused(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="expected messages with a role"):
         client.chat.completions.create(model="adapter", messages=[])
@@ -153,23 +220,34 @@ def test_a_trunk_that_is_gone_is_an_error_in_their_format(
         list(client.completions.create(model="adapter", prompt="a", stream=stream))  # type: ignore[call-overload]
 
 
-def test_a_caller_that_leaves_ends_its_answer(tuned: Tuned, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = threading.Event()
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_caller_that_leaves_ends_its_answer(tuned: Tuned, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    lengths: queue.SimpleQueue[int] = queue.SimpleQueue()
     generate = tuned.model.generate
 
     def watched(**options: Any) -> Any:
-        out = generate(**options)
-        ended.set()
+        def slow(ids: Any, scores: Any) -> Any:
+            began.set()
+            time.sleep(0.05)
+            scores[:, tuned.tokenizer.eos_token_id] = -torch.inf
+            return scores
+
+        out = generate(**{**options, "logits_processor": [slow]})
+        lengths.put(out.shape[1])
         return out
 
+    began = threading.Event()
     monkeypatch.setattr(tuned.model, "generate", watched)
     with running(tuned) as client:
-        stream = client.completions.create(
-            model="adapter", prompt="What\n", max_tokens=200, stream=True, temperature=1.0, seed=0
-        )
-        next(iter(stream))
-        stream.close()
-        assert ended.wait(20)
+        body = {"prompt": "What\n", "max_tokens": 200, "stream": stream}
+        with socket.create_connection(("127.0.0.1", client.base_url.port)) as caller:
+            text = json.dumps(body)
+            caller.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                + f"Content-Length: {len(text)}\r\n\r\n{text}".encode()
+            )
+            assert began.wait(20)
+        assert lengths.get(timeout=20) < 100
 
 
 def test_beyond_loopback_a_token_is_a_must(tuned: Tuned, tmp_path: Path) -> None:
@@ -187,14 +265,25 @@ def test_beyond_loopback_a_token_is_a_must(tuned: Tuned, tmp_path: Path) -> None
 
 def test_what_is_said_at_start(tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(uvicorn, "run", lambda application, **options: seen.append(options))
+    monkeypatch.setattr(
+        uvicorn.Server, "run", lambda self, sockets: seen.append((self.config, sockets[0].getsockname()))
+    )
     lines: list[str] = []
-    serve(tuned, "127.0.0.1", 8000, "", Sampling(), lines.append)
-    assert lines == ["adapter at http://127.0.0.1:8000/v1, without a token, on loopback only"]
+    serve(tuned, "127.0.0.1", 0, "", Sampling(), lines.append)
+    assert lines == [f"adapter at http://127.0.0.1:{seen[0][1][1]}/v1, without a token, on loopback only"]
     (tmp_path / "token").write_text(TOKEN)
-    serve(tuned, "0.0.0.0", 8000, str(tmp_path / "token"), Sampling(), lines.append)
+    serve(tuned, "0.0.0.0", 0, str(tmp_path / "token"), Sampling(), lines.append)
     assert "with a token" in lines[1] and "plain HTTP" in lines[2]
-    assert [options["access_log"] for options in seen] == [False, False]
+    assert [config.access_log for config, _ in seen] == [False, False]
+
+
+def test_a_port_that_cannot_be_had_is_named_before_anything_is_promised(tuned: Tuned) -> None:
+    lines: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"--port {port}: .*in use.*; choose another port"):
+            serve(tuned, "127.0.0.1", port, "", Sampling(), lines.append)
+    assert lines == []
 
 
 def test_without_the_extra_it_says_so(tuned: Tuned, monkeypatch: pytest.MonkeyPatch) -> None:

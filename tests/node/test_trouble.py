@@ -29,6 +29,12 @@ LOST = grpc.StatusCode.UNAVAILABLE
             "(unable to get local",
         ),
         (LOST, "Tls handshake failed (X): SSL_ERROR_SSL: WRONG_VERSION_NUMBER: Invalid", "it speaks no TLS"),
+        (LOST, "ipv4:127.0.0.1:8000: Cannot check peer: missing selected ALPN property.", "perhaps the SuperLink"),
+        (
+            LOST,
+            "Failed parsing HTTP/2 (Trying to connect an http1.x server (HTTP status 400))",
+            "perhaps the SuperLink",
+        ),
         (LOST, "Ssl handshake failed: TSI_PROTOCOL_FAILURE", "trunk-cert and trunk-key"),
         (LOST, "last error: UNAVAILABLE: ipv4:127.0.0.1:29471: Socket closed", "wants TLS"),
         (LOST, "last error: Timeout occurred: FD Shutdown", "a firewall may be in between"),

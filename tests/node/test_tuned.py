@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 import fl_split
 from fl_split.cli import app
+from fl_split.cli import node as node_verbs
 from fl_split.config import Data, Lora, RunConfig
 from fl_split.errors import ConfigError, DataError, NodeStateError, TrunkUnavailable
 from fl_split.model import adapters
@@ -131,8 +133,42 @@ def test_what_cannot_be_written_down_is_not_asked(adapter: Path, tmp_path: Path)
 
 def test_sampling_is_seeded(tuned: Tuned) -> None:
     ids = tuned.encode([{"role": "user", "content": QUESTIONS[0]}])
-    texts = ["".join(answer(tuned, ids, Sampling(12, 1.0, seed=seed))) for seed in (1, 1, 2)]
+    texts = ["".join(answer(tuned, ids, Sampling(12, 2.0, seed=seed))) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_seeded_answer_depends_on_no_other(tuned: Tuned) -> None:
+    ids = tuned.encode([{"role": "user", "content": QUESTIONS[0]}])
+    alone = {seed: "".join(answer(tuned, ids, Sampling(12, 3.0, seed=seed))) for seed in (1, -2, 2**70)}
+    assert len(set(alone.values())) == 3
+    assert "".join(answer(tuned, ids, Sampling(12, 3.0, seed=1, lookup=3))) == alone[1]
+    found: list[tuple[int | None, str]] = []
+
+    def ask(seed: int | None) -> None:
+        found.append((seed, "".join(answer(tuned, ids, Sampling(12, 3.0, seed=seed)))))
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in (*alone, *alone, None, None)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert all(text == alone[seed] for seed, text in found if seed is not None)
+    unseeded = [text for seed, text in found if seed is None]
+    assert unseeded[0] != unseeded[1]
+
+
+def test_what_a_file_draws_is_the_same_in_other_batches(
+    tuned: Tuned, jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    questions = jsonl([{"question": QUESTIONS[0]}] * 3)
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    answer_file(tuned, questions, whole, "question", Sampling(10, 3.0, seed=3), 2)
+    lines = whole.read_text().splitlines(keepends=True)
+    assert len({*lines}) == 3  # equal questions do not draw the same
+    parts.write_text(lines[0] + lines[1][:9])  # cut off in the middle of a line, and of a batch
+    assert answer_file(tuned, questions, parts, "question", Sampling(10, 3.0, seed=3), 2) == 2
+    assert parts.read_text() == whole.read_text()
 
 
 def test_guessing_from_the_prompt_changes_no_token(tuned: Tuned) -> None:
@@ -316,8 +352,22 @@ def test_chat_in_a_terminal(
     assert result.exit_code == 0, result.output
     for question in (QUESTIONS[0], QUESTIONS[2]):
         assert expected(full, demo_model, question, 12).strip() in result.stdout
+    assert result.stdout.startswith(expected(full, demo_model, QUESTIONS[0], 12) + "\n")  # no "> " in a file
     assert "tokens/s)" in result.stderr
     assert "go to the trunk" in caplog.text
+
+
+def test_a_question_that_fails_is_not_the_end_of_a_talk(
+    adapter: Path, address: str, full: Any, demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["chat", str(adapter), address, "--max-tokens", "12"]
+    talk = f"{'much too long ' * 400}\n{QUESTIONS[2]}\n"
+    piped = CliRunner().invoke(app, options, input=talk)
+    assert (piped.exit_code, piped.stdout) == (1, "") and "error: a prompt has" in piped.stderr
+    monkeypatch.setattr(node_verbs, "_is_terminal", lambda: True)
+    result = CliRunner().invoke(app, options, input=talk)
+    assert result.exit_code == 0 and "that question is forgotten" in result.stderr
+    assert expected(full, demo_model, QUESTIONS[2], 12) in result.stdout
 
 
 def test_generate_in_a_terminal(adapter: Path, address: str, jsonl: Callable[..., Path], tmp_path: Path) -> None:

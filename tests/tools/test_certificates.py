@@ -1,7 +1,10 @@
+import errno
+import io
 import socket
 import ssl
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
@@ -88,3 +91,23 @@ def test_verbs_write_the_files_and_name_them(tmp_path: Path) -> None:
     assert server.output.split() == [f"{folder}/trunk.crt", f"{folder}/trunk.key"]
     assert run(app, ["keys", "node", f"{folder}/mine"]).output.split() == [f"{folder}/mine", f"{folder}/mine.pub"]
     assert run(app, ["keys", "node", f"{folder}/mine"]).exit_code == 1
+
+
+def test_a_full_disk_leaves_no_half_of_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BufferedWriter):
+        def write(self, data: Any) -> int:
+            if self.raw.name == "public":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    def full(descriptor: int, mode: str) -> Any:
+        raw = io.FileIO(descriptor, mode)
+        raw.name = "public" if (tmp_path / "key.pub").exists() else "private"
+        return Full(raw)
+
+    monkeypatch.setattr(certificates, "open", full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        certificates.make_node_key(tmp_path / "key")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    assert len(certificates.make_node_key(tmp_path / "key")) == 2

@@ -103,7 +103,9 @@ def test_the_command_writes_the_page_and_refuses_a_folder_without_a_run(tmp_path
     done = CliRunner().invoke(app, ["report", str(root), "--out", str(out)])
     assert done.exit_code == 0 and done.output.strip() == str(out)
     assert out.read_text().startswith("<!doctype html>")
-    with pytest.raises(NodeStateError, match=r"no run with a finished round in .*nowhere: give a run's folder"):
+    with pytest.raises(
+        NodeStateError, match=r"no run with a finished round in .*nowhere: give a run's folder.*<out-dir>/<run.name>"
+    ):
         report([tmp_path / "nowhere"])
 
 
@@ -124,6 +126,27 @@ def test_sample_outputs_are_shown_if_there_are_any(tmp_path: Path) -> None:
     kept.write_text('{"round": 1, "answer": "old"}\n{"round": 2, "answer": "newest"}\n')
     page = report([root])
     assert "Sample outputs of node 0" in page and "newest" in page and ">old<" not in page
+
+
+def test_a_node_has_a_page_of_its_own_with_its_answers(tmp_path: Path) -> None:
+    """As a deployed node has it: no run.json, no checkpoints of the server."""
+    run = make_run(tmp_path, "mine")
+    rounds = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    own = [entry for entry in rounds if entry.get("partition-id") == 0]
+    steps = [{"round": entry["round"], "step": entry["round"], "loss": 3.25} for entry in own]
+    node = tmp_path / "out" / "mine"
+    node.mkdir(parents=True)
+    (node / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in [*steps, *own]))
+    samples = [{"round": i, "prompt": f"<i>asked {i}", "rouge_l": 0.123456, "answer": f"said {i}"} for i in (1, 2)]
+    (node / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    text = report([node])
+    assert {"4.000", "2.875", "0.12", "+1.125", "3.00", "<i>asked 2", "said 2"} <= {
+        cell.strip() for cell in Page(text).cells
+    }
+    assert "said 1" not in text and "Training loss by step" in text and "Configuration" not in text
+    assert "MB of shared weights" not in text and "No weights were shared" not in text
+    both = report([node, run])
+    assert "said 2" in both and "Configuration" in both
 
 
 def test_a_single_round_is_one_whole_number() -> None:

@@ -20,8 +20,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from trunk_service import serving
+from typer.testing import CliRunner
 
 from fl_split import wire
+from fl_split.cli import app
 from fl_split.errors import ConfigError, TrunkRefused, TrunkUnavailable
 from fl_split.node.expected import Expected
 from fl_split.node.replicas import Credentials
@@ -113,6 +115,12 @@ def test_tokens_file_holds_hashes_only_and_is_its_owners(tmp_path: Path) -> None
     [entry] = read_tokens(file)
     assert entry.institution == "clinic-a"
     assert entry.expires is not None and abs(entry.expires - time.time() - 86_400) < 60
+
+
+def test_a_token_that_has_expired_is_not_made(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["trunk", "token", "add", "a", "--tokens", str(tmp_path / "t"), "--days", "-1"])
+    assert done.exit_code == 2 and "not in the range" in done.output
+    assert not (tmp_path / "t").exists()
 
 
 def test_tokens_are_added_revoked_and_read_anew(tmp_path: Path) -> None:
