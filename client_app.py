@@ -28,8 +28,9 @@ from fl_split.files import disk_in_words  # noqa: E402
 from fl_split.log import show_log  # noqa: E402
 from fl_split.node.ledger import NAME, Ledger  # noqa: E402
 from fl_split.node.masks import Identity, Statement, agree, digest, mask, state_key  # noqa: E402
+from fl_split.node.ready import Instructions  # noqa: E402
 from fl_split.node.received import moved  # noqa: E402
-from fl_split.node.round import Instructions, run_round  # noqa: E402
+from fl_split.node.round import run_round  # noqa: E402
 
 app = ClientApp()
 logger = logging.getLogger("fl_split")

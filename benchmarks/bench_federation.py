@@ -41,7 +41,8 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from fl_split.config import Combine, NodeConfig, RunConfig, Scalar
-from fl_split.node.round import Instructions, RoundResult, run_round
+from fl_split.node.ready import Instructions
+from fl_split.node.round import RoundResult, run_round
 from fl_split.server.aggregation import Update, combine
 from fl_split.trunk import server
 from fl_split.trunk.layers import hold_layers

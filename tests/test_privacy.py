@@ -156,7 +156,7 @@ def test_a_failing_nodes_words_hold_nothing_private(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("patient Zanzibar")
 
-    monkeypatch.setattr("fl_split.node.round.load_examples", fail)
+    monkeypatch.setattr("fl_split.node.ready.load_examples", fail)
     with pytest.raises(Exception, match="RuntimeError on the node") as error:
         run_once(tmp_path)
     assert "Zanzibar" not in str(error.value)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.errors import FLSplitError
-from fl_split.node.round import Instructions, run_round
+from fl_split.node.ready import Instructions
+from fl_split.node.round import run_round
 from fl_split.node.state import NodeFolder, SavedRound
 
 Run = Callable[..., tuple[Path, InProcessGrid]]

@@ -265,7 +265,7 @@ def test_a_alone_is_the_base_and_takes_no_pass_of_its_own(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[dict[str, float]] = []
-    monkeypatch.setattr("fl_split.node.round.evaluate", lambda *args: passes.append(evaluate(*args)) or passes[-1])
+    monkeypatch.setattr("fl_split.node.ready.evaluate", lambda *args: passes.append(evaluate(*args)) or passes[-1])
     run(**{"aggregation.tensors": "a-only"})
     assert len(passes) == 2 * (3 + 2)  # base, before and after on two nodes; base once a run
     for entry in (entry for entry in metrics(tmp_path / "x") if "partition-id" in entry):
