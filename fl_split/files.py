@@ -59,7 +59,10 @@ def cache_folder() -> Path:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace a file's content; a reader sees all of the old or all of the new."""
+    """Replace a file's content; a reader sees all of the old or all of the new. What is no file is written to."""
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        path.write_text(text)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as file:
         file.write(text)

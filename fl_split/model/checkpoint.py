@@ -11,7 +11,15 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
@@ -92,8 +100,31 @@ def resolve_model(name: str, revision: str, needs: Callable[[PretrainedConfig], 
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"model.name={name!r} (revision {revision or 'default'}) could not be fetched from the Hugging Face hub: "
-            f"{type(error).__name__}; check the id and the network, or give the path of a local folder"
+            f"{_of_hub(error)}"
         ) from error
+
+
+def _of_hub(error: BaseException) -> str:
+    """Say what the hub, or the way to it, did not give, and the remedy; by the innermost error that tells."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+
+    def among(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if among(GatedRepoError):
+        return "its owner gives it to named accounts only: accept its terms on its page, and set HF_TOKEN"
+    if among(RevisionNotFoundError):
+        return "it has no such revision: check model.revision"
+    if among(RepositoryNotFoundError):
+        return "there is no such model, or it is private: check model.name, and set HF_TOKEN if it is private"
+    if among(LocalEntryNotFoundError, OfflineModeIsEnabled):
+        return (
+            "the hub does not answer and this machine's cache has no copy: check network, proxy, HF_ENDPOINT and "
+            "HF_HUB_OFFLINE; or bring the model's folder here, and give its path"
+        )
+    return f"{type(error).__name__}; check the id and the network, or give the path of a local folder"
 
 
 def read_config(name: str, revision: str = "") -> PretrainedConfig:
@@ -111,6 +142,11 @@ def read_config(name: str, revision: str = "") -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(place, revision=revision or "main")
         return config
     except (OSError, ValueError) as error:
+        if not is_local_model(name) and isinstance(error, OSError):
+            raise ConfigError(
+                f"model.name={name!r} (revision {revision or 'default'}): no configuration can be read; "
+                f"{_of_hub(error)}"
+            ) from error
         raise ConfigError(
             f"model.name={name!r} (revision {revision or 'default'}): no configuration can be read "
             f"({type(error).__name__}); expected 'demo', an absolute or ~ path, or a Hugging Face id"

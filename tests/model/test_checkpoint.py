@@ -6,15 +6,23 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from families import CLASSIFIERS, DECODERS, LABELS, Family
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import safe_open
 
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.errors import ConfigError, SplitError
-from fl_split.model.checkpoint import node_needs, resolve_model, trunk_needs, weights_digest
+from fl_split.model.checkpoint import node_needs, read_config, resolve_model, trunk_needs, weights_digest
 from fl_split.model.ends import load_ends
 from fl_split.model.loading import INDEX
 from fl_split.model.trunk import LocalTrunk, load_trunk
@@ -126,16 +134,26 @@ def test_doctor_fetches_what_the_node_needs_and_no_more(tmp_path: Path, hub: Hub
     assert layers_in(tmp_path / "node") == needed < layers_in(repo)
 
 
+def refused(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
+    """As the hub's client raises it."""
+    return kind("no", response=httpx.Response(404, request=httpx.Request("GET", "https://hub")))
+
+
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("owner/model", LocalEntryNotFoundError("offline"), "could not be fetched .* LocalEntryNotFoundError"),
+        ("owner/model", LocalEntryNotFoundError("offline"), "could not be fetched .* the hub does not answer and this"),
+        ("owner/model", OfflineModeIsEnabled("offline"), "could not be fetched .* the hub does not answer and this"),
+        ("owner/model", refused(RepositoryNotFoundError), "there is no such model, or it is private: check model.name"),
+        ("owner/model", refused(GatedRepoError), "accept its terms on its page, and set HF_TOKEN"),
+        ("owner/model", refused(RevisionNotFoundError), "it has no such revision: check model.revision"),
+        ("owner/model", OSError("?"), "could not be fetched .* OSError; check the id and the network"),
         ("a/b/c", None, "neither 'demo', nor an absolute"),
         ("/nowhere", None, "there is no such folder"),
     ],
 )
 def test_models_that_cannot_be_had_are_refused(
-    name: str, error: HfHubHTTPError | None, message: str, monkeypatch: pytest.MonkeyPatch
+    name: str, error: Exception | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object, **kwargs: object) -> str:
         raise error  # type: ignore[misc]
@@ -144,6 +162,15 @@ def test_models_that_cannot_be_had_are_refused(
         monkeypatch.setattr("fl_split.model.checkpoint.snapshot_download", fail)
     with pytest.raises(ConfigError, match=message):
         resolve_model(name, "")
+
+
+def test_a_configuration_that_the_hub_does_not_give_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("as transformers says it") from LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr("fl_split.model.checkpoint.AutoConfig.from_pretrained", fail)
+    with pytest.raises(ConfigError, match="no configuration can be read; the hub does not answer and this machine"):
+        read_config("owner/model")
 
 
 def test_weights_that_may_not_be_read_are_named(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

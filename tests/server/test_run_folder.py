@@ -2,6 +2,7 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ def test_text_is_replaced_whole(tmp_path: Path) -> None:
         write_atomic(tmp_path / "f", text)
     assert (tmp_path / "f").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no named pipes")
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as threads:
+        read = threads.submit(pipe.read_text)
+        write_atomic(pipe, "one")
+        assert read.result(10) == "one"
+    assert pipe.is_fifo()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="folders cannot be synced")
