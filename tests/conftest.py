@@ -50,7 +50,8 @@ _NOT_QUICK_NAMES = {"InProcessGrid", "table"} | _SERVERS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as ``quick`` what does without all that."""
+    """Mark as ``quick`` what does without all that; put the longest first, or one of two processes ends long after."""
+    items.sort(key=lambda item: "test_flwr_run" not in item.nodeid)
     for item in items:
         slow = item.get_closest_marker("slow") or _NOT_QUICK_FIXTURES & set(item.fixturenames)  # type: ignore[attr-defined]
         if not slow and not _NOT_QUICK_NAMES & vars(item.module).keys():  # type: ignore[attr-defined]

@@ -50,6 +50,16 @@ def test_kills_of_node_trunk_and_server_app_lose_no_round_and_change_no_array(fe
 
 
 @pytest.mark.slow
+def test_two_runs_at_once_leave_each_what_the_other_leaves(federation: Federation) -> None:
+    run = {**SHORT, "num-server-rounds": 2, "aggregation.share": "top"}
+    numbers = [federation.submit({**run, "run.name": name}) for name in ("one", "other")]
+    assert [federation.wait(number, 900)[0] for number in numbers] == ["finished:completed"] * 2
+    one, other = left_arrays(federation, "one"), left_arrays(federation, "other")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
 def test_masked_adapters_come_out_of_a_real_superlink_as_their_mean_and_none_goes_in_clear(
     demo_model: Path, tmp_path: Path
 ) -> None:
