@@ -1,5 +1,6 @@
 """A node's own configuration, which its institution gives its SuperNode."""
 
+import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -73,10 +74,16 @@ class NodeConfig(BaseModel):
             raise ConfigError("wrong node-config:\n" + explain_invalid(error, KEYS)) from None
 
     @property
-    def speaks_for_itself(self) -> bool:
-        """Whether an institution has said anything but numbers, which simulated nodes have as well."""
+    def is_deployed(self) -> bool:
+        """Whether a node is an institution's, so that there is somebody to ask; a simulation has nobody.
+
+        Either the institution has said something but numbers, which simulated nodes have as well, or this is the
+        process that a SuperNode runs messages in, which a simulation has none of.
+        """
         said = self.model_fields_set & type(self).model_fields.keys()
-        return bool(said - {"partition_id", "num_partitions", "lora_rank"})
+        return (
+            bool(said - {"partition_id", "num_partitions", "lora_rank"}) or Path(sys.argv[0]).name == "flwr-clientapp"
+        )
 
     @property
     def unknown(self) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """What a node needs for a round: consent, room, the base model, the way to the trunk, the two ends with adapters."""
 
 import logging
-import sys
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -30,18 +29,13 @@ from fl_split.shares import leak_bits
 logger = logging.getLogger(__name__)
 
 
-def is_deployed(node: NodeConfig) -> bool:
-    """Whether a node is an institution's, so that there is somebody to ask; a simulation has nobody."""
-    return node.speaks_for_itself or Path(sys.argv[0]).name == "flwr-clientapp"  # a simulation has no such process
-
-
 def check_consent(config: RunConfig, node: NodeConfig) -> None:
     """Refuse exact gradients without the institution's own word, where there is one (a simulation cannot ask)."""
     if config.surrogate.kind == "shares":
         _check_consent_to_shares(config, node)
     if config.surrogate.kind != "exact":
         return
-    if is_deployed(node) and not node.allow_exact_gradient:
+    if node.is_deployed and not node.allow_exact_gradient:
         raise ConfigError(
             "this run has surrogate.kind='exact', which sends dL/dh2, the gradient of this node's private loss, to the "
             "trunk: to allow it, set allow-exact-gradient=true in --node-config; else use another surrogate.kind"
@@ -50,7 +44,7 @@ def check_consent(config: RunConfig, node: NodeConfig) -> None:
 
 
 def _check_consent_to_shares(config: RunConfig, node: NodeConfig) -> None:
-    if is_deployed(node) and not node.allow_gradient_shares:
+    if node.is_deployed and not node.allow_gradient_shares:
         raise ConfigError(
             "this run has surrogate.kind='shares', which sends hidden states to two trunks, and to each a share of "
             "dL/dh2, the gradient of this node's private loss: to allow it, set allow-gradient-shares=true in "
@@ -73,7 +67,7 @@ def check_demo_data(config: RunConfig, node: NodeConfig) -> None:
     if node.data_path or config.data.path != "demo":
         return
     text = "this node has no data-path, and the run's data.path='demo' is the demo's invented data"
-    if is_deployed(node):
+    if node.is_deployed:
         raise ConfigError(f"{text}, not an institution's: set data-path in --node-config")
     if config.model.name != "demo":
         raise ConfigError(

@@ -26,7 +26,7 @@ from fl_split.model.family import auto_class, examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.loss import accumulate
 from fl_split.model.slots import Nowhere
-from fl_split.node.build import build_model, is_deployed
+from fl_split.node.build import build_model
 from fl_split.plan.fits_here import check_room
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def choose(config: RunConfig, node: NodeConfig, folder: Path, clock: Clock | Non
         folder: The base model's.
         clock: Says how long a round would take; without one, time is left open.
     """
-    if config.has_shares and (node.allow_gradient_shares or not is_deployed(node)):
+    if config.has_shares and (node.allow_gradient_shares or not node.is_deployed):
         return Choice("shares", "the run names a second trunk, and nothing forbids it on this node")
     limit = _PART * config.run.round_timeout
     why_not = _no_streamed(config, node, folder)

@@ -58,7 +58,7 @@ class Identity:
         Raises:
             ConfigError: A file is missing or no such key, or the node's own key is not among its peers'.
         """
-        if not node.speaks_for_itself:
+        if not node.is_deployed:
             logger.warning(
                 "aggregation.secure=true in a simulation is a trial: keys are made up, and nothing is hidden"
             )

@@ -106,7 +106,7 @@ def test_the_card_names_data_and_prompt_format(run: Run, jsonl: Callable[..., Pa
 
 
 @pytest.mark.parametrize("said", [{"out-dir": "/x"}, {"trunk-address": "a:1"}])
-def test_demo_data_is_refused_on_a_node_that_speaks_for_itself(said: dict[str, Any]) -> None:
+def test_demo_data_is_refused_on_a_deployed_node(said: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="has no data-path, .* not an institution's: set data-path in --node-config"):
         check_demo_data(RunConfig(), NodeConfig.from_flat({"partition-id": 0, **said}))
     check_demo_data(RunConfig(), NodeConfig.from_flat({"partition-id": 0, "data-path": "/d", **said}))
@@ -132,7 +132,7 @@ def test_keys_that_look_like_a_misspelt_one_are_refused(key: str) -> None:
 def test_keys_of_other_apps_are_left_alone_and_known_as_such() -> None:
     node = NodeConfig.from_flat({"partition-id": 0, "other-app": 7})
     assert node.unknown == {"other-app": "trunk-ca"}
-    assert not node.speaks_for_itself
+    assert not node.is_deployed
 
 
 # ----------------------------------------------------------------------------------------------------- what fits

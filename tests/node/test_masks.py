@@ -1,5 +1,6 @@
 """Masks that cancel in the sum of all nodes: what is hidden, what comes out, and everything that must not pass."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -208,6 +209,14 @@ def test_wrong_keys_of_an_institution_are_refused(own: dict[str, Any], tmp_path:
     (tmp_path / "edwards").write_bytes(edwards)
     refused("secure-key is no elliptic curve key", secure_key=str(tmp_path / "edwards"))
     refused("public key of secure-key is not in secure-peers", secure_peers=str(tmp_path / "other.pub"))
+
+
+def test_keys_are_made_up_in_a_simulation_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = NodeConfig.from_flat({"partition-id": 0, "num-partitions": 3})
+    assert len(Identity.of(numbers).peers) == 3
+    monkeypatch.setattr(sys, "argv", ["/venv/bin/flwr-clientapp"])  # a SuperNode that was told its number only
+    with pytest.raises(ConfigError, match="set secure-key, the SuperNode's private key, and secure-peers"):
+        Identity.of(numbers)
 
 
 def test_a_peer_whose_key_is_of_another_kind_is_refused(nodes: Nodes) -> None:

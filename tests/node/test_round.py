@@ -65,7 +65,7 @@ NEEDED, GIVEN = "set allow-exact-gradient=true in --node-config", "/no-such-mode
         ("blocks", {"data-path": "/mine"}, GIVEN),
     ],
 )
-def test_exact_gradients_need_the_consent_of_a_node_that_speaks_for_itself(
+def test_exact_gradients_need_the_consent_of_a_deployed_node(
     tmp_path: Path, kind: str, own: dict[str, Any], message: str
 ) -> None:
     of_run = {"surrogate.kind": kind, "trunk.exact-gradient": True, "model.name": GIVEN, "run.dir": str(tmp_path)}
