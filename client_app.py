@@ -27,7 +27,7 @@ from fl_split.errors import ConfigError, FLSplitError  # noqa: E402
 from fl_split.files import disk_in_words  # noqa: E402
 from fl_split.log import show_log  # noqa: E402
 from fl_split.node.ledger import NAME, Ledger  # noqa: E402
-from fl_split.node.masks import Identity, Statement, agree, digest, mask, state_key  # noqa: E402
+from fl_split.node.masks import Identity, SignedKey, agree, digest, mask, sign_key  # noqa: E402
 from fl_split.node.ready import Instructions  # noqa: E402
 from fl_split.node.received import moved  # noqa: E402
 from fl_split.node.round import run_round  # noqa: E402
@@ -53,10 +53,10 @@ def conceal(msg: Message, context: Context, call_next: ClientAppCallable) -> Mes
         records = msg.content.config_records["keys"]
         del msg.content["keys"]  # Flower's clipping takes one ConfigRecord and no other
         given = zip(*(records[name] for name in ("public", "identity", "signature")), strict=True)
-        statements = [Statement(*map(bytes, each)) for each in given]
+        signed_keys = [SignedKey(*map(bytes, each)) for each in given]
         received = msg.content.array_records["arrays"].to_torch_state_dict()
         all_told = digest(received, *(str(told[name]) for name in sorted(told)))
-        secrets = agree(Identity.of(node), _folder(config, node, msg), _about(msg), statements, all_told)
+        secrets = agree(Identity.of(node), _folder(config, node, msg), _about(msg), signed_keys, all_told)
     reply = call_next(msg, context)
     if reply.has_error():  # Flower's clipping answers so
         return reply
@@ -86,8 +86,8 @@ def keys(msg: Message, context: Context) -> Message:
     """Make this node's key of a round's masks; the public one leaves, signed."""
     with _explained(msg, context):
         node = NodeConfig.from_flat(context.node_config)
-        statement = state_key(Identity.of(node), _folder(_config(msg), node, msg), _about(msg))
-    return Message(RecordDict({"key": ConfigRecord({**vars(statement)})}), reply_to=msg)
+        signed = sign_key(Identity.of(node), _folder(_config(msg), node, msg), _about(msg))
+    return Message(RecordDict({"key": ConfigRecord({**vars(signed)})}), reply_to=msg)
 
 
 def _about(msg: Message) -> bytes:

@@ -34,15 +34,15 @@ def measure(num_nodes: int, num_weights: int, folder: Path) -> dict[str, float]:
     nodes = [NodeConfig(partition_id=i, num_partitions=num_nodes) for i in range(num_nodes)]
     who = [masks.Identity.of(node) for node in nodes]
     seconds = [0.0] * num_nodes
-    statements, parts = [], []
+    signed_keys, parts = [], []
     for i in range(num_nodes):
         started = time.perf_counter()
-        statements.append(masks.state_key(who[i], folder / str(i), ABOUT))
+        signed_keys.append(masks.sign_key(who[i], folder / str(i), ABOUT))
         seconds[i] += time.perf_counter() - started
     for i in range(num_nodes):
         started = time.perf_counter()
         told = masks.digest(shared[0])  # as large as what the server sends
-        secrets = masks.agree(who[i], folder / str(i), ABOUT, statements, told)
+        secrets = masks.agree(who[i], folder / str(i), ABOUT, signed_keys, told)
         parts.append(masks.mask(shared[i], weights[i], secrets))
         seconds[i] += time.perf_counter() - started
     started = time.perf_counter()

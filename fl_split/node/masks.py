@@ -36,7 +36,7 @@ _SIGNED = b"fl-split: key of secure aggregation\n"
 
 
 @dataclass(frozen=True)
-class Statement:
+class SignedKey:
     """A node's key of one round; all of it goes to the server and to the other nodes."""
 
     public: bytes  # X25519
@@ -98,7 +98,7 @@ def check_consent(config: RunConfig, node: NodeConfig) -> None:
         )
 
 
-def state_key(identity: Identity, folder: Path, about: bytes) -> Statement:
+def sign_key(identity: Identity, folder: Path, about: bytes) -> SignedKey:
     """Make this round's key: the private one stays in the node's folder, until `agree`.
 
     Args:
@@ -114,11 +114,11 @@ def state_key(identity: Identity, folder: Path, about: bytes) -> Statement:
         opened.write(key.private_bytes_raw())
     public = key.public_key().public_bytes_raw()
     signature = identity.key.sign(_SIGNED + about + public, ec.ECDSA(hashes.SHA384()))
-    return Statement(public, _public(identity.key), signature)
+    return SignedKey(public, _public(identity.key), signature)
 
 
 def agree(
-    identity: Identity, folder: Path, about: bytes, statements: Sequence[Statement], told: bytes
+    identity: Identity, folder: Path, about: bytes, signed_keys: Sequence[SignedKey], told: bytes
 ) -> list[tuple[int, bytes]]:
     """Find the masks' keys, one for each other node, and whether this node adds (1) or takes away (-1) that mask.
 
@@ -126,7 +126,7 @@ def agree(
         identity: This node's.
         folder: Where this round's private key is; it is used once.
         about: Which round of which run, as the others signed.
-        statements: What the server has passed on, this node's own among it.
+        signed_keys: What the server has passed on, this node's own among it.
         told: All else that the server has told the node: see `digest`.
 
     Raises:
@@ -138,19 +138,19 @@ def agree(
         raise NodeStateError("the key of this round's masks was used before: a round's masks are used once; try again")
     key = X25519PrivateKey.from_private_bytes(file.read_bytes())
     file.unlink()
-    for statement in statements:
-        _check_signature(statement, about, identity.peers)
-    missing = len(identity.peers - {statement.identity for statement in statements})
-    if missing or len(statements) != len(identity.peers):
+    for signed in signed_keys:
+        _check_signature(signed, about, identity.peers)
+    missing = len(identity.peers - {signed.identity for signed in signed_keys})
+    if missing or len(signed_keys) != len(identity.peers):
         raise AggregationError(
-            f"{len(statements)} keys came for the {len(identity.peers)} institutions of secure-peers, and {missing} "
+            f"{len(signed_keys)} keys came for the {len(identity.peers)} institutions of secure-peers, and {missing} "
             "have none: all take part in every round, once; start the missing nodes, or let all institutions agree on "
             "another secure-peers"
         )
     own = key.public_key().public_bytes_raw()
-    if own not in [statement.public for statement in statements]:
+    if own not in [signed.public for signed in signed_keys]:
         raise AggregationError("the server has passed on another key for this node than its own: it may sit between")
-    publics = sorted(statement.public for statement in statements)
+    publics = sorted(signed.public for signed in signed_keys)
     context = hashlib.sha256(b"".join([about, told, *publics])).digest()
     secrets = []
     for public in publics:
@@ -194,16 +194,16 @@ def digest(arrays: Mapping[str, Tensor], *texts: str) -> bytes:
     return total.digest()
 
 
-def _check_signature(statement: Statement, about: bytes, peers: frozenset[bytes]) -> None:
-    if statement.identity not in peers:
+def _check_signature(signed: SignedKey, about: bytes, peers: frozenset[bytes]) -> None:
+    if signed.identity not in peers:
         raise AggregationError(
             "a key is signed by an institution that is not in secure-peers: add its .pub, or refuse it"
         )
     try:
-        public = serialization.load_ssh_public_key(statement.identity)
+        public = serialization.load_ssh_public_key(signed.identity)
         if not isinstance(public, ec.EllipticCurvePublicKey):
             raise AggregationError("a key of secure-peers is no elliptic curve key: expected SuperNodes' .pub files")
-        public.verify(statement.signature, _SIGNED + about + statement.public, ec.ECDSA(hashes.SHA384()))
+        public.verify(signed.signature, _SIGNED + about + signed.public, ec.ECDSA(hashes.SHA384()))
     except InvalidSignature:
         raise AggregationError(
             "a key of this round has a wrong signature: it is another round's, or somebody sits between the nodes"

@@ -18,7 +18,7 @@ from fl_split import ring
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.errors import AggregationError, ConfigError, FLSplitError, NodeStateError
 from fl_split.node import masks
-from fl_split.node.masks import Identity, Statement
+from fl_split.node.masks import Identity, SignedKey
 from fl_split.ring import STEP, WEIGHT, Ring
 from fl_split.server.secure import mean
 from fl_split.tools.certificates import make_node_key
@@ -37,15 +37,15 @@ class Nodes:
     def __init__(self, folder: Path) -> None:
         self.folders = [folder / str(i) for i in range(3)]
         self.who = [Identity.of(NodeConfig(partition_id=i, num_partitions=3)) for i in range(3)]
-        self.statements: list[Statement] = []
+        self.signed_keys: list[SignedKey] = []
 
-    def state(self) -> list[Statement]:
+    def state(self) -> list[SignedKey]:
         pairs = zip(self.who, self.folders, strict=True)
-        self.statements = [masks.state_key(who, folder, ABOUT) for who, folder in pairs]
-        return self.statements
+        self.signed_keys = [masks.sign_key(who, folder, ABOUT) for who, folder in pairs]
+        return self.signed_keys
 
     def agree(self, node: int, told: bytes = b"") -> list[tuple[int, bytes]]:
-        return masks.agree(self.who[node], self.folders[node], ABOUT, self.statements, told)
+        return masks.agree(self.who[node], self.folders[node], ABOUT, self.signed_keys, told)
 
     def masked(self, told: tuple[bytes, ...] = (b"", b"", b"")) -> list[dict[str, Ring]]:
         self.state()
@@ -125,27 +125,27 @@ def test_a_number_that_could_wrap_round_is_refused_on_the_node(value: float) -> 
 def unknown(nodes: Nodes) -> None:
     stranger = ec.generate_private_key(ec.SECP384R1())
     identity = Identity(stranger, frozenset())
-    nodes.statements[1] = masks.state_key(identity, nodes.folders[1], ABOUT)
+    nodes.signed_keys[1] = masks.sign_key(identity, nodes.folders[1], ABOUT)
 
 
 def between(nodes: Nodes) -> None:
-    nodes.statements[1] = replace(nodes.statements[1], public=bytes(32))
+    nodes.signed_keys[1] = replace(nodes.signed_keys[1], public=bytes(32))
 
 
 def late(nodes: Nodes) -> None:
-    nodes.statements[1] = masks.state_key(nodes.who[1], nodes.folders[1], b"run 0\n")
+    nodes.signed_keys[1] = masks.sign_key(nodes.who[1], nodes.folders[1], b"run 0\n")
 
 
 def lost(nodes: Nodes) -> None:
-    del nodes.statements[1]
+    del nodes.signed_keys[1]
 
 
 def twice(nodes: Nodes) -> None:
-    nodes.statements.append(nodes.statements[1])
+    nodes.signed_keys.append(nodes.signed_keys[1])
 
 
 def hidden(nodes: Nodes) -> None:
-    nodes.statements[0] = masks.state_key(nodes.who[0], nodes.folders[1], ABOUT)
+    nodes.signed_keys[0] = masks.sign_key(nodes.who[0], nodes.folders[1], ABOUT)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_peer_whose_key_is_of_another_kind_is_refused(nodes: Nodes) -> None:
     public = Ed25519PrivateKey.generate().public_key()
     line = public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     nodes.state()
-    nodes.statements[1] = replace(nodes.statements[1], identity=line)
+    nodes.signed_keys[1] = replace(nodes.signed_keys[1], identity=line)
     nodes.who[0] = Identity(nodes.who[0].key, nodes.who[0].peers | {line})
     with pytest.raises(AggregationError, match="a key of secure-peers is no elliptic curve key"):
         nodes.agree(0)
