@@ -1,6 +1,7 @@
 """What a node needs for a round: consent, room, the base model, the way to the trunk, the two ends with adapters."""
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -110,16 +111,8 @@ def connect(
         TrunkError: It cannot be reached, is another, or does not let this node in.
     """
     expected = Expected.from_checkpoint(folder, config.split.bottom_layers, config.split.top_layers)
-    connection = TrunkConnection(
-        node.trunk_address or address,
-        expected,
-        wire_dtype=config.trunk.wire_dtype,
-        timeout_s=config.trunk.timeout_s,
-        in_flight=config.trunk.in_flight,
-        credentials=_credentials(node),
-        ledger=ledger,
-    )
-    stack.enter_context(connection)
+    make = _maker(config, expected, ledger)
+    connection = stack.enter_context(make(node.trunk_address or address, credentials=_credentials(node)))
     connection.connect()
     return connection, expected
 
@@ -156,23 +149,25 @@ def connect_shares(
             "set trunk-operator-key and trunk-share-operator-key, trunk-verifier and trunk-share-verifier, together"
         )
     sides = Sides(places, credentials)
-    expected = Expected.from_checkpoint(folder, config.split.bottom_layers, config.split.top_layers)
+    make = _maker(config, Expected.from_checkpoint(folder, config.split.bottom_layers, config.split.top_layers), ledger)
     first, second = (
-        stack.enter_context(
-            TrunkConnection(
-                place,
-                expected,
-                wire_dtype=config.trunk.wire_dtype,
-                timeout_s=config.trunk.timeout_s,
-                in_flight=config.trunk.in_flight,
-                credentials=own,
-                meet=partial(sides.meet, side),
-                ledger=ledger,
-            )
-        )
+        stack.enter_context(make(place, credentials=own, meet=partial(sides.meet, side)))
         for side, (place, own) in enumerate(zip(places, credentials, strict=True))
     )
     return SharesTrunk(first, second, config.surrogate.mask_std)
+
+
+def _maker(config: RunConfig, expected: Expected, ledger: Ledger | None) -> Callable[..., TrunkConnection]:
+    """What all connections of a run have in common; what is left is an address, credentials, and `meet`."""
+    how = config.trunk
+    return partial(
+        TrunkConnection,
+        expected=expected,
+        wire_dtype=how.wire_dtype,
+        timeout_s=how.timeout_s,
+        in_flight=how.in_flight,
+        ledger=ledger,
+    )
 
 
 def _credentials(node: NodeConfig) -> Credentials:
