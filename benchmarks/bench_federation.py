@@ -201,7 +201,7 @@ def federate(setting: Setting, task: Task, work: Path, address: str) -> Figures:
         if config.aggregation.personal:
             figures[f"alone/{file.stem}"] = metrics["heldout-loss-alone"]
             figures[f"error/{file.stem}"] = metrics["gain-over-alone-error"]
-            figures[f"weight/{file.stem}"] = metrics["others-weight-top"]
+            figures[f"weight/{file.stem}"] = metrics["shared-weight-top"]
     return figures
 
 
