@@ -27,7 +27,7 @@ from fl_split.config.sections import (
     absolute,
     is_local_model,
 )
-from fl_split.config.values import Scalar, check_given, read_values
+from fl_split.config.values import Scalar, check_given, num_bytes, read_values
 
 __all__ = [
     "AUTO",
@@ -57,5 +57,6 @@ __all__ = [
     "absolute",
     "check_given",
     "is_local_model",
+    "num_bytes",
     "read_values",
 ]
