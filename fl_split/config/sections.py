@@ -96,7 +96,7 @@ class Surrogate(Section):
     max_bytes: Size = Field(
         "",
         description="such as `2GB`: of `auto`, nothing for which a node would send and get more than this while it "
-        "trains a round; the bottom is frozen if need be",
+        "trains a round; the bottom is frozen if need be, or where it is shared, the run refused",
     )
     check: bool = Field(
         True,
@@ -290,7 +290,9 @@ class TrunkService(Section):
         120.0, description="seconds that one call may take, retries included"
     )
     cache_mb: Annotated[int, Field(ge=0)] = Field(
-        1024, description="disk for trunk outputs on a node, MB, with `surrogate.kind = none`: one call per example"
+        1024,
+        description="disk for trunk outputs on a node, MB, with `surrogate.kind = none`: one call per example; and "
+        "while rates are tested",
     )
     exact_gradient: bool = Field(False, description="let the embedded trunk serve `surrogate.kind = exact`")
 
@@ -338,6 +340,11 @@ class Aggregation(Section):
         1.0, description="part of the connected nodes that a round asks, at least `aggregation.min-nodes`"
     )
     min_nodes: Positive = Field(2, description="fewer nodes in a round, and the run stops with an error")
+
+    @property
+    def num_trainings(self) -> int:
+        """How often a node trains a round's steps."""
+        return 2 if self.personal else 1
 
 
 UNCOVERED = "it does not cover hidden states, which the trunk's operator can read"  # stands beside every epsilon

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from fl_split.config import Kind, NodeConfig, RunConfig, num_bytes
 from fl_split.data.batches import training_batches
 from fl_split.data.load import Examples
-from fl_split.errors import SplitError
+from fl_split.errors import ConfigError, SplitError
 from fl_split.files import write_atomic
 from fl_split.model.checkpoint import read_config, weights_digest
 from fl_split.model.family import auto_class, examine
@@ -73,7 +73,7 @@ def settle(
         batch = next(training_batches(examples.train, tokenizer, config.train.batch_size, 0, 0, config.data))
         started = time.monotonic()
         accumulate(model, [batch])
-        return (time.monotonic() - started) * config.train.accumulation * config.train.steps
+        return (time.monotonic() - started) * _num_batches(config)
 
     if kept.is_file():
         choice = Choice(**json.loads(kept.read_text(encoding="utf-8")))
@@ -92,12 +92,20 @@ def choose(config: RunConfig, node: NodeConfig, folder: Path, clock: Clock | Non
         node: The node's own.
         folder: The base model's.
         clock: Says how long a round would take; without one, time is left open.
+
+    Raises:
+        ConfigError: A bottom that is shared would send more than `surrogate.max-bytes`.
     """
     if config.has_shares and (node.allow_gradient_shares or not node.is_deployed):
         if not _too_much_to_send(config.with_kind("shares"), folder):
             return Choice("shares", "the run names a second trunk, and nothing forbids it on this node")
     limit = _PART * config.run.round_timeout
     if too_much := _too_much_to_send(config.with_kind("streamed"), folder):
+        if config.aggregation.share in ("bottom", "both"):
+            raise ConfigError(
+                f"{too_much}, and aggregation.share={config.aggregation.share!r} needs a bottom that trains: set a "
+                "larger one, fewer train.steps, or aggregation.share='top'"
+            )
         return _at_least(config, too_much, "a larger one, or fewer steps")
     why_not = _no_streamed(config, node, folder)
     if not why_not:
@@ -129,14 +137,19 @@ def _too_much_to_send(config: RunConfig, folder: Path) -> str:
     """Say why a round's training would send and get more than the run allows; "" if it would not."""
     if not config.surrogate.max_bytes:
         return ""
-    plan, train = make_plan(read_config(str(folder)), config), config.train
-    needed = (plan.request_bytes + plan.reply_bytes) * train.accumulation * train.steps
+    plan = make_plan(read_config(str(folder)), config)
+    needed = (plan.request_bytes + plan.reply_bytes) * _num_batches(config)
     if needed <= num_bytes(config.surrogate.max_bytes):
         return ""
     return (
         f"a bottom that trains would send and get {needed / 1e6:.1f} MB in a round of full-length examples, more "
         f"than surrogate.max-bytes={config.surrogate.max_bytes}"
     )
+
+
+def _num_batches(config: RunConfig) -> int:
+    """Count the micro-batches that a node trains in a round."""
+    return config.train.accumulation * config.train.steps * config.aggregation.num_trainings
 
 
 def _no_streamed(config: RunConfig, node: NodeConfig, folder: Path) -> str:

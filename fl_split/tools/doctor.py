@@ -28,7 +28,7 @@ from fl_split.model.loading import Boundaries, check_quantized
 from fl_split.model.loss import IGNORED
 from fl_split.node.account import epsilon_of
 from fl_split.node.build import check_demo_data, connect, connect_shares, find_model
-from fl_split.node.choice import choose
+from fl_split.node.choice import Choice, choose
 from fl_split.node.record_dp import check_delta, sampling_of
 from fl_split.plan.fits_here import Check, check_room
 from fl_split.plan.plan import PROCESS_BYTES, choose_split
@@ -68,8 +68,10 @@ def diagnose(config: RunConfig, own: NodeConfig, max_rows: int | None = None, nu
         return
     config, folder = found
     if config.surrogate.kind == "auto":
-        choice = choose(config, own, folder)
-        yield Check("pass", "surrogate", str(choice))
+        check, choice = _try("surrogate", lambda: _choice(config, own, folder))
+        yield check
+        if choice is None:
+            return
         config = config.with_kind(choice.kind)
     check, tokenizer = _try("tokenizer", lambda: _tokenizer(folder))
     yield check
@@ -94,6 +96,11 @@ def _try(name: str, look: Callable[[], tuple[str, T]]) -> tuple[Check, T | None]
     except FLSplitError as error:
         return Check("fail", name, ": ".join((str(error), *getattr(error, "__notes__", ())))), None
     return Check("pass", name, text), found
+
+
+def _choice(config: RunConfig, own: NodeConfig, folder: Path) -> tuple[str, Choice]:
+    choice = choose(config, own, folder)
+    return str(choice), choice
 
 
 def _model(config: RunConfig) -> tuple[str, tuple[RunConfig, Path]]:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -16,7 +17,8 @@ from transformers import AutoConfig
 
 from fl_split import demo
 from fl_split.config import Kind, NodeConfig, RunConfig
-from fl_split.errors import SplitError
+from fl_split.data.load import Examples
+from fl_split.errors import ConfigError, SplitError
 from fl_split.model import ends
 from fl_split.node import choice
 from fl_split.node.choice import Choice, choose
@@ -178,4 +180,22 @@ def test_what_would_send_too_much_is_not_taken(checkpoint: Callable[[str], Path]
     assert found.kind == "none"
     assert f"would send and get {once / 1e6:.1f} MB in a round" in found.why
     assert f"more than surrogate.max-bytes={once - 1}B; what would help is a larger one" in found.why
-    assert kind(1, **{"aggregation.share": "bottom"}).kind == "identity"  # nodes that differ are combined
+    twice = {"aggregation.personal": True, "aggregation.share": "top", "aggregation.min-nodes": 3}
+    assert [kind(2 * once - less, **twice).kind for less in (0, 1)] == ["streamed", "none"]
+    with pytest.raises(ConfigError, match=r"surrogate\.max-bytes=1B, and aggregation\.share='bottom' needs a bottom"):
+        kind(1, **{"aggregation.share": "bottom"})
+
+
+def test_both_trainings_of_a_round_are_timed(
+    load: Callable[..., Examples], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[float] = []
+    monkeypatch.setattr(choice, "choose", lambda *args: said.append(args[-1](args[0])) or Choice("none", "told to"))
+    monkeypatch.setattr(choice, "time", SimpleNamespace(monotonic=iter([0.0, 1.0] * 2).__next__))
+    monkeypatch.setattr(choice, "accumulate", lambda *_: None)
+    examples = load(demo.data_folder() / "hospital-south.jsonl")
+    twice = {"aggregation.personal": True, "aggregation.share": "top", "aggregation.min-nodes": 3}
+    for name, changes in (("once", {}), ("twice", twice)):
+        config = RunConfig.from_flat({"train.steps": 5, "train.accumulation": 3, **changes})
+        choice.settle(config, NodeConfig(), demo.model_folder(), tokenizer, examples, tmp_path / name)
+    assert said == [15.0, 30.0]

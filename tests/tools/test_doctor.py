@@ -17,9 +17,11 @@ from fl_split import demo
 from fl_split.cli import app
 from fl_split.config import UNCOVERED, NodeConfig, RunConfig, read_values
 from fl_split.errors import ConfigError
+from fl_split.model.checkpoint import read_config
 from fl_split.node.build import warn_of_room
 from fl_split.plan import fits_here, versions
 from fl_split.plan.fits_here import check_room
+from fl_split.plan.plan import make_plan
 from fl_split.plan.versions import check_versions
 from fl_split.tools.doctor import diagnose, show_examples
 from fl_split.trunk.config import TrunkConfig
@@ -60,6 +62,12 @@ def test_what_epsilon_a_run_would_come_to_is_said_before(tmp_path: Path, demo_mo
     status, text = statuses(RunConfig(), node)["record-dp"]
     assert status == "fail" and "does not go with surrogate.kind='auto'" in text
     assert "record-dp" not in statuses(RunConfig.from_flat(base), max_rows=50)
+
+
+def test_limit_that_a_shared_bottom_exceeds_fails(demo_model: Path) -> None:
+    config = RunConfig.from_flat({"surrogate.max-bytes": "1kB", "aggregation.share": "both"})
+    last = list(diagnose(config, NodeConfig()))[-1]
+    assert (last.status, last.name) == ("fail", "surrogate") and "surrogate.max-bytes=1kB" in last.text
 
 
 def test_bad_rows_and_cut_examples_are_warned_of(jsonl: Callable[..., Path], tmp_path: Path, demo_model: Path) -> None:
@@ -156,6 +164,14 @@ def test_too_little_memory_or_disk_fails_with_a_remedy_and_is_said_before_the_fi
     assert "cannot be written to" in list(check_room(config, NodeConfig()))[1].text
     (unknown,) = check_room(RunConfig.from_flat({"split.top-layers": 7}), NodeConfig())
     assert unknown.status == "warn"
+
+
+def test_second_adapter_needs_disk_as_well(tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for keys in ({}, {"aggregation.personal": True, "aggregation.share": "top", "aggregation.min-nodes": 3}):
+        config = RunConfig.from_flat({"run.dir": str(tmp_path), **keys})
+        free = 3 * make_plan(read_config("demo"), config).node.training
+        monkeypatch.setattr(fits_here.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        assert list(check_room(config, NodeConfig()))[1].status == ("fail" if keys else "pass")
 
 
 def test_the_commands_take_what_flwr_takes_and_exit_with_1_on_failure(tmp_path: Path, demo_model: Path) -> None:
