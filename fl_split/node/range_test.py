@@ -9,8 +9,9 @@ in sweeps of whole runs.
 On a pretrained decoder (SmolLM2-135M, 2 + 26 + 2, 8 x 80 tokens) ten steps win 0.10 at 4e-3, 0.13 at 8e-3 and 0.12 at
 1.6e-2; in whole runs of 60 steps the best rate is 8e-3.
 
-What leaves the node: hidden states of these examples after the frozen bottom, once each: the trunk's answers are kept
-until the rates are settled. Which rates came out is not sent.
+What leaves the node: hidden states of these examples after the frozen bottom, once each as far as `trunk.cache-mb` has
+room for the trunk's answers, which are kept until the rates are settled. Which rates came out is not sent, but for the
+error of a training that diverges at them.
 """
 
 import json

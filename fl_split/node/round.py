@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from fl_split.config import Aggregation, NodeConfig, RunConfig
-from fl_split.errors import TrainingError
+from fl_split.errors import FLSplitError, TrainingError
 from fl_split.model import adapters
 from fl_split.model.slots import trunk_calls_of
 from fl_split.node import masks, personal, record_dp, train
@@ -74,7 +74,7 @@ def run_round(
         began = this.restore(received)
         outcome = this.train()
         if config.aggregation.personal:
-            outcome = this.weigh(this.train_shared(outcome, received, began), received)
+            outcome = this.add_shared(outcome, received, began)
         outcome = replace(outcome, samples=this.answer())
     return this.reply(outcome, this.save(outcome))
 
@@ -105,7 +105,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Round(Ready):
-    """One round; its steps: `restore`, `train`, `train_shared`, `weigh`, `answer`, `save` and `reply`."""
+    """One round; its steps: `restore`, `train`, `add_shared`, `answer`, `save` and `reply`."""
 
     def restore(self, received: dict[str, Tensor]) -> dict[str, Tensor]:
         """Put back what this node's earlier rounds have trained, then what the server made of all nodes' rounds.
@@ -190,6 +190,21 @@ class Round(Ready):
         batches = self.batches(hash((seed, partition)), first_example)
         return train_round(self.model, optimizer, batches, config.train, settings, on_step)
 
+    def add_shared(self, outcome: Outcome, received: dict[str, Tensor], began: dict[str, Tensor]) -> Outcome:
+        """Train what is shared and take of it what helps; arguments as of `train_shared`.
+
+        Raises:
+            FLSplitError: What is shared cannot be trained on; the node's own adapter is kept on its disk before.
+        """
+        try:
+            outcome = self.train_shared(outcome, received, began)
+        except FLSplitError as error:
+            before = Shadow(self.saved.shared_adapter, self.saved.shared_optimizer)
+            self.save(self.weigh(replace(outcome, shadow=before), {}))
+            text = f"of what is shared, beside this node's own adapter, which is kept: {error}"
+            raise type(error)(text) from error
+        return self.weigh(outcome, received)
+
     def train_shared(self, outcome: Outcome, received: dict[str, Tensor], began: dict[str, Tensor]) -> Outcome:
         """Train what is shared, as in a run without `aggregation.personal`; leaves the node's own adapter in the model.
 
@@ -203,19 +218,27 @@ class Round(Ready):
         own, calls = adapters.adapter_state(model), trunk_calls_of(model.get_base_model())
         optimizer = train.make_optimizer(model, self.config.train)
         distiller, calls.distiller = calls.distiller, None  # a surrogate learns from the node's own training alone
-        forward_s = -self.connection.forward_s
-        adapters.load_adapter_state(model, saved.shared_adapter or began)
-        train.load_optimizer_state(model, optimizer, saved.shared_optimizer)
-        self.receive(received, optimizer)
-        again = self.run_steps(optimizer, self.config.aggregation, outcome.trained_bottom)
-        shadow = Shadow(adapters.adapter_state(model), train.optimizer_state(model, optimizer))
-        adapters.drop_residual(model)
-        adapters.load_adapter_state(model, own)
-        calls.distiller = distiller
+        try:
+            adapters.load_adapter_state(model, saved.shared_adapter or began)
+            train.load_optimizer_state(model, optimizer, saved.shared_optimizer)
+            self.receive(received, optimizer)
+            heldout, started = dict(outcome.heldout), time.monotonic()
+            if received:
+                how, known = self.config.aggregation, {"base": heldout["base"]}
+                heldout["shared"] = scores_before(model, how, self.config.train.seed, known, self.measure)["shared"]
+            evaluate_s, forward_s = outcome.evaluate_s + time.monotonic() - started, -self.connection.forward_s
+            again = self.run_steps(optimizer, self.config.aggregation, outcome.trained_bottom)
+            shadow = Shadow(adapters.adapter_state(model), train.optimizer_state(model, optimizer))
+        finally:
+            adapters.drop_residual(model)
+            adapters.load_adapter_state(model, own)
+            calls.distiller = distiller
         forward_s += self.connection.forward_s
         return replace(
             outcome,
             shadow=shadow,
+            heldout=heldout,
+            evaluate_s=evaluate_s,
             trained=Trained(trained.loss, trained.num_tokens + again.num_tokens, trained.seconds + again.seconds),
             trunk_forward_s=outcome.trunk_forward_s + forward_s,
         )
@@ -229,7 +252,7 @@ class Round(Ready):
         if not chooses:
             text = "%d held-out examples are too few to weigh what is shared: this node's own adapter stays alone"
             logger.warning(text, len(self.examples.heldout))
-        elif received and outcome.shadow:  # before anything was received, both are the same
+        elif received and outcome.shadow and not _equal(outcome.shadow.adapter, adapters.adapter_state(self.model)):
             shared = products({**received, **outcome.shadow.adapter}, adapters.scaling_of(self.model))
             parts = [part for part in adapters.PARTS if part == "top" or self.config.surrogate.trains_bottom]
             alone = self.losses_on(reported)
@@ -337,8 +360,14 @@ class Round(Ready):
         adapter = outcome.shadow.adapter if outcome.shadow else adapters.adapter_state(self.model)
         shared = {name: value for name, value in adapter.items() if adapters.is_shared(self.model, name, how)}
         where = f"<out-dir>/{self.instructions.run_name}/{path.name}" if self.node.out_dir else str(path)
-        given = given_away(record, len(examples.heldout), self.node, len(outcome.samples))
+        num_scored = min(len(half) for half in self.halves if half)  # scores are of either
+        given = given_away(record, num_scored, self.node, len(outcome.samples))
         return RoundResult(shared, adapters.scaling_of(self.model), given, where)
+
+
+def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two adapters are the same: before others' rounds, when any mixture would win or lose by rounding only."""
+    return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def _chosen_by(scores: Scores) -> float:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_app
+from conftest import InProcessGrid, run_app
+from flwr.app import ArrayRecord, Message
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from fl_split.config import Lora, RunConfig
 from fl_split.data.store import Prepared
-from fl_split.errors import ConfigError
+from fl_split.errors import ConfigError, FLSplitError
 from fl_split.model import adapters
 from fl_split.model.ends import load_ends
 from fl_split.model.trunk import LocalTrunk, load_trunk
@@ -75,6 +76,31 @@ def test_own_adapter_is_that_of_a_run_that_shares_nothing_bit_for_bit(run: Run, 
             assert all(torch.equal(value, wanted[name]) for name, value in values.items()), field
 
 
+class Poisoned(InProcessGrid):
+    """A server that sends what cannot be trained on."""
+
+    def answer(self, message: Message) -> Message:
+        arrays = message.content.array_records["arrays"].to_torch_state_dict()
+        message.content["arrays"] = ArrayRecord({name: torch.full_like(x, torch.nan) for name, x in arrays.items()})
+        return super().answer(message)
+
+
+@pytest.mark.parametrize(("share", "why"), [("top", "the loss is not finite"), ("both", ".* holds NaN or infinite")])
+def test_own_adapter_is_kept_when_what_is_shared_cannot_be_trained_on(
+    run: Run, tmp_path: Path, share: str, why: str
+) -> None:
+    alone = run()
+    told = json.loads((alone / "run.json").read_text())["config"]
+    changes = {**told, **PERSONAL, "aggregation.share": share, "run.dir": str(tmp_path)}
+    with pytest.raises(FLSplitError, match=rf"beside this node's own adapter, which is kept: {why}"):
+        run_app(tmp_path, nodes=3, grid_class=Poisoned, **changes)
+    for node in range(3):
+        expected, got = kept(alone, node), kept(tmp_path / "x", node)
+        assert all(torch.equal(value, expected.adapter[name]) for name, value in got.adapter.items())
+        assert all(torch.equal(value, expected.optimizer[name]) for name, value in got.optimizer.items())
+        assert all(torch.isfinite(value).all() for value in got.shared_adapter.values())
+
+
 def test_export_with_weight_0_is_that_of_a_run_that_shares_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(personal, "GRID", ())
     alone, shared = run(), run(**PERSONAL, **{"train.keep": "last"})
@@ -123,6 +149,33 @@ def test_what_is_shared_is_that_of_a_run_without_bit_for_bit(run: Run, changes: 
         assert all(torch.equal(value, wanted.adapter[name]) for name, value in values.shared_adapter.items())
         assert all(torch.equal(value, wanted.optimizer[name]) for name, value in values.shared_optimizer.items())
         assert any(not torch.equal(value, values.adapter[name]) for name, value in values.shared_adapter.items())
+
+
+@pytest.mark.parametrize("share", ["both", "top"])
+def test_loss_of_what_came_from_the_server_is_that_of_a_run_without(run: Run, share: str) -> None:
+    few = {**PERSONAL, "aggregation.share": share, "data.holdout": 0.1}  # no halves: all is reported
+    plain, shared = (entries(run(**{**few, "aggregation.personal": personal})) for personal in (False, True))
+    for expected, got in zip(plain, shared, strict=True):
+        assert got["heldout-loss-shared"] == expected["heldout-loss-shared"] != got["heldout-loss-base"]
+
+
+def test_adapter_is_not_mixed_with_itself(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(personal, "weigh", lambda *_: asked.append(1) or ({}, (torch.ones(9), torch.ones(9))))
+    told = json.loads((run() / "run.json").read_text())["config"]
+    server = {"aggregation.strategy": "fedavgm", "num-server-rounds": 2}  # it sends all nodes what they begin with
+    run_app(tmp_path, nodes=3, **{**told, **PERSONAL, **server, "run.dir": str(tmp_path)})
+    assert len(asked) == 3  # not in the first round
+
+
+def test_scores_of_few_examples_are_withheld_by_how_many_each_is_of(run: Run, tmp_path: Path) -> None:
+    asked = {**PERSONAL, "data.path": json.loads((run() / "run.json").read_text())["config"]["data.path"]}
+    own = [{"metrics-least": 25}, {"metrics-least": 8}]  # 30 to 40 examples are held out
+    run_app(tmp_path, nodes=3, node_config=own, **asked, **{"num-server-rounds": 1, "data.holdout": 0.4})
+    lines = map(json.loads, (tmp_path / "x" / "metrics.jsonl").read_text().splitlines())
+    nodes = {entry["partition-id"]: entry for entry in lines if "partition-id" in entry}
+    for key in ("heldout-loss-after", "heldout-loss-selection", "gain-over-alone"):
+        assert nodes[0][key] is None and nodes[1][key] is not None
 
 
 @pytest.mark.parametrize(
