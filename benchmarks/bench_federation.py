@@ -15,8 +15,8 @@ none`` only tops train, and ``both`` means the top.
 
 Each mode, ``local`` too, has its learning rate swept with seed 0 (least mean loss as trained), then runs at its own
 best rate with all seeds; a seed sets adapters, order and held-out examples. With ``personal-1.5`` the server goes half
-as far again as the mean of the nodes' (``fedavgm`` with ``server-lr = 1.5`` and no momentum). The mixed modes give nodes ranks 4, 8, 16,
-8; ``mixed-ignored`` leaves alpha / rank out, as is often done.
+as far again as the mean of the nodes' (``fedavgm`` with ``server-lr = 1.5``, no momentum). The mixed modes give nodes
+ranks 4, 8, 16, 8; ``mixed-ignored`` leaves alpha / rank out, as is often done.
 
 Runs are kept in ``--work`` and not repeated, so that an interrupted benchmark goes on; empty it when code has changed.
 """
