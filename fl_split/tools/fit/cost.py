@@ -18,10 +18,10 @@ from fl_split.model.family import Hole, auto_class, examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.thin import LowRank, linears, replace
 from fl_split.plan.step_memory import Live, layers_of, on_meta, step_on_meta
-from fl_split.tools.fit_folder import Fit, duration
-from fl_split.tools.fit_lessons import Batches, Lesson, observe
-from fl_split.tools.fit_moments import MOMENT_BATCHES, ROOM_FOR_CHOICE, Budget, thin_product
-from fl_split.tools.fit_student import backward, build
+from fl_split.tools.fit.folder import Fit, duration
+from fl_split.tools.fit.lessons import Batches, Lesson, observe
+from fl_split.tools.fit.moments import MOMENT_BATCHES, ROOM_FOR_CHOICE, Budget, thin_product
+from fl_split.tools.fit.student import backward, build
 
 logger = logging.getLogger(__name__)
 
