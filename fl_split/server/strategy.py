@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fl_split.config import Lora
 from fl_split.errors import ConfigError, RoundFailed
+from fl_split.log import clock
 from fl_split.server.aggregation import check, check_scaling
 from fl_split.server.flower import ProductAveraging, privacy_spent, server_state, updates_of
-from fl_split.server.progress import Institutions, WatchedGrid, clock
+from fl_split.server.progress import Institutions, WatchedGrid
 from fl_split.server.secure import collect_keys, unmask
 
 logger = logging.getLogger(__name__)

@@ -353,7 +353,7 @@ def test_time_left_is_that_of_the_speed_so_far(
         now[0] += 60.0
         progress.step(done)
     assert "lessons: 11 of 110, 1:39:00 left" in caplog.text
-    assert "lessons: 110 of 110, 0:00:00 left" in caplog.text
+    assert "lessons: 110 of 110, 0:00 left" in caplog.text
 
 
 @pytest.mark.parametrize(
