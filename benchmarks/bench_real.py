@@ -4,15 +4,16 @@
 
 FILE holds an institution's questions and answers (JSON lines). Kinds: `none` (the top alone), `none-8` (a top of 8
 layers alone), `identity`, `blocks-2`, `matched` (--matched FILE), `streamed` (two steps, for their time: its gradient
-is the exact one), `shares`, `exact`, and `all` (LoRA on all layers of the whole model). Each kind has its rates swept
-on the first file and seed 0, in the given order and no further than they make it better, and runs at its best on all
-files and seeds. Gap closed = (none - kind) / (none - exact),
-of the means of held-out losses per answer token, within a split, over the files and seeds that all three have.
+is the exact one), `shares`, `exact`, `all` (LoRA on all layers of the whole model), and `probes-4`: the estimate from 4
+random probes of the trunk, which is not offered (docs/surrogates.md). Each kind has its rates swept on the first file
+and seed 0, in the given order and no further than they make it better, and runs at its best on all files and seeds.
+Gap closed = (none - kind) / (none - exact), of the means of held-out losses per answer token, within a split, over the
+files and seeds that all three have.
 
-To be cheap, the trunk runs in this process, in bfloat16 (float32 for `shares`; `all` is bfloat16 as a whole), the ends
-in float32, the logits of training in bfloat16; an exact gradient takes one forward pass with a graph, and both shares
-of a gradient go through one graph; of a frozen bottom, the trunk's outputs are kept in memory, for every top and rate.
-Times are processor seconds.
+To be cheap, the trunk runs in this process, in bfloat16 (float32 for `shares` and `probes`; `all` is bfloat16 as a
+whole), the ends in float32, the logits of training in bfloat16; an exact gradient takes one forward pass with a graph,
+and both shares of a gradient go through one graph; of a frozen bottom, the trunk's outputs are kept in memory, for
+every top and rate. Times are processor seconds.
 
 With --json an interrupted benchmark goes on: runs whose figures are in the file are not repeated, and the table is of
 all that is there.
@@ -55,6 +56,7 @@ from fl_split.shares import mask_of, split_gradient, step_of
 from fl_split.tools.gradcheck import Candidate, bottom_gradient, build
 
 BATCH, MAX_LENGTH, BOTTOM, MASK_STD = 8, 80, 2, 30.0
+PROBE_STEP = 0.02  # of a token's root mean square
 KINDS = ("none", "exact", "identity", "blocks-2", "blocks-4")
 RATES = ("1e-3,2e-3", "2e-3,4e-3", "4e-3,8e-3")  # of bottom and top
 TOP_RATES = ("2e-3", "4e-3", "8e-3", "1.6e-2")  # of a top alone
@@ -101,6 +103,30 @@ class SharesTrunk(ExactTrunk):
         padded = [wire.unpack(share, attention_mask, len(h1)) for share in masks]
         pulled = [torch.autograd.grad(self.out, self.at, share, retain_graph=True)[0].double() for share in padded]
         return (sum(pulled) * wire.unpack(shares.norms, attention_mask, len(h1))).to(h1.dtype)
+
+
+class ProbesTrunk(ExactTrunk):
+    """A trunk that runs forward only, on h1 + e v, too: each token's v is credited with its own output's response."""
+
+    def __init__(self, model: Any, count: int) -> None:
+        super().__init__(model)
+        self.count, self.noise = count, torch.Generator().manual_seed(0)
+
+    def vjp(self, h1: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, gradient: Tensor) -> Tensor:
+        """See `slots.ExactTrunk.vjp`; an estimate, unless the graph is kept."""
+        if self.keeps_graph:
+            return super().vjp(h1, attention_mask, position_ids, gradient)
+        step = PROBE_STEP * h1.square().mean(-1, keepdim=True).sqrt()
+        step[:, 0] = 0  # all others look at the first token
+        estimate = torch.zeros_like(h1)
+        with torch.no_grad():
+            for _ in range(self.count):
+                v = torch.randn(h1.shape, generator=self.noise)
+                inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
+                response = self.model(inputs_embeds=h1 + step * v, **inputs)[0] - self.out
+                estimate += (gradient * response).sum(-1, keepdim=True) * v
+        estimate[:, 1:] /= self.count * step[:, 1:]
+        return estimate
 
 
 class RecordedTrunk:
@@ -190,12 +216,15 @@ class Bench:
             trunk.top, trunk.seconds = top, 0.0
         elif name == "shares":
             trunk = SharesTrunk(as_model(self.folder, bottom, top, torch.float32))
+        elif name == "probes":
+            trunk = ProbesTrunk(as_model(self.folder, bottom, top, torch.float32), int(count))
         else:
             trunk = ExactTrunk(as_model(self.folder, bottom, top, torch.bfloat16))
         if name in ("exact", "shares"):
             trunk.keeps_graph = True
         matched = self.options.matched if name == "matched" else None
-        candidate = Candidate("exact" if name == "shares" else name, int(count or 1), matched)  # type: ignore[arg-type]
+        asks = name in ("shares", "probes")  # for a gradient, as `exact` does
+        candidate = Candidate("exact" if asks else name, int(count or 1), matched)  # type: ignore[arg-type]
         model = build(self.folder, bottom, top, trunk, candidate, Lora())
         model.get_base_model().set_output_embeddings(RoundedHead(model.get_base_model().get_output_embeddings()))
         return model, trunk
@@ -207,10 +236,10 @@ class Bench:
         model, trunk = self.build(split, kind)
         bottom_lr, top_lr = map(float, rates.split(","))
         found: Figures = {}
-        has_surrogate = kind.partition("-")[0] in ("identity", "blocks", "matched")
+        is_estimate = kind.partition("-")[0] in ("identity", "blocks", "matched", "probes")
 
         def look(when: str) -> None:
-            if has_surrogate:
+            if is_estimate:
                 batches = training_batches(examples.train, self.tokenizer, BATCH, seed, 0)
                 found[f"cosine-{when}"] = cosine(model, trunk, list(islice(batches, COSINE_BATCHES)))
 
@@ -268,7 +297,7 @@ class Bench:
         values = {
             "split.bottom-layers": bottom,
             "split.top-layers": int(count) if name == "none" else top,
-            "surrogate.kind": {"matched": "blocks", "all": "identity"}.get(name, name),
+            "surrogate.kind": {"matched": "blocks", "all": "identity", "probes": "identity"}.get(name, name),
             "surrogate.layers": int(count or 2),
             "trunk.exact-gradient": name == "exact",
             "trunk.share-address": "embedded" if name == "shares" else "",
@@ -279,7 +308,8 @@ class Bench:
         if name == "all":
             layers = (bottom + top + plan.trunk_layers) / (bottom + top)
             return (plan.full_weights + layers * plan.node.training) / 1e6, 0.0
-        return (plan.node.weights + plan.node.training) / 1e6, (plan.request_bytes + plan.reply_bytes) / 1e6
+        replies = 1 + int(count) / 2 if name == "probes" else 1  # differences, one byte each
+        return (plan.node.weights + plan.node.training) / 1e6, (plan.request_bytes + replies * plan.reply_bytes) / 1e6
 
 
 def cosine(model: PeftModel, trunk: ExactTrunk, batches: list[Batch]) -> float:

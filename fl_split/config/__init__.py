@@ -26,7 +26,7 @@ from fl_split.config.sections import (
     absolute,
     is_local_model,
 )
-from fl_split.config.values import Scalar, check_given, read_values
+from fl_split.config.values import Scalar, check_given, num_bytes, read_values
 
 __all__ = [
     "AUTO",
@@ -55,5 +55,6 @@ __all__ = [
     "absolute",
     "check_given",
     "is_local_model",
+    "num_bytes",
     "read_values",
 ]

@@ -6,8 +6,9 @@ A test holds `pyproject.toml` and `docs/configuration.md` equal to them.
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 
+from fl_split.config.values import num_bytes
 from fl_split.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,12 +63,21 @@ class Model(Section):
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
 
+def _size(value: str) -> str:
+    if value:
+        num_bytes(value)
+    return value
+
+
+Size = Annotated[str, AfterValidator(_size)]
+
+
 class Split(Section):
     """Where the model is cut."""
 
     bottom_layers: Positive = Field(2, description="layers on the node before the trunk")
     top_layers: Positive = Field(2, description="layers on the node after the trunk")
-    client_memory: Annotated[str, Field(pattern=r"^$|^ *[0-9]+(\.[0-9]+)? *[A-Za-z]+ *$")] = Field(
+    client_memory: Size = Field(
         "", description="such as `4GB`: take the deepest split that a node of this memory can train, instead of the two"
     )
 
@@ -83,6 +93,11 @@ class Surrogate(Section):
         "dL/dh2 leaves the node",
     )
     layers: Positive = Field(2, description="trunk layers kept on the node, for `blocks` and `distilled`")
+    max_bytes: Size = Field(
+        "",
+        description="such as `2GB`: of `auto`, nothing for which a node would send and get more than this while it "
+        "trains a round; the bottom is frozen if need be",
+    )
     check: bool = Field(
         True,
         description="try the bottom's gradient on examples kept apart for it, and train the bottom only in rounds in "

@@ -13,7 +13,22 @@ KEYS = "the table of keys in docs/configuration.md"
 _PAIR = re.compile(r"""(\S+?)=('[^']*'|"[^"]*"|\S+)""")  # as Flower finds them
 _QUOTES = "strings need quotes, as in 'run.name=\"mine\"'"
 
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SIZE = re.compile(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})\s*", re.IGNORECASE)
+
 Scalar = str | int | float | bool
+
+
+def num_bytes(size: str) -> int:
+    """Bytes of a size such as ``4GB`` or ``512 MiB``.
+
+    Raises:
+        ValueError: It is no size.
+    """
+    match = _SIZE.fullmatch(size)
+    if not match:
+        raise ValueError(f"expected a number and MB, GB, MiB or GiB, such as '4GB', not {size!r}")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def read_values(file: Path | None, overrides: list[str]) -> dict[str, Scalar]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fl_split.config import Kind, NodeConfig, RunConfig
+from fl_split.config import Kind, NodeConfig, RunConfig, num_bytes
 from fl_split.data.batches import training_batches
 from fl_split.data.load import Examples
 from fl_split.errors import SplitError
@@ -28,6 +28,7 @@ from fl_split.model.loss import accumulate
 from fl_split.model.slots import Nowhere
 from fl_split.node.build import build_model
 from fl_split.plan.fits_here import check_room
+from fl_split.plan.plan import make_plan
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +94,11 @@ def choose(config: RunConfig, node: NodeConfig, folder: Path, clock: Clock | Non
         clock: Says how long a round would take; without one, time is left open.
     """
     if config.has_shares and (node.allow_gradient_shares or not node.is_deployed):
-        return Choice("shares", "the run names a second trunk, and nothing forbids it on this node")
+        if not _too_much_to_send(config.with_kind("shares"), folder):
+            return Choice("shares", "the run names a second trunk, and nothing forbids it on this node")
     limit = _PART * config.run.round_timeout
+    if too_much := _too_much_to_send(config.with_kind("streamed"), folder):
+        return _at_least(config, too_much, "a larger one, or fewer steps")
     why_not = _no_streamed(config, node, folder)
     if not why_not:
         if clock is None:
@@ -111,11 +115,27 @@ def choose(config: RunConfig, node: NodeConfig, folder: Path, clock: Clock | Non
     if not _lacks_memory(config.with_kind("blocks"), node):
         return Choice("blocks", f"{why_not}; a trial says whether the bottom trains")
     why_not += f"; and memory does not suffice for surrogate.layers={config.surrogate.layers} of the trunk's"
+    return _at_least(config, why_not, "the whole checkpoint on this disk, or memory, for a deeper top as well")
+
+
+def _at_least(config: RunConfig, why_not: str, help: str) -> Choice:
+    """Settle for no gradient, or for the cheapest where nodes share their bottoms."""
     if config.aggregation.share in ("bottom", "both"):
         return Choice("identity", f"{why_not}; a trial says whether the bottom trains")
-    return Choice(
-        "none",
-        f"{why_not}; what would help is the whole checkpoint on this disk, or memory, for a deeper top as well",
+    return Choice("none", f"{why_not}; what would help is {help}")
+
+
+def _too_much_to_send(config: RunConfig, folder: Path) -> str:
+    """Say why a round's training would send and get more than the run allows; "" if it would not."""
+    if not config.surrogate.max_bytes:
+        return ""
+    plan, train = make_plan(read_config(str(folder)), config), config.train
+    needed = (plan.request_bytes + plan.reply_bytes) * train.accumulation * train.steps
+    if needed <= num_bytes(config.surrogate.max_bytes):
+        return ""
+    return (
+        f"a bottom that trains would send and get {needed / 1e6:.1f} MB in a round of full-length examples, more "
+        f"than surrogate.max-bytes={config.surrogate.max_bytes}"
     )
 
 

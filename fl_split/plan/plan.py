@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from fl_split import wire
-from fl_split.config import Aggregation, Dp, Report, Run, RunConfig
+from fl_split.config import Aggregation, Dp, Report, Run, RunConfig, num_bytes
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.checkpoint import read_config
 from fl_split.model.family import Anatomy, auto_class, examine
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 # Of a process with torch, transformers, peft and datasets, before any model: an allowance, not a measurement.
 PROCESS_BYTES = 800 * 10**6
-_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
@@ -285,7 +284,7 @@ def choose_split(run: RunConfig, config: PretrainedConfig | None = None) -> RunC
     """
     if not run.split.client_memory:
         return run
-    limit = parse_size(run.split.client_memory)
+    limit = num_bytes(run.split.client_memory)
     config = config or read_config(run.model.name, run.model.revision)
     most = _most_layers(config, run)
     if most < 2:
@@ -318,15 +317,3 @@ def choose_split(run: RunConfig, config: PretrainedConfig | None = None) -> RunC
         needed(fits) / 1e9,
     )
     return chosen
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``4GB`` or ``512 MiB``.
-
-    Raises:
-        ConfigError: It is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    if not match or match[2].upper() not in _UNITS:
-        raise ConfigError(f"split.client-memory={text!r}: expected a number and MB, GB, MiB or GiB, such as '4GB'")
-    return int(float(match[1]) * _UNITS[match[2].upper()])

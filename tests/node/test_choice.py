@@ -12,6 +12,7 @@ import torch
 from conftest import run_app
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from fl_split import demo
 from fl_split.config import Kind, NodeConfig, RunConfig
@@ -20,6 +21,7 @@ from fl_split.model import ends
 from fl_split.node import choice
 from fl_split.node.choice import Choice, choose
 from fl_split.plan.fits_here import Check
+from fl_split.plan.plan import make_plan
 
 QUICK: Callable[[RunConfig], float] = lambda config: 3.0  # noqa: E731
 SECOND = {"trunk.share-address": "embedded"}
@@ -158,3 +160,22 @@ def test_nodes_that_differ_share_both_ends(tmp_path: Path, monkeypatch: pytest.M
     for number, kind in enumerate(kinds):
         (kept,) = (tmp_path / "x" / "nodes" / str(number) / "state").glob("*/choice.json")
         assert json.loads(kept.read_text())["kind"] == kind
+
+
+def test_what_would_send_too_much_is_not_taken(checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("llama")
+    plain = RunConfig.from_flat({"model.name": str(folder), "data.max-length": 32})
+    plan = make_plan(AutoConfig.from_pretrained(folder), plain.with_kind("streamed"))
+    once = (plan.request_bytes + plan.reply_bytes) * plain.train.steps
+
+    def kind(num_bytes: int, **changes: Any) -> Choice:
+        return chosen(folder, **SECOND, **{"surrogate.max-bytes": f"{num_bytes}B"}, **changes)
+
+    assert kind(6 * once).kind == "shares"
+    assert kind(5 * once).kind == kind(once).kind == "streamed"
+    assert kind(2 * once - 1, **{"train.accumulation": 2}).kind == "none"
+    found = kind(once - 1)
+    assert found.kind == "none"
+    assert f"would send and get {once / 1e6:.1f} MB in a round" in found.why
+    assert f"more than surrogate.max-bytes={once - 1}B; what would help is a larger one" in found.why
+    assert kind(1, **{"aggregation.share": "bottom"}).kind == "identity"  # nodes that differ are combined

@@ -12,7 +12,7 @@ from families import DECODERS, Family
 from transformers import AutoConfig, MixtralConfig, MptConfig
 
 from fl_split import wire
-from fl_split.config import RunConfig
+from fl_split.config import RunConfig, num_bytes
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model import adapters, loss
 from fl_split.model.checkpoint import read_config
@@ -31,7 +31,6 @@ from fl_split.plan.plan import (
     Plan,
     choose_split,
     make_plan,
-    parse_size,
     rows_of,
     splits,
 )
@@ -244,12 +243,9 @@ def test_the_deepest_split_that_fits_is_chosen_and_said(
 
 
 def test_sizes_splits_and_models_that_are_none_are_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    assert [parse_size(text) for text in ("4GB", "0.5 GiB", "300mb")] == [4 * 10**9, 2**29, 3 * 10**8]
-    for text in ("4", "GB", "4 apples", "1.2.3GB"):
-        with pytest.raises(ConfigError, match="expected a number and MB, GB"):
-            parse_size(text)
-    for text in ("much", "1.2.3GB"):
-        with pytest.raises(ConfigError, match=rf"split\.client-memory='{text}': string should match"):
+    assert [num_bytes(text) for text in ("4GB", "0.5 GiB", "300mb")] == [4 * 10**9, 2**29, 3 * 10**8]
+    for text in ("4", "GB", "4 apples", "1.2.3GB", "much"):
+        with pytest.raises(ConfigError, match=rf"split\.client-memory: expected a number and MB, .* not '{text}'"):
             RunConfig.from_flat({"split.client-memory": text})
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no configuration can be read"):
