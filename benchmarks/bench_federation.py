@@ -9,14 +9,13 @@ node for each institution; ``scarce``, the same with 120 rows each, of which 80 
 batches for the same rounds, through the code of a node's round and a real trunk on loopback, without Flower's messages
 around it, and without the surrogate's trial: both ends train. Two losses on each node's own held-out examples: of its
 adapter as it has trained it, and of what it gets from the server after the last round, before it trains on. ``pooled``
-trains one node on everybody's examples, as many a step as all nodes together: the bound that nobody may use.
-``personal`` reports on one half of the held-out examples, so its gain over local is that over its own adapter alone,
-on the same half; that this is the local run, bit for bit, is tested in tests/node/test_personal.py. With ``--surrogate
+trains one node on everybody's examples, as many a step as all nodes together: the bound that nobody may use. All
+modes report on the same half of the held-out examples, that which ``personal`` does not choose by. With ``--surrogate
 none`` only tops train, and ``both`` means the top.
 
-Each mode has its learning rate swept with seed 0 (least mean loss as trained), then runs at its own best rate with all
-seeds; a seed sets adapters, order and held-out examples. The mixed modes give nodes ranks 4, 8, 16, 8;
-``mixed-ignored`` leaves alpha / rank out, as is often done.
+Each mode, ``local`` too, has its learning rate swept with seed 0 (least mean loss as trained), then runs at its own
+best rate with all seeds; a seed sets adapters, order and held-out examples. The mixed modes give nodes ranks 4, 8, 16,
+8; ``mixed-ignored`` leaves alpha / rank out, as is often done.
 
 Runs are kept in ``--work`` and not repeated, so that an interrupted benchmark goes on; empty it when code has changed.
 """
@@ -41,8 +40,9 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from fl_split.config import Combine, NodeConfig, RunConfig, Scalar
+from fl_split.node import personal
 from fl_split.node.ready import Instructions
-from fl_split.node.round import RoundResult, run_round
+from fl_split.node.round import Round, RoundResult, run_round
 from fl_split.server.aggregation import Update, combine
 from fl_split.trunk import server
 from fl_split.trunk.layers import hold_layers
@@ -113,8 +113,8 @@ SETTINGS = {"as-is": 0.2, "scarce": 0.8, "alike": 0.5, "alike-dirichlet": 0.5, "
 MODES = {
     "local": Mode({}),
     "pooled": Mode({"aggregation.share": "both"}, pooled=True),
-    "personal": Mode({**PERSONAL, "aggregation.combine": "stack"}),
-    "personal-mean": Mode(PERSONAL),
+    "personal": Mode(PERSONAL),
+    "personal-stack": Mode({**PERSONAL, "aggregation.combine": "stack"}),
     "top": Mode({"aggregation.share": "top"}),
     "both": Mode({"aggregation.share": "both"}),
     "a-only": Mode({"aggregation.share": "both", "aggregation.tensors": "a-only"}),
@@ -149,6 +149,7 @@ def run(setting: Setting, task: Task) -> Figures:
     """Train one federation from its start, in this process."""
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
+    Round.halves = property(lambda this: personal.halves(this.examples.heldout))  # type: ignore[assignment,method-assign]
     with tempfile.TemporaryDirectory() as work, server.embedded(hold_layers(setting.model, 2, 2)) as address:
         return federate(setting, task, Path(work), address)
 
@@ -187,7 +188,7 @@ def federate(setting: Setting, task: Task, work: Path, address: str) -> Figures:
                 Update(r.shared, r.metrics["num-examples"], r.scaling if mode.scaled else 1.0, f"node {i}")
                 for i, r in enumerate(results)
             ]
-            received = combine(updates, how, {} if config.aggregation.personal else received)
+            received = combine(updates, how, received)
         down.append(len(nodes) * size(received))
     figures = {"sent": statistics.mean(up) / len(nodes), "bytes": statistics.mean(map(sum, zip(up, down, strict=True)))}
     probe = config.model_copy(update={"train": config.train.model_copy(update={"steps": 1, "accumulation": 1})})
@@ -199,9 +200,8 @@ def federate(setting: Setting, task: Task, work: Path, address: str) -> Figures:
         figures[f"base/{file.stem}"] = float(metrics["heldout-loss-base"])
         figures[f"own/{file.stem}"] = metrics["heldout-loss-before" if mode.pooled else "heldout-loss-after"]
         if config.aggregation.personal:
-            figures[f"alone/{file.stem}"] = metrics["heldout-loss-alone"]
             figures[f"error/{file.stem}"] = metrics["gain-over-alone-error"]
-            figures[f"weight/{file.stem}"] = metrics["others-weight-top"]
+            figures[f"weight/{file.stem}"] = metrics["shared-weight-top"]
     return figures
 
 
@@ -271,7 +271,7 @@ def summarize(runs: Runs, setting: Setting, rates: Mapping[str, float], seeds: i
     """Means over the seeds; gains are over training alone, of the same seed and so the same held-out examples."""
     figures: Figures = {}
     names = [file.stem for file in setting.files]
-    alone = [runs.of(Task("local", seed, rates["local"])) if "local" in rates else {} for seed in range(seeds)]
+    alone = [runs.of(Task("local", seed, rates["local"])) for seed in range(seeds)] if "local" in rates else []
     pooled = [runs.of(Task("pooled", seed, rates["pooled"])) for seed in range(seeds)] if "pooled" in rates else []
     for mode, rate in rates.items():
         done = [runs.of(Task(mode, seed, rate)) for seed in range(seeds)]
@@ -288,33 +288,33 @@ def summarize(runs: Runs, setting: Setting, rates: Mapping[str, float], seeds: i
             for what in ("combined", "error", "weight"):
                 if f"{what}/{name}" in done[0]:
                     figures[f"{what}/{key}/{name}"] = statistics.mean(d[f"{what}/{name}"] for d in done)
-            if "local" in rates or f"alone/{name}" in done[0]:
-                pairs = [(d.get(f"alone/{name}") or a[f"own/{name}"], d) for a, d in zip(alone, done, strict=True)]
-                gains[name] = [loss - d[f"own/{name}"] for loss, d in pairs]
+            if alone:
+                gains[name] = [a[f"own/{name}"] - d[f"own/{name}"] for a, d in zip(alone, done, strict=True)]
                 figures[f"gain-over-local/{key}/{name}"] = statistics.mean(gains[name])
-        if not gains:
+        if not alone:
             continue
         means = [statistics.mean(each) for each in zip(*gains.values(), strict=True)]
         figures[f"gain-over-local/{key}"] = statistics.mean(means)
         figures[f"gain-over-local-spread/{key}"] = max(means) - min(means)
         figures[f"worst-gain/{key}"] = min(min(each) for each in gains.values())
-        if pooled and "local" in rates:
+        if pooled:
             bound = statistics.mean(
                 a[f"own/{n}"] - p[f"own/{n}"] for a, p in zip(alone, pooled, strict=True) for n in names
             )
             figures[f"gap-to-pooled/{key}"] = bound - figures[f"gain-over-local/{key}"]
+            figures[f"gap-closed/{key}"] = figures[f"gain-over-local/{key}"] / bound
     return figures
 
 
 def show(figures: Figures, setting: Setting, modes: Iterable[str]) -> None:
     names = [file.stem for file in setting.files]
     print(f"\n{setting.kind}: gain over training alone, in nats per answer token")
-    print(f"{'mode':15}{'rate':>7}" + "".join(f"{n:>14}" for n in names) + "     mean    worst  to pooled  MB a round")
+    print(f"{'mode':15}{'rate':>7}" + "".join(f"{n:>14}" for n in names) + "     mean    worst  gap closed  MB a round")
     for mode in modes:
         key = f"{setting.kind}/{mode}"
         cells = "".join(f"{figures.get(f'gain-over-local/{key}/{n}', nan):+14.4f}" for n in names)
         line = f"{mode:15}{figures[f'rate/{key}']:7.3f}{cells}{figures.get(f'gain-over-local/{key}', nan):+9.4f}"
-        line += f"{figures.get(f'worst-gain/{key}', nan):+9.4f}{figures.get(f'gap-to-pooled/{key}', nan):+11.4f}"
+        line += f"{figures.get(f'worst-gain/{key}', nan):+9.4f}{figures.get(f'gap-closed/{key}', nan):12.2f}"
         print(line + f"{figures[f'bytes-per-round/{key}'] / 1e6:12.2f}")
         print("  held-out loss: " + ", ".join(f"{n} {figures[f'heldout-loss/{key}/{n}']:.3f}" for n in names))
 
@@ -324,9 +324,7 @@ def main() -> None:
     parser.add_argument("--bench", type=Path, required=True)
     parser.add_argument("--institutions", nargs="+", default=["cdc", "niddk", "ninds", "seniorhealth"])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument(
-        "--modes", nargs="+", choices=list(MODES), default=list(MODES), help="gains need local, but for personal's"
-    )
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="gains need local")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="per round")

@@ -137,10 +137,11 @@ class Rounds:
             shutil.rmtree(leftover)
 
     def load(self, number: int, name: str) -> dict[str, "Tensor"]:
-        """One file of a finished round."""
+        """One file of a finished round; nothing where an older version has not kept it."""
         from safetensors.torch import load_file
 
-        return load_file(self._path(number) / f"{name}.safetensors")
+        file = self._path(number) / f"{name}.safetensors"
+        return load_file(file) if file.exists() else {}
 
     def _path(self, number: int) -> Path:
         return self._folder / f"round-{number:04d}"

@@ -198,13 +198,10 @@ def _check_aggregation(aggregation: Aggregation, dp: Dp) -> None:
 
 def _check_personal(aggregation: Aggregation, dp: Dp, lora: Lora) -> None:
     """Refuse what `aggregation.personal` cannot keep its promise with: a node's own adapter is nobody's but its own."""
-    strategy = aggregation.strategy
     reasons = {
         "aggregation.share='none'": aggregation.share == "none" and "there is nothing to add to a node's own adapter",
         f"aggregation.tensors={aggregation.tensors!r}": aggregation.tensors != "both"
-        and "half of the others' product B A is none",
-        f"aggregation.strategy={strategy!r}": strategy in ("fedavgm", "fedadam", "fedprox")
-        and "it moves nodes from where the server is, and here they never start there",
+        and "half of a product B A can be neither frozen nor weighed",
         "aggregation.share-head=true": aggregation.share_head and "a head is no product B A",
         "lora.variant='dora'": lora.variant == "dora" and "its update is no product B A",
         f"aggregation.min-nodes={aggregation.min_nodes}": aggregation.min_nodes < 3

@@ -305,8 +305,8 @@ class Aggregation(Section):
     )
     personal: bool = Field(
         False,
-        description="each node's adapter trains as if nothing were shared; what the others' makes better is added to "
-        "it, as far as it does so on the node's own examples",
+        description="each node's adapter trains as if nothing were shared, and a second one, which is, beside it; its "
+        "model is a mixture of both, as far as that is better on the node's own examples",
     )
     secure: bool = Field(
         False,

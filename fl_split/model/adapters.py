@@ -253,6 +253,8 @@ def mix(model: PeftModel, weights: Mapping[Part, float]) -> None:
 
 def drop_residual(model: PeftModel) -> None:
     """Leave the node's own adapter alone in the model, as it is; mutates the model."""
+    if "residual" not in model.peft_config:
+        return
     mix(model, {})
     cast(LoraModel, model.base_model).delete_adapter("residual")
     cast(LoraModel, model.base_model).set_adapter("default")

@@ -1,14 +1,14 @@
-"""What the others' adapters add to a node's own, which trains alone: as much as helps on examples that are kept apart.
+"""What sharing adds to a node's own adapter, which trains alone: as much as helps on examples that are kept apart.
 
-Data path: own adapter after its round, mean of the nodes' adapters after the last -> **weights** -> export.
+Data path: own adapter, and the one that is shared, after a round of training each -> **weights** -> export.
 
-With `aggregation.personal` a node's adapter is that of a run that shares nothing, bit for bit. What the server made of
-all adapters is beside it and never trained, and the node's model is ``(1 - w) own + w mean``. Each part's w comes from
-a grid with 0 in it, chosen on one half of the held-out examples; the other half is what is reported. That the node's
-own adapter is in the mean as well only rescales w: nothing has to be taken out of it.
+With `aggregation.personal` a node's adapter is that of a run that shares nothing, bit for bit. Beside it the node
+trains a second one, as a run without `aggregation.personal` would: that one begins at what the server made of all
+nodes' and is what leaves. The node's model is ``(1 - w) own + w shared``. Each part's w comes from a grid with 0 in
+it, chosen on one half of the held-out examples; the other half is what is reported.
 
-Adding the mean to the whole of one's own (``own + w mean``) was worse than alone for every w on the toy of
-`benchmarks/`; this was better, and better than training from the mean as well.
+Sharing the nodes' own adapters instead, and mixing their mean in, costs no second training, but the mean of what was
+trained apart falls behind as training goes on: figures in docs/federation.md.
 """
 
 import logging
@@ -34,12 +34,12 @@ LEAST = 8  # examples in each half: with fewer, chance chooses
 class Worth:
     """What came of it."""
 
-    weights: Mapping[Part, float] = field(default_factory=dict)  # of the others; empty: the node's own adapter alone
+    weights: Mapping[Part, float] = field(default_factory=dict)  # of what is shared; empty: the own adapter alone
     gain: Gain = Gain()  # of the mixture over the own adapter alone, on examples that chose nothing
 
     def record(self) -> dict[str, float]:
         """As metrics."""
-        weights = {f"others-weight-{part}": self.weights.get(part, 0.0) for part in ("bottom", "top")}
+        weights = {f"shared-weight-{part}": self.weights.get(part, 0.0) for part in ("bottom", "top")}
         return {**weights, "gain-over-alone": self.gain.mean, "gain-over-alone-error": self.gain.error}
 
 
@@ -55,14 +55,14 @@ def halves(heldout: Prepared) -> tuple[Prepared, Prepared]:
 
 
 def weigh(
-    model: PeftModel, others: Mapping[str, Tensor], parts: Sequence[Part], measure: Callable[[], Losses]
+    model: PeftModel, shared: Mapping[str, Tensor], parts: Sequence[Part], measure: Callable[[], Losses]
 ) -> tuple[dict[Part, float], Losses]:
-    """Choose how much of the others' adapters to take, and leave the model so.
+    """Choose how much of what is shared to take, and leave the model so.
 
     Args:
-        model: The node's, after its round; mutated: the others' adapters stay in it, unless none helps.
-        others: Their mean, as `adapters.add_residual` takes it.
-        parts: Which are shared; first one weight for all, then one for the first.
+        model: The node's, with its own adapter; mutated: the shared one stays in it, unless it does not help.
+        shared: As `adapters.add_residual` takes it.
+        parts: Which have adapters; first one weight for all, then one for the first.
         measure: Losses of the examples to choose by.
 
     Returns:
@@ -70,7 +70,7 @@ def weigh(
         the losses of the model as it is left.
     """
     alone = measure()
-    adapters.add_residual(model, others)
+    adapters.add_residual(model, shared)
     chosen: dict[Part, float] = {}
     best, least = Gain(), alone
     for group in (parts, parts[:1])[: len(parts)]:
@@ -93,9 +93,9 @@ def weigh(
 def explain(worth: Worth) -> str:
     """Say what came of it; for the node's own eyes."""
     if not worth.weights:
-        return "the others' adapters add nothing sure to this node's own: it stays alone"
+        return "what is shared adds nothing sure to this node's own adapter: it stays alone"
     weights = ", ".join(f"{weight:g} of the {part}" for part, weight in sorted(worth.weights.items()))
     return (
-        f"the others' adapters are {weights}: the held-out loss is lower by {worth.gain.mean:.4f} (standard error "
+        f"the shared adapter is {weights}: the held-out loss is lower by {worth.gain.mean:.4f} (standard error "
         f"{worth.gain.error:.4f}) than with this node's own alone"
     )

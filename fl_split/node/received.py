@@ -61,21 +61,18 @@ def take(
     return adapter, residual
 
 
-def products(received: Arrays, how: Combine, scaling: float) -> dict[str, Tensor]:
-    """All that the server made of the nodes' adapters as whole products, of any rank, named as residuals.
+def products(adapter: Arrays, scaling: float) -> dict[str, Tensor]:
+    """An adapter and what is part of the model beside it as whole products, of any rank, named as residuals.
 
     Args:
-        received: From `combine`; empty at the start.
-        how: As there.
-        scaling: alpha / rank of this node, which is that of all where A and B are averaged apart.
+        adapter: This node's, with residuals where the server sent some.
+        scaling: alpha / rank of this node.
     """
     result: dict[str, Tensor] = {}
-    for module in dict.fromkeys([*prefixes(received, LORA_A), *prefixes(received, RESIDUAL_A)]):
-        parts = []
-        if module + LORA_A in received:
-            parts.append((received[module + LORA_A], (1.0 if how == "svd" else scaling) * received[module + LORA_B]))
-        if module + RESIDUAL_A in received:
-            parts.append((received[module + RESIDUAL_A], received[module + RESIDUAL_B]))
+    for module in prefixes(adapter, LORA_A):
+        parts = [(adapter[module + LORA_A], scaling * adapter[module + LORA_B])]
+        if module + RESIDUAL_A in adapter:
+            parts.append((adapter[module + RESIDUAL_A], adapter[module + RESIDUAL_B]))
         a, b = add(parts)
         result[module + RESIDUAL_A], result[module + RESIDUAL_B] = a.float(), b.float()
     return result

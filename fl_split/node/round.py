@@ -5,9 +5,9 @@ Data path: config -> private examples -> the ends with adapters -> local round -
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from math import isfinite
@@ -20,6 +20,7 @@ from fl_split.config import Aggregation, NodeConfig, RunConfig
 from fl_split.data.batches import heldout_batches, training_batches
 from fl_split.errors import TrainingError
 from fl_split.model import adapters
+from fl_split.model.slots import trunk_calls_of
 from fl_split.node import masks, personal, record_dp, train
 from fl_split.node.account import Charge
 from fl_split.node.build import check_consent, check_demo_data
@@ -31,7 +32,7 @@ from fl_split.node.received import products, receive
 from fl_split.node.samples import Sample, answer_heldout, check_scorer, keep, means
 from fl_split.node.shares import SharesTrunk
 from fl_split.node.state import SavedRound
-from fl_split.node.train import RoundSettings, Trained, train_round
+from fl_split.node.train import RoundSettings, Step, Trained, train_round
 from fl_split.node.trial import LEAST, MEASURED, STEPS, Gain, Losses, explain, gain, is_due, try_bottom
 from fl_split.node.trunk_cache import CachedTrunk
 from fl_split.plan.plan import choose_split
@@ -72,12 +73,20 @@ def run_round(
     config = node.with_record_dp(config)
     with ExitStack() as stack:
         this = Round.build(choose_split(config).with_rates(), node, instructions, stack)
-        this.restore(received)
+        began = this.restore(received)
         outcome = this.train()
         if config.aggregation.personal:
-            outcome = this.weigh(outcome, received)
+            outcome = this.weigh(this.train_shared(outcome, received, began), received)
         outcome = replace(outcome, samples=this.answer())
     return this.reply(outcome, this.save(outcome))
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """What a node with `aggregation.personal` trains for the others: the round of a run that shares."""
+
+    adapter: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,25 +100,35 @@ class Outcome:
     evaluate_s: float
     trunk_forward_s: float  # of training
     charge: Charge | None = None  # of `dp.record-*`
-    worth: personal.Worth | None = None  # of `aggregation.personal`
+    shadow: Shadow | None = None  # of `aggregation.personal`, as `worth` is
+    worth: personal.Worth | None = None
     samples: Sequence[Sample] = ()  # private; their means are not
 
 
 @dataclass(frozen=True)
 class Round(Ready):
-    """One round; its steps: `restore`, `train`, `weigh`, `answer`, `save` and `reply`."""
+    """One round; its steps: `restore`, `train`, `train_shared`, `weigh`, `answer`, `save` and `reply`."""
 
-    def restore(self, received: dict[str, Tensor]) -> None:
-        """Put back what this node's earlier rounds have trained, then what the server made of all nodes' rounds."""
-        saved = self.saved
+    def restore(self, received: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put back what this node's earlier rounds have trained, then what the server made of all nodes' rounds.
+
+        Returns:
+            The adapter as the run began.
+        """
+        saved, began = self.saved, adapters.adapter_state(self.model)
         adapters.load_adapter_state(self.model, saved.adapter)
         train.load_optimizer_state(self.model, self.optimizer, saved.optimizer)
         if self.distiller is not None and saved.surrogate:
             self.distiller.load(saved.surrogate)
             train.load_optimizer_state(self.model, self.distiller.optimizer, saved.surrogate_optimizer)
-        seed = self.config.train.seed + self.instructions.server_round
         if not self.config.aggregation.personal:
-            receive(self.model, self.optimizer, received, self.config.aggregation.combine, seed)
+            self.receive(received, self.optimizer)
+        return began
+
+    def receive(self, received: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Put what the server made of all nodes' rounds into the model."""
+        seed = self.config.train.seed + self.instructions.server_round
+        receive(self.model, optimizer, received, self.config.aggregation.combine, seed)
 
     def train(self) -> Outcome:
         """Score, train, score again.
@@ -118,11 +137,10 @@ class Round(Ready):
             TrainingError: A number is not finite; nothing of the round is kept.
         """
         self.progress.start(self.describe())
-        config, server_round, partition = self.config, self.instructions.server_round, self.node.partition_id
-        seed = config.train.seed
+        config, server_round = self.config, self.instructions.server_round
         started = time.monotonic()
         how = Aggregation() if config.aggregation.personal else config.aggregation  # a round alone
-        heldout = scores_before(self.model, how, seed, self.earlier_scores(), self.measure)
+        heldout = scores_before(self.model, how, config.train.seed, self.earlier_scores(), self.measure)
         evaluate_s = time.monotonic() - started
         if not isfinite(heldout["base"]["loss"]):
             raise TrainingError(
@@ -133,27 +151,9 @@ class Round(Ready):
         follow = config.surrogate.trains_bottom and (trial.is_useful or not config.surrogate.is_tried)
         if trial.error and not follow:
             logger.warning("%s", explain(trial, config.surrogate.kind))
-        torch.manual_seed(hash((seed, server_round, partition)))  # of dropout
-        first_step = (server_round - 1) * config.train.steps
-        first_example = first_step * config.train.batch_size * config.train.accumulation
         private = record_dp.begin(config, self.examples.train, self.tokenizer, self.account, server_round)
         forward_s = -self.connection.forward_s
-        trained = train_round(
-            self.model,
-            self.optimizer,
-            self.batches(hash((seed, partition)), first_example),
-            config.train,
-            RoundSettings(
-                first_step=first_step,
-                total_steps=config.num_server_rounds * config.train.steps,
-                in_flight=config.trunk.in_flight,
-                proximal_mu=self.instructions.proximal_mu,
-                trains_bottom=follow,
-                anchored=lambda name: adapters.is_shared(self.model, name, config.aggregation),
-                record_dp=private,
-            ),
-            self.progress.step,
-        )
+        trained = self.run_steps(self.optimizer, how, follow, self.progress.step, private)
         forward_s += self.connection.forward_s
         started = time.monotonic()
         heldout["after"] = self.measure()
@@ -166,20 +166,76 @@ class Round(Ready):
         charge = private.charge if private else None
         return Outcome(trained, trial, follow, heldout, evaluate_s, forward_s, charge)
 
+    def run_steps(
+        self,
+        optimizer: torch.optim.Optimizer,
+        how: Aggregation,
+        trains_bottom: bool,
+        on_step: Callable[[Step], None] = lambda step: None,
+        private: record_dp.RecordDp | None = None,
+    ) -> Trained:
+        """Train the steps of this round, of a run that shares as `how` says."""
+        config, server_round, partition = self.config, self.instructions.server_round, self.node.partition_id
+        seed = config.train.seed
+        torch.manual_seed(hash((seed, server_round, partition)))  # of dropout
+        first_step = (server_round - 1) * config.train.steps
+        first_example = first_step * config.train.batch_size * config.train.accumulation
+        settings = RoundSettings(
+            first_step=first_step,
+            total_steps=config.num_server_rounds * config.train.steps,
+            in_flight=config.trunk.in_flight,
+            proximal_mu=0.0 if how.share == "none" else self.instructions.proximal_mu,
+            trains_bottom=trains_bottom,
+            anchored=lambda name: adapters.is_shared(self.model, name, how),
+            record_dp=private,
+        )
+        batches = self.batches(hash((seed, partition)), first_example)
+        return train_round(self.model, optimizer, batches, config.train, settings, on_step)
+
+    def train_shared(self, outcome: Outcome, received: dict[str, Tensor], began: dict[str, Tensor]) -> Outcome:
+        """Train what is shared, as in a run without `aggregation.personal`; leaves the node's own adapter in the model.
+
+        Args:
+            outcome: Of the node's own training.
+            received: What the server made of all nodes' shared weights.
+            began: The adapter as the run began.
+        """
+        self.progress.start("trains what is shared, apart from its own adapter: as many steps again")
+        model, saved, trained = self.model, self.saved, outcome.trained
+        own, calls = adapters.adapter_state(model), trunk_calls_of(model.get_base_model())
+        optimizer = train.make_optimizer(model, self.config.train)
+        distiller, calls.distiller = calls.distiller, None  # a surrogate learns from the node's own training alone
+        forward_s = -self.connection.forward_s
+        adapters.load_adapter_state(model, saved.shared_adapter or began)
+        train.load_optimizer_state(model, optimizer, saved.shared_optimizer)
+        self.receive(received, optimizer)
+        again = self.run_steps(optimizer, self.config.aggregation, outcome.trained_bottom)
+        shadow = Shadow(adapters.adapter_state(model), train.optimizer_state(model, optimizer))
+        adapters.drop_residual(model)
+        adapters.load_adapter_state(model, own)
+        calls.distiller = distiller
+        forward_s += self.connection.forward_s
+        return replace(
+            outcome,
+            shadow=shadow,
+            trained=Trained(trained.loss, trained.num_tokens + again.num_tokens, trained.seconds + again.seconds),
+            trunk_forward_s=outcome.trunk_forward_s + forward_s,
+        )
+
     def weigh(self, outcome: Outcome, received: dict[str, Tensor]) -> Outcome:
-        """Take as much of the others' adapters as helps: `node.personal`; mutates the model, until the round's end."""
-        started, how = time.monotonic(), self.config.aggregation
+        """Take as much of what is shared as helps: `node.personal`; mutates the model, until the round's end."""
+        started = time.monotonic()
         chooses, reported = self.halves
         worth, heldout = personal.Worth(), {**outcome.heldout, "alone": outcome.heldout["after"]}
         chosen: Losses | None = None
-        others = products(received, how.combine, adapters.scaling_of(self.model))
         if not chooses:
-            text = "%d held-out examples are too few to weigh the others' adapters: this node's own stays alone"
+            text = "%d held-out examples are too few to weigh what is shared: this node's own adapter stays alone"
             logger.warning(text, len(self.examples.heldout))
-        elif others and self.instructions.server_round > 1:  # what the first begins with is nobody's
-            parts = [part for part in adapters.PARTS if how.share in (part, "both")]
+        elif received and outcome.shadow:  # before anything was received, both are the same
+            shared = products({**received, **outcome.shadow.adapter}, adapters.scaling_of(self.model))
+            parts = [part for part in adapters.PARTS if part == "top" or self.config.surrogate.trains_bottom]
             alone = self.losses_on(reported)
-            weights, chosen = personal.weigh(self.model, others, parts, partial(self.losses_on, chooses))
+            weights, chosen = personal.weigh(self.model, shared, parts, partial(self.losses_on, chooses))
             if weights:
                 worth = personal.Worth(weights, gain(alone, self.losses_on(reported)))
                 heldout["after"] = self.measure()
@@ -227,7 +283,7 @@ class Round(Ready):
     def save(self, outcome: Outcome) -> int:
         """Keep on the node's own disk what was trained; export the adapter if it is the one to keep: whose round is."""
         config, server_round, distiller = self.config, self.instructions.server_round, self.distiller
-        after = outcome.heldout["after"]
+        after, shadow = outcome.heldout["after"], outcome.shadow or Shadow()
         chosen_by = outcome.heldout.get("selection", after)["loss"]
         now = {**after, "round": float(server_round), "chosen-by": chosen_by}
         earlier = self.saved.scores.get("exported", now) if self.same_heldout else now
@@ -245,6 +301,8 @@ class Round(Ready):
                 train.optimizer_state(self.model, self.optimizer),
                 distiller.state() if distiller else {},
                 train.optimizer_state(self.model, distiller.optimizer) if distiller else {},
+                shadow.adapter,
+                shadow.optimizer,
                 outcome.trial,
                 {"base": outcome.heldout["base"], "after": after, "exported": exported},
                 self.examples.heldout_id,
@@ -285,10 +343,11 @@ class Round(Ready):
         )
         record, path = metrics.record(), self.folder.adapter
         self.progress.finish(record, time.monotonic() - self.started, path)
-        shared, scaling = adapters.shared_state(self.model, how), adapters.scaling_of(self.model)
+        adapter = outcome.shadow.adapter if outcome.shadow else adapters.adapter_state(self.model)
+        shared = {name: value for name, value in adapter.items() if adapters.is_shared(self.model, name, how)}
         where = f"<out-dir>/{self.instructions.run_name}/{path.name}" if self.node.out_dir else str(path)
-        num_heldout = len(examples.heldout)
-        return RoundResult(shared, scaling, given_away(record, num_heldout, self.node, len(outcome.samples)), where)
+        given = given_away(record, len(examples.heldout), self.node, len(outcome.samples))
+        return RoundResult(shared, adapters.scaling_of(self.model), given, where)
 
 
 def _chosen_by(scores: Scores) -> float:

@@ -25,7 +25,9 @@ from fl_split.node.evaluate import Scores
 from fl_split.node.trial import Gain
 
 _TRIAL = ("trial-gain", "trial-gain-error", "trial-gain-top")  # of Gain
-_TENSORS = ("adapter", "optimizer", "surrogate", "surrogate_optimizer")  # of SavedRound, a file each
+_TENSORS = (  # of SavedRound, a file each
+    "adapter", "optimizer", "surrogate", "surrogate_optimizer", "shared_adapter", "shared_optimizer"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class SavedRound:
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     surrogate: dict[str, Tensor] = field(default_factory=dict)  # empty unless it is distilled
     surrogate_optimizer: dict[str, Tensor] = field(default_factory=dict)
+    shared_adapter: dict[str, Tensor] = field(default_factory=dict)  # empty without `aggregation.personal`
+    shared_optimizer: dict[str, Tensor] = field(default_factory=dict)
     trial: Gain = Gain()  # the newest one of the bottom's gradient
     scores: dict[str, Scores] = field(default_factory=dict)  # on held-out examples: `base`, `after`, `exported`
     heldout_id: bytes = b""  # of these examples: `Examples.heldout_id`

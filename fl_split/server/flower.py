@@ -48,10 +48,9 @@ SUMMED = (
 class ProductAveraging(FedAvg):
     """Combines products B A rather than A and B apart, by `aggregation.combine`; nodes' ranks may differ."""
 
-    def __init__(self, how: Combine, personal: bool, **settings: Any) -> None:
+    def __init__(self, how: Combine, **settings: Any) -> None:
         super().__init__(**settings)
         self._how: Combine = how
-        self._personal = personal
         self._arrays = ArrayRecord()
 
     def configure_train(
@@ -70,8 +69,7 @@ class ProductAveraging(FedAvg):
             AggregationError: They do not belong together.
         """
         replies = [reply for reply in replies if not reply.has_error()]
-        earlier = {} if self._personal else self._arrays.to_torch_state_dict()  # personal adapters begin anew never
-        combined = combine(updates_of(replies), self._how, earlier)
+        combined = combine(updates_of(replies), self._how, self._arrays.to_torch_state_dict())
         metrics = self.train_metrics_aggr_fn([reply.content for reply in replies], self.weighted_by_key)
         return ArrayRecord(combined), metrics
 
@@ -91,7 +89,7 @@ def flower_strategy(config: Aggregation, dp: Dp) -> Strategy:
         "train_metrics_aggr_fn": mean_metrics,
     }
     if config.combine != "mean":
-        return ProductAveraging(config.combine, config.personal, **settings)
+        return ProductAveraging(config.combine, **settings)
     lr = config.server_lr
     extra: dict[str, tuple[type[FedAvg], dict[str, Any]]] = {
         "fedavg": (FedAvg, {}),

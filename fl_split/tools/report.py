@@ -20,7 +20,7 @@ from fl_split.tools.html import document, heading
 Entry = Mapping[str, Any]
 
 _NOT_COVERED = f"<p class='faint'>Of every epsilon: {UNCOVERED}.</p>"
-_WORTH = {"gain-over-alone", "gain-over-alone-error", "others-weight-bottom", "others-weight-top"}
+_WORTH = {"gain-over-alone", "gain-over-alone-error", "shared-weight-bottom", "shared-weight-top"}
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,9 @@ def _quality(run: Record) -> list[dict[str, Any]]:
             "exported": f"round {last['exported-round']}" if "exported-round" in last else "",
         }
         if _WORTH <= last.keys():
-            weights = ", ".join(f"{last[f'others-weight-{part}']:g} {part}" for part in ("bottom", "top"))
+            weights = ", ".join(f"{last[f'shared-weight-{part}']:g} {part}" for part in ("bottom", "top"))
             row["over training alone"] = f"{last['gain-over-alone']:+.4f} ± {last['gain-over-alone-error']:.4f}"
-            row["weight of the others"] = weights
+            row["weight of what is shared"] = weights
         if any(run.by_round("record-epsilon").values()):
             known = "record-epsilon" in last
             row["epsilon for one example"] = (

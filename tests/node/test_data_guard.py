@@ -88,6 +88,17 @@ def test_a_run_of_a_version_that_held_out_other_rows_is_refused(tmp_path: Path) 
         folder.load_before(2)
 
 
+def test_a_run_of_a_version_that_shared_its_own_adapter_goes_on(tmp_path: Path) -> None:
+    folder = NodeFolder(tmp_path, "run")
+    folder.save(SavedRound(1, {"a": torch.ones(1)}, shared_adapter={"b": torch.ones(1)}, heldout_id=b"12345678"))
+    saved = folder.load_before(2)
+    assert saved is not None and saved.shared_adapter == {"b": torch.ones(1)}
+    for file in tmp_path.rglob("shared-*.safetensors"):
+        file.unlink()
+    saved = folder.load_before(2)
+    assert saved is not None and (saved.adapter, saved.shared_adapter) == ({"a": torch.ones(1)}, {})
+
+
 def test_evaluation_has_a_time_of_its_own_and_is_capped(run: Run, jsonl: Callable[..., Path]) -> None:
     path = jsonl(rows(400))
     (whole,) = run(path, **{"data.holdout": 0.5, "run.name": "a"})

@@ -33,6 +33,7 @@ from fl_split.plan.plan import (
     make_plan,
     rows_of,
     splits,
+    with_split,
 )
 from fl_split.plan.step_memory import key_value_bytes, on_meta
 from fl_split.trunk import server
@@ -229,11 +230,13 @@ def test_the_deepest_split_that_fits_is_chosen_and_said(
         got = choose_split(run.model_copy(update={"split": split})).split
         return got.bottom_layers, got.top_layers
 
-    needed = make_plan(config, run_config(**{"split.bottom-layers": 2, "split.top-layers": 1})).node.total
-    assert chosen(needed + PROCESS_BYTES + 1e4) == (2, 1)
+    needed = make_plan(config, run_config(**{"split.bottom-layers": 1, "split.top-layers": 2})).node.total
+    assert chosen(needed + PROCESS_BYTES + 1e4) == (1, 2)
     assert chosen(needed + PROCESS_BYTES - 1e4) == (1, 1)
     assert chosen(10e9) == (2, 2)  # one layer of the trunk is the surrogate's, one is nobody's but the trunk's
     assert "split.bottom-layers=2 and split.top-layers=2 of 6 layers" in caplog.text
+    split = with_split(run, 10).split
+    assert (split.bottom_layers, split.top_layers) == (2, 8)  # where further layers are worth most
     with pytest.raises(ConfigError, match=r"split\.client-memory='100\.000MB': one layer at each end needs"):
         chosen(100e6)
     all_kept = run.surrogate.model_copy(update={"layers": 4})

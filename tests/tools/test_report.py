@@ -91,7 +91,7 @@ def test_epsilon_for_one_example_stands_beside_what_it_does_not_cover(tmp_path: 
 def test_an_institution_reads_what_sharing_was_worth_to_it(tmp_path: Path) -> None:
     personal = {"aggregation.personal": True, "aggregation.share": "both", "aggregation.min-nodes": 3}
     worth = {"gain-over-alone": 0.0321, "gain-over-alone-error": 0.0044}
-    weights = {"others-weight-bottom": 0.0, "others-weight-top": 0.5}
+    weights = {"shared-weight-bottom": 0.0, "shared-weight-top": 0.5}
     text = report([make_run(tmp_path, "one", worth | weights, **personal)])
     assert {"+0.0321 ± 0.0044", "0 bottom, 0.5 top"} <= set(Page(text).cells)
     title = "What the others&#x27; adapters won beyond training alone"
