@@ -63,7 +63,10 @@ def main(grid: Grid, context: Context) -> None:
 
 def _run_rounds(grid: Grid, run: RunFolder, stack: ExitStack) -> None:
     config = choose_split(run.config).with_rates()
-    logger.info("rates: train.bottom-lr=%g, train.top-lr=%g", *config.train.rates)
+    if config.train.top_lr == "auto":
+        logger.info("rates: train.top-lr='auto', so each node settles its own before its first round, and logs why")
+    else:
+        logger.info("rates: train.bottom-lr=%g, train.top-lr=%g", *config.train.rates)
     address, shares = config.trunk.address, {}
     if config.has_shares:
         shares = {"share-address": config.trunk.share_address}

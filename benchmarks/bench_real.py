@@ -371,7 +371,7 @@ def summary(bench: Bench, split: str, kind: str) -> Figures:
     said = {name: mean(numbers) for name in names if (numbers := [run[name] for run in own.values() if name in run])}
     asked = [run["step-s-recorded"] for run in none.values() if run.get("step-s-recorded", 0) > 0]
     seconds = [run["step-s"] - run.get("step-s-recorded", 0) for run in own.values()]
-    said["step-s"] = mean(seconds) + (mean(asked) if kind.startswith("none") else 0)  # as if each had asked the trunk
+    said["step-s"] = mean(seconds) + (mean(asked) if kind.startswith("none") and asked else 0)  # as if each had asked
     said |= {"runs": len(own), "node-mb": memory, "step-mb": sent}
     said |= {"memory-ratio": memory / base_memory, "bytes-ratio": sent / base_sent}
     if common := none.keys() & exact.keys() & own.keys():

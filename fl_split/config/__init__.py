@@ -4,6 +4,7 @@ from fl_split.config.node import NodeConfig
 from fl_split.config.run import RunConfig
 from fl_split.config.sections import (
     AUTO,
+    CAREFUL_RATE,
     UNCOVERED,
     Aggregation,
     Combine,
@@ -30,6 +31,7 @@ from fl_split.config.values import Scalar, check_given, num_bytes, read_values
 
 __all__ = [
     "AUTO",
+    "CAREFUL_RATE",
     "UNCOVERED",
     "Aggregation",
     "Combine",

@@ -10,8 +10,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from fl_split.config.sections import (
-    DEMO_RATES,
-    RATES,
+    DEMO_RATE,
     Aggregation,
     Data,
     Dp,
@@ -123,10 +122,12 @@ class RunConfig(Section):
         return self.model_copy(update={"surrogate": self.surrogate.model_copy(update={"kind": kind})})
 
     def with_rates(self) -> "RunConfig":
-        """The configuration with numbers for rates that are ``auto``: what suits the demo's model wrecks a real one."""
-        rates = zip(("bottom_lr", "top_lr"), DEMO_RATES if self.model.name == "demo" else RATES, strict=True)
-        chosen = {key: rate for key, rate in rates if getattr(self.train, key) == "auto"}
-        return self.model_copy(update={"train": self.train.model_copy(update=chosen)})
+        """The configuration with the demo's rates where it is the demo; else each node settles what is ``auto``."""
+        return self.with_rate(DEMO_RATE) if self.model.name == "demo" and self.train.top_lr == "auto" else self
+
+    def with_rate(self, top_lr: float) -> "RunConfig":
+        """The configuration of a node that has settled its rates: the bottom's goes with it where that is ``auto``."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"top_lr": top_lr})})
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Scalar]) -> "RunConfig":

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -23,7 +24,7 @@ from fl_split.data.store import Prepared
 from fl_split.model.distill import Distiller
 from fl_split.model.loss import Batch
 from fl_split.model.slots import Trunk
-from fl_split.node import personal, train
+from fl_split.node import personal, range_test, train, trial
 from fl_split.node.account import Account
 from fl_split.node.build import (
     build_model,
@@ -41,7 +42,6 @@ from fl_split.node.ledger import NAME as LEDGER
 from fl_split.node.ledger import Ledger
 from fl_split.node.progress import Progress
 from fl_split.node.state import NodeFolder, SavedRound
-from fl_split.node.trial import Losses, measure
 from fl_split.node.trunk_connection import TrunkConnection
 
 logger = logging.getLogger(__name__)
@@ -110,6 +110,8 @@ class Ready:
             trunk = with_cache(config, connection, expected, home, stack)
         matched = fetch_matched(config, connection)
         model = build_model(config, node.lora(config.lora), base, trunk, tokenizer.pad_token_id, matched)
+        draw = partial(trial.draw, examples.train, tokenizer, config, hash((config.train.seed, node.partition_id)))
+        config = range_test.settle(config, model, draw, folder.rates, folder.answers, late=saved.number > 0)
         optimizer, distiller, surrogate = train.make_optimizer(model, config.train), None, config.surrogate
         if surrogate.is_trained:
             distiller = train.make_distiller(model, surrogate.distill_lr, surrogate.probe_every)
@@ -157,10 +159,10 @@ class Ready:
         heldout = self.examples.heldout
         return personal.halves(heldout) if self.config.aggregation.personal else (heldout[:0], heldout)
 
-    def losses_on(self, examples: Prepared) -> Losses:
+    def losses_on(self, examples: Prepared) -> trial.Losses:
         """Losses of single examples, with the model as it stands."""
         batches = heldout_batches(examples, self.tokenizer, self.config.train.batch_size)
-        return measure(self.model, list(batches), self.config.trunk.in_flight)
+        return trial.measure(self.model, list(batches), self.config.trunk.in_flight)
 
     def measure(self) -> Scores:
         """Score the model as it stands on the held-out examples."""

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from math import isfinite
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from fl_split.config import Aggregation, NodeConfig, RunConfig
-from fl_split.data.batches import heldout_batches, training_batches
 from fl_split.errors import TrainingError
 from fl_split.model import adapters
 from fl_split.model.slots import trunk_calls_of
@@ -33,7 +31,7 @@ from fl_split.node.samples import Sample, answer_heldout, check_scorer, keep, me
 from fl_split.node.shares import SharesTrunk
 from fl_split.node.state import SavedRound
 from fl_split.node.train import RoundSettings, Step, Trained, train_round
-from fl_split.node.trial import LEAST, MEASURED, STEPS, Gain, Losses, explain, gain, is_due, try_bottom
+from fl_split.node.trial import Gain, Losses, draw, explain, gain, is_due, try_bottom
 from fl_split.node.trunk_cache import CachedTrunk
 from fl_split.plan.plan import choose_split
 
@@ -248,28 +246,21 @@ class Round(Ready):
 
     def try_bottom(self) -> Gain:
         """Find out what a bottom that trains wins, where that is not known; else say what came of the last trial."""
-        config, examples = self.config.train, self.examples.train
-        if not self.config.surrogate.is_tried or not (is_due(self.instructions.server_round) or not self.saved.number):
+        config, server_round = self.config, self.instructions.server_round
+        if not config.surrogate.is_tried or not (is_due(server_round) or not self.saved.number):
             return self.saved.trial
-        count = min(MEASURED, len(examples) // 3)
-        if count < LEAST:
+        seed, examples = hash((config.train.seed, self.node.partition_id, server_round)), self.examples.train
+        drawn = draw(examples, self.tokenizer, config, seed)
+        if drawn is None:
             logger.warning(
                 "the bottom is not trained: %d examples to train on are too few to try whether surrogate.kind=%r gives "
                 "it a useful gradient; surrogate.check=false trains it untried",
                 len(examples),
-                self.config.surrogate.kind,
+                config.surrogate.kind,
             )
             return Gain()
-        seed = hash((config.seed, self.node.partition_id, self.instructions.server_round))
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-        measured = heldout_batches([examples[i] for i in order[:count]], self.tokenizer, config.batch_size)
-        num_batches = STEPS * config.accumulation
-        others = [examples[i] for i in order[count:][: num_batches * config.batch_size]]
-        batches = training_batches(others, self.tokenizer, config.batch_size, seed, 0, self.config.data)
         torch.manual_seed(seed)  # of dropout
-        return try_bottom(
-            self.model, list(islice(batches, num_batches)), list(measured), config, self.config.trunk.in_flight
-        )
+        return try_bottom(self.model, *drawn, config.train, config.trunk.in_flight)
 
     def answer(self) -> list[Sample]:
         """Answer the first held-out prompts, for the node's own eyes."""

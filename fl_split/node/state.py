@@ -4,6 +4,8 @@
         adapter/                                  the PEFT export
         state/<run id>/round-0003/                adapter, optimizer, surrogate and numbers as safetensors: private
         state/<run id>/choice.json                what `surrogate.kind = auto` came to
+        state/<run id>/rates.json                 what `train.top-lr = auto` came to
+        state/<run id>/range-test/                what the trunk answers until that is settled: private
         dp-account.json                           what `dp.record-*` has spent
         samples.jsonl                             what it answers to held-out prompts: private
         examples/                                 the prepared examples: private
@@ -50,9 +52,10 @@ class NodeFolder:
     """A node's private results. Nothing in here is read by anybody but the node."""
 
     def __init__(self, root: Path, run_id: str) -> None:
-        self.adapter, self.choice = root / "adapter", root / "state" / run_id / "choice.json"
+        self.adapter, state = root / "adapter", root / "state" / run_id
+        self.choice, self.rates, self.answers = state / "choice.json", state / "rates.json", state / "range-test"
         self.samples = root / "samples.jsonl"
-        self.rounds = Rounds(root / "state" / run_id)
+        self.rounds = Rounds(state)
 
     def load_before(self, server_round: int) -> SavedRound | None:
         """The newest round before `server_round`; None at the start.

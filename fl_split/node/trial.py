@@ -20,12 +20,16 @@ What leaves the node: hidden states of training examples under a bottom that tra
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from fl_split.config import Train
+from fl_split.config import RunConfig, Train
+from fl_split.data.batches import heldout_batches, training_batches
+from fl_split.data.store import Prepared
 from fl_split.model.loss import Batch, example_losses
 from fl_split.model.slots import trunk_calls_of
 from fl_split.model.turns import run_in_turns
@@ -50,14 +54,38 @@ class Gain:
     top: float = 0.0  # by how much the top alone lowered the loss in the same steps
 
     @property
+    def is_sure(self) -> bool:
+        """Whether chance alone would be this good in fewer than one of forty trials."""
+        return self.error > 0 and self.mean > _SURE * self.error
+
+    @property
     def is_useful(self) -> bool:
-        """Whether chance alone would be this good in fewer than one of forty trials, and it matters beside the top."""
-        return self.error > 0 and self.mean > max(_SURE * self.error, _PART * self.top)
+        """Whether it is sure, and matters beside the top."""
+        return self.is_sure and self.mean > _PART * self.top
 
 
 def is_due(server_round: int) -> bool:
     """Whether a round begins with a trial: 1, 2, 4, 8, 16, ...; the first results hold the least long."""
     return server_round.bit_count() == 1
+
+
+def draw(
+    examples: Prepared, tokenizer: PreTrainedTokenizerBase, config: RunConfig, seed: int
+) -> tuple[list[Batch], list[Batch]] | None:
+    """Draw what a trial needs from the examples to train on; None: they are too few.
+
+    Returns:
+        Micro-batches for `STEPS` steps, and batches of other examples to measure on.
+    """
+    count, train = min(MEASURED, len(examples) // 3), config.train
+    if count < LEAST:
+        return None
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    measured = heldout_batches([examples[i] for i in order[:count]], tokenizer, train.batch_size)
+    num_batches = STEPS * train.accumulation
+    others = [examples[i] for i in order[count:][: num_batches * train.batch_size]]
+    batches = training_batches(others, tokenizer, train.batch_size, seed, 0, config.data)
+    return list(islice(batches, num_batches)), list(measured)
 
 
 def try_bottom(
@@ -72,30 +100,40 @@ def try_bottom(
         config: Accumulation, clipping, and rates, of which a trial takes an eighth.
         in_flight: Calls to the trunk at the same time, at most.
     """
-    bottom_lr, top_lr = (rate * _SLOWER for rate in config.rates)
-    config = config.model_copy(
-        update={"steps": STEPS, "scheduler": "constant", "bottom_lr": bottom_lr, "top_lr": top_lr}
-    )
+    config = for_trial(config, *(rate * _SLOWER for rate in config.rates), scheduler="constant")
+    top, both = (RoundSettings(in_flight=in_flight, trains_bottom=trains_bottom) for trains_bottom in (False, True))
+    before, without = measure(model, measured, in_flight), losses_after(model, batches, measured, config, top)
+    result = gain(without, losses_after(model, batches, measured, config, both))
+    return replace(result, top=gain(before, without).mean)
+
+
+def for_trial(config: Train, bottom_lr: float, top_lr: float, **changes: object) -> Train:
+    """A round's configuration with a trial's steps and rates."""
+    return config.model_copy(update={"steps": STEPS, "bottom_lr": bottom_lr, "top_lr": top_lr, **changes})
+
+
+def losses_after(
+    model: PeftModel, batches: Sequence[Batch], measured: Sequence[Batch], config: Train, settings: RoundSettings
+) -> Losses:
+    """Train, measure, and put all back, whatever comes in between.
+
+    Raises:
+        TrainingError: Loss, gradient or weights are no longer finite.
+    """
     calls = trunk_calls_of(model.get_base_model())
     distiller, calls.distiller = calls.distiller, None  # what it would learn here is for the round to come
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     start = [parameter.detach().clone() for parameter in trained]
-
-    def losses_after(trains_bottom: bool) -> Losses:
-        settings = RoundSettings(in_flight=in_flight, trains_bottom=trains_bottom)
+    try:
         train_round(model, make_optimizer(model, config), iter(batches), config, settings)
-        losses = measure(model, measured, in_flight)
+        return measure(model, measured, settings.in_flight)
+    finally:
+        calls.distiller = distiller
         with torch.no_grad():
             for parameter, value in zip(trained, start, strict=True):
                 parameter.copy_(value)
-        return losses
-
-    try:
-        before, without = measure(model, measured, in_flight), losses_after(trains_bottom=False)
-        result = gain(without, losses_after(trains_bottom=True))
-        return replace(result, top=gain(before, without).mean)
-    finally:
-        calls.distiller = distiller
+                parameter.requires_grad_(True)
+                parameter.grad = None
 
 
 def measure(model: PeftModel, batches: Sequence[Batch], in_flight: int = 1) -> Losses:

@@ -262,10 +262,10 @@ def splits(config: PretrainedConfig, run: RunConfig) -> list[RunConfig]:
 
 
 def with_split(run: RunConfig, count: int) -> RunConfig:
-    """The run with `count` layers on the node: up to two in the bottom, where more are worth less, the rest in the top.
+    """The run with `count` layers on the node: up to two in the bottom, the rest in the top.
 
-    On a real model (docs/surrogates.md) the top is the better place for all further layers, with an exact gradient and
-    without any; what a trunk's operator can read of the text is the same.
+    A top learns whatever the surrogate; with the exact gradient it matters little where they are (docs/surrogates.md).
+    What a trunk's operator can read of the text is the same.
     """
     bottom = min(2, count // 2)
     split = run.split.model_copy(update={"bottom_layers": bottom, "top_layers": count - bottom, "client_memory": ""})

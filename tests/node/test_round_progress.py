@@ -91,7 +91,9 @@ def test_tensorboard_that_is_not_installed_is_named(tmp_path: Path, monkeypatch:
 def test_rates_that_are_not_given_suit_the_model(name: str, rates: tuple[float, float]) -> None:
     assert RunConfig.from_flat({"model.name": name}).with_rates().train.rates == rates
     given = RunConfig.from_flat({"model.name": name, "train.top-lr": 0.5}).with_rates()
-    assert given.train.rates == (rates[0], 0.5)
+    assert given.train.rates == (0.25, 0.5)
+    given = RunConfig.from_flat({"model.name": name, "train.bottom-lr": 0.5}).with_rates()
+    assert given.train.rates == (0.5, rates[1])
     with pytest.raises(ConfigError, match=r"train\.top-lr: expected a number of at least 0, or 'auto'"):
         RunConfig.from_flat({"train.top-lr": "high"})
     assert NodeConfig.from_flat({"partition-id": 0, "report.to": "tensorboard"}).report_to == "tensorboard"

@@ -251,12 +251,13 @@ def test_on_a_real_model_the_heldout_loss_does_not_rise_because_of_the_bottom(tm
         "data.max-length": 80,
         "data.holdout": 0.05,
         "train.steps": 10,
-        "train.bottom-lr": 1e-3,
-        "train.top-lr": 2e-3,
+        "train.bottom-lr": 4e-3,  # what `auto` finds on SmolLM2-135M
+        "train.top-lr": 8e-3,
         "trunk.wire-dtype": "float32",
     }
-    losses = {
-        kind: run(tmp_path, kind, **setting, **{"surrogate.kind": kind})[-1]["heldout-loss-after"]
-        for kind in ("none", kind)
-    }
-    assert losses[kind] <= losses["none"]
+    none, tried = (run(tmp_path, kind, **setting, **{"surrogate.kind": kind}) for kind in ("none", kind))
+    losses = [rounds[-1]["heldout-loss-after"] for rounds in (none, tried)]
+    if any(entry["bottom-trained"] for entry in tried):
+        assert losses[1] <= losses[0]
+    else:
+        assert losses[1] == losses[0]
