@@ -79,18 +79,8 @@ def _run_rounds(grid: Grid, run: RunFolder, stack: ExitStack) -> None:
             logger.warning("both trunks of a gradient's shares run here: a trial, in which nothing is hidden")
     inner = flower_strategy(config.aggregation, config.dp)
     restore_server_state(inner, run.server_state())
-    strategy = SplitStrategy(
-        inner,
-        lora=config.lora,
-        min_nodes=config.aggregation.min_nodes,
-        node_wait_s=config.run.node_wait_s,
-        round_timeout=config.run.round_timeout,
-        round_offset=run.num_finished,
-        num_rounds=config.num_server_rounds,
-        institutions=Institutions(run.numbers()),
-        secure=config.aggregation.secure,
-        on_round=partial(record_round, run, open_trackers(run, stack)),
-    )
+    on_round = partial(record_round, run, open_trackers(run, stack))
+    strategy = SplitStrategy(inner, config, run.num_finished, Institutions(run.numbers()), on_round)
     shared = run.shared()
     if run.num_finished == 0 and needs_start(config.aggregation, config.dp):
         shared = starting_adapter(config)

@@ -14,8 +14,9 @@ modes report on the same half of the held-out examples, that which ``personal`` 
 none`` only tops train, and ``both`` means the top.
 
 Each mode, ``local`` too, has its learning rate swept with seed 0 (least mean loss as trained), then runs at its own
-best rate with all seeds; a seed sets adapters, order and held-out examples. The mixed modes give nodes ranks 4, 8, 16,
-8; ``mixed-ignored`` leaves alpha / rank out, as is often done.
+best rate with all seeds; a seed sets adapters, order and held-out examples. With ``personal-1.5`` the server goes half
+as far again as the mean of the nodes' (``fedavgm`` with ``server-lr = 1.5``, no momentum). The mixed modes give nodes
+ranks 4, 8, 16, 8; ``mixed-ignored`` leaves alpha / rank out, as is often done.
 
 Runs are kept in ``--work`` and not repeated, so that an interrupted benchmark goes on; empty it when code has changed.
 """
@@ -40,6 +41,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from fl_split.config import Combine, NodeConfig, RunConfig, Scalar
+from fl_split.model import adapters
 from fl_split.node import personal
 from fl_split.node.ready import Instructions
 from fl_split.node.round import Round, RoundResult, run_round
@@ -106,6 +108,7 @@ class Mode:
     mixed: bool = False
     scaled: bool = True  # whether alpha / rank is honoured
     pooled: bool = False  # all data in one place
+    server_lr: float = 1.0  # of `fedavgm` without momentum: how far the server goes from where it is to the mean
 
 
 PERSONAL: dict[str, Scalar] = {"aggregation.share": "both", "aggregation.personal": True, "aggregation.min-nodes": 3}
@@ -114,6 +117,7 @@ MODES = {
     "local": Mode({}),
     "pooled": Mode({"aggregation.share": "both"}, pooled=True),
     "personal": Mode(PERSONAL),
+    "personal-1.5": Mode(PERSONAL, server_lr=1.5),
     "personal-stack": Mode({**PERSONAL, "aggregation.combine": "stack"}),
     "top": Mode({"aggregation.share": "top"}),
     "both": Mode({"aggregation.share": "both"}),
@@ -188,7 +192,10 @@ def federate(setting: Setting, task: Task, work: Path, address: str) -> Figures:
                 Update(r.shared, r.metrics["num-examples"], r.scaling if mode.scaled else 1.0, f"node {i}")
                 for i, r in enumerate(results)
             ]
-            received = combine(updates, how, received)
+            mean = combine(updates, how, received)
+            earlier = received or adapters.fresh_state({n: x.shape for n, x in mean.items()}, config.train.seed)
+            far = mode.server_lr
+            received = mean if far == 1 else {n: x + (far - 1) * (x - earlier[n]) for n, x in mean.items()}
         down.append(len(nodes) * size(received))
     figures = {"sent": statistics.mean(up) / len(nodes), "bytes": statistics.mean(map(sum, zip(up, down, strict=True)))}
     probe = config.model_copy(update={"train": config.train.model_copy(update={"steps": 1, "accumulation": 1})})

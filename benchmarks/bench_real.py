@@ -5,10 +5,11 @@
 FILE holds an institution's questions and answers (JSON lines). Kinds: `none` (the top alone), `none-8` (a top of 8
 layers alone), `identity`, `blocks-2`, `matched` (--matched FILE), `streamed` (two steps, for their time: its gradient
 is the exact one), `shares`, `exact`, `all` (LoRA on all layers of the whole model), and `probes-4`: the estimate from 4
-random probes of the trunk, which is not offered (docs/surrogates.md). Each kind has its rates swept on the first file
-and seed 0, in the given order and no further than they make it better, and runs at its best on all files and seeds.
-Gap closed = (none - kind) / (none - exact), of the means of held-out losses per answer token, within a split, over the
-files and seeds that all three have.
+random probes of the trunk, which is not offered (docs/surrogates.md). `rate-2` trains nothing: it says which rate
+`train.top-lr = "auto"` takes for a top of 2 layers. Each kind has its rates swept on the first file and seed 0, in the
+given order and no further than they make it better, and runs at its best on all files and seeds. Gap closed =
+(none - kind) / (none - exact), of the means of held-out losses per answer token, within a split, over the files and
+seeds that all three have.
 
 To be cheap, the trunk runs in this process, in bfloat16 (float32 for `shares` and `probes`; `all` is bfloat16 as a
 whole), the ends in float32, the logits of training in bfloat16; an exact gradient takes one forward pass with a graph,
@@ -22,6 +23,7 @@ all that is there.
 import argparse
 import hashlib
 import json
+import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -49,6 +51,7 @@ from fl_split.model.loading import Boundaries
 from fl_split.model.loss import Batch
 from fl_split.model.slots import trunk_calls_of
 from fl_split.model.trunk import load_trunk
+from fl_split.node import range_test, trial
 from fl_split.node.evaluate import evaluate
 from fl_split.node.train import RoundSettings, make_optimizer, train_round
 from fl_split.plan.plan import make_plan
@@ -197,7 +200,7 @@ class Bench:
         if self.figures.get("steps", options.steps) != options.steps:
             raise SystemExit(f"{options.json} is of {self.figures['steps']} steps: give --steps, or another file")
         self.figures |= about("0, 1, ...") | {"model": options.model.name, "steps": options.steps}
-        tops = {int(kind.split("-")[1]) for kind in options.kinds if kind.startswith("none-")}
+        tops = {int(kind.split("-")[1]) for kind in options.kinds if kind.startswith(("none-", "rate-"))}
         self.tops = tuple(sorted(tops | {int(split.split("+")[1]) for split in options.splits}))
 
     def examples(self, file: Path, seed: int) -> Examples:
@@ -266,6 +269,20 @@ class Bench:
             found["heldout-loss"] = evaluate(model, heldout)["loss"]
         return found
 
+    def find_rate(self, file: Path, seed: int, top: int) -> None:
+        """Say what `train.top-lr = "auto"` comes to, for a top of so many layers."""
+        key = f"rate/{file.stem}/{seed}/rate-{top}"
+        if key in self.figures:
+            return
+        config = RunConfig.from_flat({"data.max-length": MAX_LENGTH, "train.batch-size": BATCH, "train.seed": seed})
+        model, _ = self.build(f"{BOTTOM}+{top}", f"none-{top}")
+        draw = partial(trial.draw, self.examples(file, seed).train, self.tokenizer, config, seed)
+        with tempfile.TemporaryDirectory() as answers:
+            found = range_test.find(config, model, draw, Path(answers) / "answers", late=False)
+        self.figures[key] = found.rate
+        write(self.options.json, self.figures)
+        print(key, found, flush=True)
+
     def do(self, split: str, file: Path, seed: int, kind: str, rates: str) -> None:
         """Run once, unless it was."""
         key = f"{where(split, kind)}/{file.stem}/{seed}/{kind}/{rates}"
@@ -279,6 +296,10 @@ class Bench:
     def sweep(self, split: str, kind: str) -> None:
         """A kind's rates on the first file and seed, then its best on all."""
         options = self.options
+        if kind.startswith("rate-"):
+            for seed, file in product(range(options.seeds), options.data):
+                self.find_rate(file, seed, int(kind.removeprefix("rate-")))
+            return
         kind = alone(split) if kind == "none" else kind
         for rates in [f"0,{rate}" for rate in options.top_rates] if kind.startswith("none-") else options.rates:
             self.do(split, options.data[0], 0, kind, rates)

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fl_split.errors import ConfigError
+from fl_split.proto import trunk_pb2 as pb
 
 NONCE_BYTES = 32  # with the key's hash, what a TDX or SEV-SNP report takes: 64 bytes
 EVIDENCE_BYTES = 256 * 1024
@@ -91,6 +92,15 @@ class Statement:
                 "signs a new one"
             )
         return statement
+
+    def wrong_about(self, trunk: pb.DescribeReply) -> str:
+        """What a trunk serves otherwise than this says: its ``config``, ``weights`` or ``fl-split``; else empty."""
+        parts = (
+            ("config", self.config_digest, trunk.config_digest),
+            ("weights", self.weights_digest, trunk.weights_digest),
+            ("fl-split", self.version, trunk.version),
+        )
+        return next((name for name, said, held in parts if said != held), "")
 
     def signed(self, key: Ed25519PrivateKey) -> bytes:
         """Both lines."""

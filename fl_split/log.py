@@ -69,3 +69,10 @@ def show_log() -> FlowerLog:
     quiet = FlowerLog()
     flower.addFilter(quiet)
     return quiet
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, such as ``0:48``, with hours where there are any."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -43,6 +43,7 @@ MODULES = {
     "model/surrogate.py": "tests/model/test_surrogate.py",
     "model/turns.py": "tests/model/test_turns.py",
     "node/build.py": "tests/node/test_round.py tests/test_end_to_end.py",
+    "node/calls.py": "tests/node/test_trunk_connection.py tests/node/test_replicas.py tests/node/test_vetting.py",
     "node/choice.py": "tests/node/test_choice.py",
     "node/trial.py": "tests/node/test_trial.py",
     "node/received.py": "tests/server/test_aggregation.py tests/node/test_round.py",

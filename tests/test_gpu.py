@@ -22,8 +22,8 @@ from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node.build import connect_shares
 from fl_split.node.expected import Expected
 from fl_split.node.trunk_connection import TrunkConnection
-from fl_split.tools.fit_folder import Fit
-from fl_split.tools.fit_surrogate import fit
+from fl_split.tools.fit.folder import Fit
+from fl_split.tools.fit.surrogate import fit
 from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.layers import HeldLayers, hold_layers
 from fl_split.trunk.server import embedded

@@ -55,8 +55,8 @@ def surrogate_fit(
     Killed, it goes on from where it was when the same command is given again.
     """
     from fl_split.config import Task
-    from fl_split.tools.fit_folder import Fit
-    from fl_split.tools.fit_surrogate import fit_model
+    from fl_split.tools.fit.folder import Fit
+    from fl_split.tools.fit.surrogate import fit_model
 
     log_to_stderr()
     fit = Fit(layers, steps, batch_size, length, lr, seed, whole, lessons, cast(Task, task), device, dtype)

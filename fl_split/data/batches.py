@@ -101,6 +101,14 @@ def _collator(tokenizer: PreTrainedTokenizerBase, packing: bool) -> Callable[[li
     return lambda examples: (per_sequence if isinstance(examples[0]["labels"], int) else per_token)(examples)
 
 
+def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> Batch:
+    """Prompts as `generate` takes several: ids and mask, [batch, seq], so that all go on at the same place."""
+    longest = max(map(len, prompts))
+    ids = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Pad on the right, with the end token where a tokenizer has no pad token (both are masked).
 

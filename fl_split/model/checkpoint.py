@@ -27,7 +27,7 @@ from fl_split import demo
 from fl_split.config import Kind, is_local_model
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.family import examine
-from fl_split.model.loading import INDEX, Boundaries, layer_of
+from fl_split.model.loading import Boundaries, file_of_weights, layer_of
 from fl_split.model.surrogate import kept_layers
 
 _ABOUT = ("*.json", "*.model", "*.txt", "*.jinja")  # config, tokenizer, index
@@ -191,11 +191,7 @@ def weights_digest(folder: Path, layers_name: str, layers: range) -> str | None:
 
 def missing_files(folder: Path, layers_name: str, layers: range) -> list[str]:
     """Names of the checkpoint's files that hold weights of these layers and are not here."""
-    index = folder / INDEX
-    if not index.is_file():
-        return []
-    files = json.loads(index.read_text())["weight_map"]
-    needed = {file for key, file in files.items() if layer_of(key, layers_name) in layers}
+    needed = {file for key, file in file_of_weights(folder).items() if layer_of(key, layers_name) in layers}
     return sorted(file for file in needed if not (folder / file).is_file())
 
 
@@ -220,8 +216,8 @@ def layer_places(folder: Path, layers_name: str, layers: range) -> dict[tuple[in
 
 def _files_needed(folder: Path, needs: Callable[[PretrainedConfig], Needs] | None) -> list[str]:
     """Name the files with needed weights, or give a pattern; all else of the checkpoint is in `folder` already."""
-    index = folder / INDEX
-    if needs is None or not index.is_file():
+    files = file_of_weights(folder)
+    if needs is None or not files:
         return ["*.safetensors"]
     needed = needs(AutoConfig.from_pretrained(folder))
-    return sorted({file for key, file in json.loads(index.read_text())["weight_map"].items() if needed(key)})
+    return sorted({file for key, file in files.items() if needed(key)})

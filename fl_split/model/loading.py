@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from fl_split.errors import SplitError
 from fl_split.model.family import Anatomy
 
-INDEX = "model.safetensors.index.json"  # which file of a checkpoint holds which weight
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,12 @@ def layer_of(key: str, layers_name: str) -> int | None:
     """Which layer a weight belongs to, by its name; None for one outside the layers."""
     match = re.search(rf"(?:^|\.){re.escape(layers_name)}\.(\d+)\.", key)
     return int(match[1]) if match else None
+
+
+def file_of_weights(folder: Path) -> dict[str, str]:
+    """Which file of a checkpoint holds which weight; empty if it is not in several."""
+    index = folder / INDEX
+    return dict(json.loads(index.read_text())["weight_map"]) if index.is_file() else {}
 
 
 def list_of_layers(base: nn.Module, anatomy: Anatomy) -> nn.ModuleList:
@@ -172,10 +178,7 @@ def check_quantized(config: PretrainedConfig) -> None:
 
 def _partial_checkpoint(folder: Path) -> dict[str, Any] | None:
     """Open the weights at hand, not read yet, if some files of a checkpoint are missing, which another party needs."""
-    index = folder / INDEX
-    if not index.is_file():
-        return None
-    named = set(json.loads(index.read_text())["weight_map"].values())
+    named = set(file_of_weights(folder).values())
     here = [folder / name for name in sorted(named) if (folder / name).is_file()]
     if len(here) == len(named):
         return None  # transformers reads what it needs

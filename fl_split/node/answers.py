@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from fl_split.data.batches import pad_left
 from fl_split.errors import DataError
 from fl_split.node.draw import Draw
 from fl_split.node.tuned import Tuned
@@ -256,13 +257,10 @@ def answer_batch(tuned: Tuned, prompts: Sequence[Sequence[int]], sampling: Sampl
         DataError: A prompt is empty, or too long.
     """
     most = _room(tuned, prompts, sampling)
-    longest = max(map(len, prompts))
-    pad = int(tuned.tokenizer.pad_token_id or 0)
-    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=tuned.model.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=tuned.model.device)
-    rows = range(first, first + len(prompts))
+    inputs = pad_left(prompts, int(tuned.tokenizer.pad_token_id or 0), tuned.model.device)
+    rows, longest = range(first, first + len(prompts)), inputs["input_ids"].shape[1]
     options = {**options_of(tuned, sampling, rows, longest), "max_new_tokens": most}
-    out = tuned.model.generate(input_ids=ids, attention_mask=mask, **options)
+    out = tuned.model.generate(**inputs, **options)
     return ["".join(until_stop(iter([_text(tuned, row)]), sampling.stop)) for row in out[:, longest:].tolist()]
 
 

@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from torch import Tensor
@@ -18,12 +18,9 @@ from fl_split import wire, wire_decode
 from fl_split.errors import WireError
 from fl_split.model.generation import StreamLost
 from fl_split.node.call_errors import LateReply
+from fl_split.node.calls import Calls
 from fl_split.node.replicas import Replica
 from fl_split.proto import trunk_pb2 as pb
-
-if TYPE_CHECKING:
-    from fl_split.node.trunk_connection import TrunkConnection
-
 
 _TICK_S = 0.25  # how late a reply is found to be late
 
@@ -31,8 +28,8 @@ _TICK_S = 0.25  # how late a reply is found to be late
 class DecodeStream:
     """A `generation.Stream` that is a stream of a trunk's replica."""
 
-    def __init__(self, connection: "TrunkConnection", replica: Replica, metadata: Any) -> None:
-        self._connection, self._replica = connection, replica
+    def __init__(self, calls: Calls, replica: Replica, metadata: Any) -> None:
+        self._calls, self._replica = calls, replica
         self._requests: queue.SimpleQueue[pb.DecodeRequest | None] = queue.SimpleQueue()
         self._due, self._late, self._closed = math.inf, False, threading.Event()
         self._call = replica.decode(iter(self._requests.get, None), metadata=metadata)
@@ -68,32 +65,32 @@ class DecodeStream:
         """
         started = time.monotonic()
         try:
-            return self._exchange(packed, self._connection.timeout_s)
+            return self._exchange(packed, self._calls.timeout_s)
         except grpc.RpcError as error:
             self.close()
-            self._connection.put_off_or_raise(self._replica, error, time.monotonic() - started)
+            self._calls.put_off_or_raise(self._replica, error, time.monotonic() - started)
             raise StreamLost from error
 
     def _exchange(self, packed: wire.Packed, timeout_s: float) -> Tensor:
-        connection, started = self._connection, time.monotonic()
+        calls, started = self._calls, time.monotonic()
         self._due = started + timeout_s
         sent = []
-        for piece in wire_decode.cut(packed, connection.tokens_per_call()):
-            request = wire_decode.encode_step(piece, connection.wire_dtype)
+        for piece in wire_decode.cut(packed, calls.tokens_per_call()):
+            request = wire_decode.encode_step(piece, calls.wire_dtype)
             self._requests.put(request)
             sent.append((request, piece.lengths))
         pieces = []
         for request, lengths in sent:
             reply = self._take()
-            connection.check_origin(reply)
+            calls.check_origin(reply)
             try:
-                rows = wire.decode_reply(reply, request.step, connection.hidden_size)
+                rows = wire.decode_reply(reply, request.step, calls.hidden_size)
             except WireError as error:
                 raise WireError(f"the trunk at {self._replica.address} sent a bad reply: {error}") from error
             pieces.append((rows, lengths))
-            connection.count(request.ByteSize(), reply.ByteSize(), 0.0)
+            calls.count(request.ByteSize(), reply.ByteSize(), 0.0)
         self._due = math.inf
-        connection.count(0, 0, time.monotonic() - started)
+        calls.count(0, 0, time.monotonic() - started)
         return wire_decode.join(pieces)
 
     def _take(self) -> pb.ForwardReply:

@@ -14,6 +14,7 @@ from typing import Any
 
 from fl_split.errors import ConfigError
 from fl_split.files import line_of, read_entries, write_atomic
+from fl_split.log import clock
 from fl_split.node.train import Step
 
 logger = logging.getLogger(__name__)
@@ -55,16 +56,9 @@ class Progress:
         if sys.stderr.isatty() or (now < self._said_at + _EVERY_S and done < self._num_steps):
             return
         self._said_at = now
-        left = int(step.seconds / done * (self._num_steps - done))
-        logger.info(
-            "%s: step %d/%d, loss %.3f, %.0f tokens/s, %d:%02d left",
-            self._name,
-            done,
-            self._num_steps,
-            step.loss,
-            speed,
-            *divmod(left, 60),
-        )
+        left = clock(step.seconds / done * (self._num_steps - done))
+        text = "%s: step %d/%d, loss %.3f, %.0f tokens/s, %s left"
+        logger.info(text, self._name, done, self._num_steps, step.loss, speed, left)
 
     def finish(self, metrics: Mapping[str, int | float], seconds: float, adapter: Path) -> None:
         """Say what the round came to."""
@@ -74,9 +68,8 @@ class Progress:
             for key, value in metrics.items():
                 self._board.add_scalar(f"round/{key}", value, self._round)
             self._board.close()
-        minutes, rest = divmod(int(seconds), 60)
-        text = "%s is done in %d:%02d: held-out loss %.3f (base) -> %.3f, gain %+.3f; adapter of round %d: %s"
-        logger.info(text, self._name, minutes, rest, base, after, base - after, metrics["exported-round"], adapter)
+        text = "%s is done in %s: held-out loss %.3f (base) -> %.3f, gain %+.3f; adapter of round %d: %s"
+        logger.info(text, self._name, clock(seconds), base, after, base - after, metrics["exported-round"], adapter)
         if after > base:
             logger.warning(
                 "%s: the held-out loss after training (%.3f) is above the base model's (%.3f): the operator should "

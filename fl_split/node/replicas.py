@@ -30,7 +30,7 @@ _OPTIONS = [
     ("grpc.dns_min_time_between_resolutions_ms", 5000),
     ("grpc.keepalive_time_ms", 20_000),  # a trunk that is gone without a word is noticed
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.enable_retries", 0),  # `TrunkConnection` retries, and knows of other replicas
+    ("grpc.enable_retries", 0),  # `Calls` makes them again, and knows of other replicas
     ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
     ("grpc.enable_http_proxy", 0),
 ]

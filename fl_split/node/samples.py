@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
+from fl_split.data.batches import pad_left
 from fl_split.data.examples import Example
 from fl_split.errors import ConfigError, SplitError
 from fl_split.files import read_entries, write_atomic
@@ -123,17 +123,15 @@ def _parted(example: Example) -> tuple[list[int], list[int]]:
 def _generate(
     model: Any, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[list[int], list[int]]], cached: bool
 ) -> list[list[int]]:
-    longest = max(len(prompt) for prompt, _ in pairs)
-    pad, device = tokenizer.pad_token_id, model.device
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt, _ in pairs], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in pairs], device=device)
+    pad = cast(int, tokenizer.pad_token_id)
+    prompts = pad_left([prompt for prompt, _ in pairs], pad, model.device)
+    longest = prompts["input_ids"].shape[1]
 
     def generate(cached: bool) -> list[list[int]]:
         most = max(len(reference) for _, reference in pairs) + _LONGER
         room = getattr(model.config, "max_position_embeddings", None) or longest + most
         out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            **prompts,
             max_new_tokens=max(1, min(most, room - longest)),
             do_sample=False,
             num_beams=1,

@@ -100,8 +100,7 @@ class Vetting:
             statement = attestation.Statement.verified(reply.statement, operator)
         except ConfigError as error:
             raise TrunkRefused(f"the trunk at {address}: {error}") from None
-        said = statement.config_digest, statement.weights_digest, statement.version
-        if said != (reply.config_digest, reply.weights_digest, reply.version):
+        if statement.wrong_about(reply):
             raise TrunkRefused(
                 f"the statement of {statement.operator!r} is of another model or version than the trunk at {address} "
                 "says that it serves: the operator signs one for this trunk"

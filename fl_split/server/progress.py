@@ -111,10 +111,3 @@ class WatchedGrid:
             pause = min(0.1 + (now - started) / 20, _LONGEST_PAUSE_S)
             time.sleep(pause if timeout is None else min(pause, started + timeout - now))
         return replies
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds, such as ``0:48``, with hours where there are any."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fl_split.config import UNCOVERED
+from fl_split.log import clock
 from fl_split.server.flower import SUMMED
-from fl_split.server.progress import clock
 from fl_split.server.run_folder import RunFolder
 from fl_split.server.strategy import FinishedRound
 

@@ -108,7 +108,8 @@ class RunFolder:
             saved = json.loads(about.read_text())
             run_id, config = saved["run-id"], _resumed(saved["config"], config, given)
         run = cls(root, run_id, finished, config)
-        write_atomic(about, _dump({"run-id": run_id, "config": config.to_flat(), "versions": dict(versions)}))
+        kept = {"run-id": run_id, "config": config.to_flat(), "versions": dict(versions)}
+        write_atomic(about, json.dumps(kept, indent=2) + "\n")
         if run.metrics.exists():
             write_atomic(run.metrics, "".join(line_of(entry) for entry in run.read_metrics()))
         return run
@@ -188,7 +189,3 @@ def _resumed(saved: Mapping[str, Scalar], now: RunConfig, given: Mapping[str, Sc
             + "; leave these out, since the run's own configuration is used, or choose another run.name"
         )
     return RunConfig.from_flat({**saved, **given, **{key: flat[key] for key in ("run.name", "run.dir", "run.resume")}})
-
-
-def _dump(value: object) -> str:
-    return json.dumps(value, indent=2) + "\n"

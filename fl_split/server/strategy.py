@@ -14,11 +14,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fl_split.config import Lora
+from fl_split.config import RunConfig
 from fl_split.errors import ConfigError, RoundFailed
+from fl_split.log import clock
 from fl_split.server.aggregation import check, check_scaling
 from fl_split.server.flower import ProductAveraging, privacy_spent, server_state, updates_of
-from fl_split.server.progress import Institutions, WatchedGrid, clock
+from fl_split.server.progress import Institutions, WatchedGrid
 from fl_split.server.secure import collect_keys, unmask
 
 logger = logging.getLogger(__name__)
@@ -43,35 +44,24 @@ class SplitStrategy(Strategy):
 
     Args:
         inner: What combines the shared arrays, from `flower_strategy`.
-        lora: The run's adapters.
-        min_nodes: Nodes that must be there and finish each round.
-        node_wait_s: Seconds to wait for them at the start of a round.
-        round_timeout: Seconds that Flower waits for replies, for messages.
+        config: The run's.
         round_offset: Rounds finished before this start.
-        num_rounds: Of the whole run.
         institutions: Names of the nodes.
         on_round: Called with each finished round.
-        secure: Whether nodes mask what they share: `server.secure`.
     """
 
     def __init__(
         self,
         inner: Strategy,
-        *,
-        lora: Lora,
-        min_nodes: int,
-        node_wait_s: float,
-        round_timeout: float,
+        config: RunConfig,
         round_offset: int,
-        num_rounds: int,
         institutions: Institutions,
         on_round: Callable[[FinishedRound], None],
-        secure: bool = False,
     ) -> None:
-        self._inner, self._lora, self._min_nodes, self._node_wait_s = inner, lora, min_nodes, node_wait_s
-        self._round_timeout, self._round_offset, self._on_round = round_timeout, round_offset, on_round
-        self._num_rounds, self._institutions = num_rounds, institutions
-        self._secure = secure
+        self._inner, self._institutions, self._on_round = inner, institutions, on_round
+        self._num_rounds, self._round_offset, self._lora = config.num_server_rounds, round_offset, config.lora
+        self._min_nodes, self._secure = config.aggregation.min_nodes, config.aggregation.secure
+        self._node_wait_s, self._round_timeout = config.run.node_wait_s, config.run.round_timeout
         self._grid: Grid | None = None  # Flower's own
         self._number = round_offset  # of the round that runs
         self._asked: list[Metadata] = []  # of its messages; Flower gives them their ids in place

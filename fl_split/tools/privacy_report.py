@@ -6,9 +6,7 @@ What left and to whom is the ledger's; how much of it can be read is an audit's.
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,8 @@ from fl_split.config import UNCOVERED
 from fl_split.errors import NodeStateError
 from fl_split.node.account import read_charges
 from fl_split.node.ledger import NAME, Sums, read_ledger, say_passes
-from fl_split.tools.audit.page import CONTROLS, FIGURES, NOISE, rows_of, table
+from fl_split.tools.audit.page import CONTROLS, FIGURES, NOISE, rows_of
+from fl_split.tools.html import document, heading, table
 
 _SEEN = {
     "hidden-states": "hidden states after the bottom, from which text can be read",
@@ -56,8 +55,6 @@ def privacy_report(folder: Path, audit: Path | None) -> str:
     """
     run, asked = read_ledger(folder / NAME), folder / f"adapter.{NAME}"
     sums, found = _with(run, read_ledger(asked)) if asked.is_file() else run, _read(audit) if audit else {}
-    style = files("fl_split.tools").joinpath("report.css").read_text(encoding="utf-8")
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     title = f"Privacy of the run {folder.name}"
     parts = (
         ("Where data goes", _picture(sums)),
@@ -69,13 +66,7 @@ def privacy_report(folder: Path, audit: Path | None) -> str:
         ("What remains", f"<ul>{''.join(f'<li>{escape(risk, quote=False)}</li>' for risk in _RISKS)}</ul>"),
         ("By which this can be checked", table(_hashes(folder, sums, found))),
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{style}</style></head><body><main><h1>{escape(title)}</h1>"
-        f"<p class='faint'>made {made}, on the node</p>"
-        f"{''.join(f'<h3>{name}</h3>{body}' for name, body in parts)}</main></body></html>\n"
-    )
+    return document(title, heading(title, ", on the node") + "".join(f"<h3>{name}</h3>{body}" for name, body in parts))
 
 
 def _with(run: Sums, asked: Sums) -> Sums:

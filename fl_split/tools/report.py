@@ -7,9 +7,7 @@ It reads what the server keeps of a run, and of simulated nodes their own losses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from fl_split.config import UNCOVERED, RunConfig
 from fl_split.files import read_entries
 from fl_split.server.run_folder import read_run
 from fl_split.tools.charts import Chart, Line, draw, look, steps_of
+from fl_split.tools.html import document, heading
 
 Entry = Mapping[str, Any]
 
@@ -89,18 +88,11 @@ def report(roots: Iterable[Path]) -> str:
         ConfigError: matplotlib is not installed.
     """
     runs = [Record.read(root) for root in roots]
-    style = files("fl_split.tools").joinpath("report.css").read_text(encoding="utf-8")
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     title = "fl-split: " + ", ".join(run.name for run in runs)
     of_servers = [run for run in runs if run.rounds]
-    parts = [_overview(of_servers) if of_servers else "", *(_run(run) for run in runs)]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{style}</style></head><body><main>"
-        f"<h1>{escape(title)}</h1><p class='faint'>made {made}; losses are per response token, or per text of a "
-        f"classifier, on each node's own held-out examples</p>{''.join(parts)}</main></body></html>\n"
-    )
+    note = "; losses are per response token, or per text of a classifier, on each node's own held-out examples"
+    parts = [heading(title, note), _overview(of_servers) if of_servers else "", *(_run(run) for run in runs)]
+    return document(title, "".join(parts))
 
 
 def _overview(runs: Sequence[Record]) -> str:

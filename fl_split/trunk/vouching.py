@@ -84,11 +84,7 @@ class Vouching:
 
     def _check(self, statement: attestation.Statement, about: pb.DescribeReply) -> None:
         """Find out what nodes would refuse, before they do."""
-        said = statement.config_digest, statement.weights_digest, statement.version
-        held = about.config_digest, about.weights_digest, about.version
-        if said != held:
-            names = ("config", "weights", "fl-split")
-            other = next(name for name, one, two in zip(names, said, held, strict=True) if one != two)
+        if other := statement.wrong_about(about):
             raise ConfigError(
                 f"security.statement={self._security.statement!r} is of another trunk: its {other} is not what is "
                 "served here; sign a new one with 'fl-split trunk statement sign'"

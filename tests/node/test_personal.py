@@ -133,6 +133,7 @@ def test_metrics_say_what_the_others_are_worth_on_examples_that_chose_nothing(
         {"aggregation.combine": "exact"},
         {"aggregation.share": "top", "lora.dropout": 0.2},
         {"aggregation.strategy": "fedprox", "aggregation.proximal-mu": 10.0},
+        {"aggregation.strategy": "fedavgm", "aggregation.server-lr": 1.5, "aggregation.server-momentum": 0.0},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )

@@ -371,11 +371,15 @@ def test_a_connection_that_grpc_makes_anew_goes_to_no_other_key(world: World) ->
     assert set(got) == {"Describe"}
 
 
-def test_the_same_trunk_that_was_started_again_shows_itself_again(world: World) -> None:
+def test_a_trunk_shows_itself_again_after_a_lost_call(world: World) -> None:
     with world.trunk(evidence_command=world.quote) as address:
         client = world.connect(address, evidence=True)
         client.start(ROWS, None, None).result()
     port = int(address.rpartition(":")[2])
+    client.timeout_s, wanted = 0.2, client.timeout_s
+    with pytest.raises(TrunkUnavailable):
+        client.start(ROWS, None, None).result()
+    client.timeout_s = wanted
     with world.trunk(port=port, evidence_command=world.quote), client:
         client.start(ROWS, None, None).result()
     assert len((world.folder / "nonces").read_text().split()) == 2

@@ -10,9 +10,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_split.errors import RoundFailed
-from fl_split.log import FlowerLog
+from fl_split.log import FlowerLog, clock
 from fl_split.server import progress
-from fl_split.server.progress import Institutions, WatchedGrid, clock
+from fl_split.server.progress import Institutions, WatchedGrid
 
 
 def grid_of(*names: str) -> Grid:

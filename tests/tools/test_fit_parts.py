@@ -24,13 +24,12 @@ from fl_split.model.loading import Boundaries, boundaries_of
 from fl_split.model.loss import IGNORED
 from fl_split.model.thin import linears, read_card
 from fl_split.model.trunk import LocalTrunk, load_trunk
-from fl_split.tools import fit_folder, fit_lessons, fit_moments
-from fl_split.tools.fit_cost import Cost
-from fl_split.tools.fit_folder import Fit, FitFolder, Stage
-from fl_split.tools.fit_lessons import Batches, load_teacher, observe, record_lessons
-from fl_split.tools.fit_moments import moments_of, thin_product
-from fl_split.tools.fit_surrogate import fit
-from fl_split.tools.fit_text import draw, question
+from fl_split.tools.fit.cost import Cost
+from fl_split.tools.fit.folder import Fit, FitFolder, Stage, save_tensors
+from fl_split.tools.fit.lessons import Batches, load_teacher, observe, record_lessons
+from fl_split.tools.fit.moments import cut_layers, moments_of, thin_product
+from fl_split.tools.fit.surrogate import fit
+from fl_split.tools.fit.text import draw, question
 
 FIT = Fit(layers=2, steps=12, batch_size=4, length=16, lessons=12)
 
@@ -74,9 +73,9 @@ def test_moments_of_one_layer_at_a_time_are_those_of_the_whole_pass(
         got[layer] = moments
         return moments, gradients
 
-    monkeypatch.setattr(fit_moments, "moments_of", spy)
+    monkeypatch.setattr("fl_split.tools.fit.moments.moments_of", spy)
     budget = Cost.of(teacher.config, cut, FIT)[1]
-    fit_moments.cut_layers(teacher, text(), budget, FIT, FitFolder(tmp_path / "x", {}))
+    cut_layers(teacher, text(), budget, FIT, FitFolder(tmp_path / "x", {}))
 
     layers = teacher.base_model.get_submodule(cut.layers_path)
     sums: dict[tuple[int, str, int], Tensor] = {}
@@ -174,8 +173,8 @@ def test_simulated_fine_tunings_begin_anew_and_base_lessons_see_no_adapter(
             begun.append(any(not parameter.any() for parameter in trained))  # B is 0 before the first step
         return observe(model, cut, ids, labels, trained)
 
-    monkeypatch.setattr(fit_lessons, "observe", watched)
-    monkeypatch.setattr(fit_lessons, "_TUNING_STEPS", 2)
+    monkeypatch.setattr("fl_split.tools.fit.lessons.observe", watched)
+    monkeypatch.setattr("fl_split.tools.fit.lessons._TUNING_STEPS", 2)
     teacher, folder = load_teacher(checkpoint("llama"), 1, 1, FIT), FitFolder(tmp_path / "x", {})
     record_lessons(teacher, text(), text()[:8], replace(FIT, lessons=20), folder)
     assert begun == 5 * [True, False]
@@ -265,19 +264,19 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
-from fl_split.tools import fit_folder
-from fl_split.tools.fit_surrogate import fit
+from fl_split.tools.fit import folder as kept
+from fl_split.tools.fit.surrogate import fit
 torch.set_num_threads(1)
 folder, out, ids, at = sys.argv[1:]
-save_file, count = fit_folder.save_file, 0
+save_file, count = kept.save_file, 0
 def save(*args):
     global count
     count += 1
     save_file(*args)
     if count == int(at):
         os.kill(os.getpid(), signal.SIGKILL)
-fit_folder.save_file, fit_folder._SAVE_EVERY_S = save, -1
-setting = fit_folder.Fit(layers=2, steps=12, batch_size=4, length=16, lessons=12)
+kept.save_file, kept._SAVE_EVERY_S = save, -1
+setting = kept.Fit(layers=2, steps=12, batch_size=4, length=16, lessons=12)
 fit(Path(folder), 1, 1, load_file(ids)["ids"], setting, Path(out))
 """
 
@@ -285,7 +284,7 @@ fit(Path(folder), 1, 1, load_file(ids)["ids"], setting, Path(out))
 def test_a_fit_that_was_killed_goes_on_and_comes_to_the_same_bit_for_bit(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    fit_folder.save_tensors(tmp_path / "ids.safetensors", {"ids": text()})
+    save_tensors(tmp_path / "ids.safetensors", {"ids": text()})
     out, left = tmp_path / "killed", []
     for at in (14, 16, 18, 0):
         command = [sys.executable, "-c", KILLED, checkpoint("llama"), out, tmp_path / "ids.safetensors", str(at)]
@@ -333,7 +332,7 @@ def test_memory_and_time_are_said_before_and_the_time_left_on_the_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr(fit_folder, "_SAY_EVERY_S", 0.0)
+    monkeypatch.setattr("fl_split.tools.fit.folder._SAY_EVERY_S", 0.0)
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("", (), {"available": 1e6}))
     fit(checkpoint("llama"), 1, 1, text(), FIT, tmp_path / "x")
     said = [record.message.split(" ")[0] for record in caplog.records if record.name.startswith("fl_split.tools")]
@@ -354,7 +353,7 @@ def test_time_left_is_that_of_the_speed_so_far(
         now[0] += 60.0
         progress.step(done)
     assert "lessons: 11 of 110, 1:39:00 left" in caplog.text
-    assert "lessons: 110 of 110, 0:00:00 left" in caplog.text
+    assert "lessons: 110 of 110, 0:00 left" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -372,7 +371,7 @@ def test_command_line_refuses_what_cannot_be(
 ) -> None:
     from_text = ["--text", str(Path(__file__)), "--layers", "1"] if "--whole" in arguments else []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fl_split.tools.fit_surrogate.read_text", lambda *_: text())
+        patch.setattr("fl_split.tools.fit.surrogate.read_text", lambda *_: text())
         command = ["surrogate", "fit", str(tmp_path / "x"), "--model", str(checkpoint("llama")), *from_text]
         done = CliRunner().invoke(app, [*command, *arguments])
     assert done.exit_code == 1

@@ -31,9 +31,9 @@ from fl_split.node import train
 from fl_split.node.evaluate import evaluate
 from fl_split.node.expected import Expected
 from fl_split.node.trunk_connection import TrunkConnection
-from fl_split.tools.fit_folder import Fit
-from fl_split.tools.fit_surrogate import fit
-from fl_split.tools.fit_text import read_text, sample_text
+from fl_split.tools.fit.folder import Fit
+from fl_split.tools.fit.surrogate import fit
+from fl_split.tools.fit.text import read_text, sample_text
 from fl_split.tools.gradcheck import Candidate, bottom_gradient, build, gradcheck
 from fl_split.trunk import server
 from fl_split.trunk.config import TrunkConfig

@@ -1,10 +1,11 @@
 """An audit as one page for people."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
-from importlib.resources import files
 from typing import Any
+
+from fl_split.tools.html import document, table
 
 NOISE = "a node cannot be protected from the trunk's operator by noise"
 
@@ -63,24 +64,17 @@ def summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """All of it, as HTML that needs no server and no script."""
-    style = files("fl_split.tools").joinpath("report.css").read_text(encoding="utf-8")
+    """All of it, as HTML."""
     parts = "".join(
         f"<h3>{title}</h3>{table(rows_of(report, names))}"
         for title, names in (("What was read", FIGURES), ("Controls", CONTROLS), ("Looked at", _SETTING))
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>fl-split audit</title>'
-        f"<style>{style}</style></head><body><main><h1>{escape(str(report['verdict']).capitalize())}</h1>"
+    return document(
+        "fl-split audit",
+        f"<h1>{escape(str(report['verdict']).capitalize())}</h1>"
         "<p>By attacks that know the public base model and the split, but no adapter, no seed and no text of this "
         "node. Better attacks may read more: this is a lower bound, and no figure here says that something cannot be "
         f"read. To add noise does not change that: {NOISE}. What helps is not to send what must not be read, "
         "to send the rest once, and to choose and bind whoever runs the trunk.</p>"
-        f"{parts}</main></body></html>\n"
+        f"{parts}",
     )
-
-
-def table(rows: Iterable[tuple[str, ...]]) -> str:
-    """Rows as HTML."""
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<div class='wide'><table><tbody>{body}</tbody></table></div>"

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fl_split.config import Data, NodeConfig
 from fl_split.data.load import load_examples
-from fl_split.tools.fit_text import read_text
+from fl_split.tools.fit.text import read_text
 
 _PUBLIC = 256  # sequences
 _SYLLABLES = ("ba", "do", "fe", "ga", "hu", "ki", "lo", "mi", "nu", "pe", "ro", "sa", "te", "vi", "wo", "zu")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fl_split.config import Task
 from fl_split.errors import ConfigError
 from fl_split.files import write_atomic
+from fl_split.log import clock
 
 logger = logging.getLogger(__name__)
 
@@ -159,10 +160,4 @@ class Stage:
             return
         self._said_at = now
         left = (now - self._started_at) / (done - self._start) * (self._total - done)
-        logger.info("%s: %d of %d%s, %s left", self._what, done, self._total, more, duration(left))
-
-
-def duration(seconds: float) -> str:
-    """Such as ``1:02:03``."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+        logger.info("%s: %d of %d%s, %s left", self._what, done, self._total, more, clock(left))

@@ -3,11 +3,11 @@
 The owner has what a node lacks: the trunk's exact Jacobian, public text and time. It fits a *thin copy* of the whole
 trunk, every linear a product of two thin matrices, worth k layers in memory and compute, whose gradient is the trunk's:
 
-1. `fit_moments`: record the second moments of the inputs and output gradients of each linear; start from their weighted
+1. `moments`: record the second moments of the inputs and output gradients of each linear; start from their weighted
    SVD, with ranks from one budget over all linears. The trunk's first layers may stay whole.
-2. `fit_lessons`: record h1, h2, dL/dh2 and dL/dh1, with the model's own top and loss, at the base model and along
+2. `lessons`: record h1, h2, dL/dh2 and dL/dh1, with the model's own top and loss, at the base model and along
    simulated fine-tunings of its two ends, so that the match holds while the ends of the nodes move.
-3. `fit_student`: minimise ||J_S^T g - J_T^T g||^2 / ||J_T^T g||^2 + w ||S(h1) - h2||^2 / ||h2 - h1||^2 over the
+3. `student`: minimise ||J_S^T g - J_T^T g||^2 / ||J_T^T g||^2 + w ||S(h1) - h2||^2 / ||h2 - h1||^2 over the
    lessons (Sobolev training, Czarnecki et al. 2017). The teacher is gone by then.
 
 Only public text goes in. Needs the whole checkpoint and gradients through it, unlike anything that a node does. All
@@ -32,12 +32,12 @@ from fl_split.malloc import give_back_freed
 from fl_split.model.checkpoint import config_digest, resolve_model, weights_digest
 from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries
-from fl_split.tools.fit_cost import Cost, say_time
-from fl_split.tools.fit_folder import Fit, FitFolder, folder_of, save_tensors
-from fl_split.tools.fit_lessons import load_teacher, record_lessons
-from fl_split.tools.fit_moments import cut_layers
-from fl_split.tools.fit_student import build, make_thin, quality, train
-from fl_split.tools.fit_text import read_text, sample_text
+from fl_split.tools.fit.cost import Cost, say_time
+from fl_split.tools.fit.folder import Fit, FitFolder, folder_of, save_tensors
+from fl_split.tools.fit.lessons import load_teacher, record_lessons
+from fl_split.tools.fit.moments import cut_layers
+from fl_split.tools.fit.student import build, make_thin, quality, train
+from fl_split.tools.fit.text import read_text, sample_text
 
 logger = logging.getLogger(__name__)
 

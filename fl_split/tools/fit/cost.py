@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
 from fl_split.config import RunConfig
+from fl_split.log import clock
 from fl_split.model.family import Hole, auto_class, examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.thin import LowRank, linears, replace
 from fl_split.plan.step_memory import Live, layers_of, on_meta, step_on_meta
-from fl_split.tools.fit_folder import Fit, duration
-from fl_split.tools.fit_lessons import Batches, Lesson, observe
-from fl_split.tools.fit_moments import MOMENT_BATCHES, ROOM_FOR_CHOICE, Budget, thin_product
-from fl_split.tools.fit_student import backward, build
+from fl_split.tools.fit.folder import Fit
+from fl_split.tools.fit.lessons import Batches, Lesson, observe
+from fl_split.tools.fit.moments import MOMENT_BATCHES, ROOM_FOR_CHOICE, Budget, thin_product
+from fl_split.tools.fit.student import backward, build
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +113,8 @@ def say_time(teacher: Any, folder: Path, public: Tensor, budget: Budget, fit: Fi
     total = sum(parts)
     logger.info(
         "takes about %s on %s: the start %s, %d lessons %s, %d steps of the fit %s",
-        *(duration(total), fit.device, duration(parts[0]), fit.lessons, duration(parts[1])),
-        *(fit.steps, duration(parts[2])),
+        *(clock(total), fit.device, clock(parts[0]), fit.lessons, clock(parts[1])),
+        *(fit.steps, clock(parts[2])),
     )
     return total
 

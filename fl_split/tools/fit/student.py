@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from fl_split.model.loading import Boundaries
 from fl_split.model.trunk import load_trunk
-from fl_split.tools.fit_folder import Fit, FitFolder, Saved, Stage
-from fl_split.tools.fit_lessons import Lesson
-from fl_split.tools.fit_moments import Budget
-from fl_split.tools.fit_text import generator
+from fl_split.tools.fit.folder import Fit, FitFolder, Saved, Stage
+from fl_split.tools.fit.lessons import Lesson
+from fl_split.tools.fit.moments import Budget
+from fl_split.tools.fit.text import generator
 
 logger = logging.getLogger(__name__)
 

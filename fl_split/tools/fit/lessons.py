@@ -16,8 +16,8 @@ from fl_split.model import adapters
 from fl_split.model.ends import stop_dropout
 from fl_split.model.family import auto_class, examine
 from fl_split.model.loading import Boundaries, boundaries_of
-from fl_split.tools.fit_folder import Fit, FitFolder, Saved, Stage
-from fl_split.tools.fit_text import draw, question
+from fl_split.tools.fit.folder import Fit, FitFolder, Saved, Stage
+from fl_split.tools.fit.text import draw, question
 
 _TUNING_RATES = (6e-3, 8e-3, 1e-2, 1.2e-2)  # of the simulated fine-tunings, in turn
 _TUNING_STEPS = 200  # of each at most, so that many lessons do not come from models that no node comes to
@@ -122,7 +122,7 @@ class Batches:
         self._tokens = (norms > _LEAST_EMBEDDING * norms.median()).nonzero().flatten()
 
     def draw(self, text: Tensor, number: int, stream: int, *, random_tokens: bool = False) -> tuple[Tensor, Tensor]:
-        """Batch `number` of one of several streams: token ids and labels; see `fit_text.draw`."""
+        """Batch `number` of one of several streams: token ids and labels; see `text.draw`."""
         fit, size, vocab = self._fit, min(self._fit.batch_size, len(text)), self._config.vocab_size
         ids, labels = draw(text, size, number, fit.seed + stream, self._tokens if random_tokens else None)
         if fit.task == "sequence-classification":

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fl_split.errors import ConfigError, DataError
 from fl_split.model.loss import IGNORED
-from fl_split.tools.fit_folder import Fit
+from fl_split.tools.fit.folder import Fit
 
 _RANDOM_TOKENS = 0.3  # of a sequence, in every other one
 

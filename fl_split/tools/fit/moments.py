@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from fl_split.errors import ConfigError
 from fl_split.model.loading import boundaries_of
 from fl_split.model.thin import linears
-from fl_split.tools.fit_folder import Fit, FitFolder, Stage
-from fl_split.tools.fit_lessons import Batches, LayerCall, tapped
+from fl_split.tools.fit.folder import Fit, FitFolder, Stage
+from fl_split.tools.fit.lessons import Batches, LayerCall, tapped
 
 # Flattening of the second moments: at 0 the SVD keeps what the recorded text needs, at infinity it is the plain one.
 # The Jacobian meets every direction of the input, so its moment is flattened more.

@@ -1,0 +1,1 @@
+"""Fitting a surrogate to a trunk, by its owner, on public text."""
