@@ -43,8 +43,9 @@ from transformers.utils import logging as transformers_logging
 from fl_split.config import Combine, NodeConfig, RunConfig, Scalar
 from fl_split.model import adapters
 from fl_split.node import personal
-from fl_split.node.ready import Instructions
-from fl_split.node.round import Round, RoundResult, run_round
+from fl_split.node.ready import Instructions, Ready
+from fl_split.node.round import run_round
+from fl_split.node.steps import RoundResult
 from fl_split.server.aggregation import Update, combine
 from fl_split.trunk import server
 from fl_split.trunk.layers import hold_layers
@@ -153,7 +154,7 @@ def run(setting: Setting, task: Task) -> Figures:
     """Train one federation from its start, in this process."""
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    Round.halves = property(lambda this: personal.halves(this.examples.heldout))  # type: ignore[assignment,method-assign]
+    Ready.halves = property(lambda this: personal.halves(this.examples.heldout))  # type: ignore[assignment,method-assign]
     with tempfile.TemporaryDirectory() as work, server.embedded(hold_layers(setting.model, 2, 2)) as address:
         return federate(setting, task, Path(work), address)
 

@@ -421,27 +421,33 @@ def table(bench: Bench) -> Figures:
     return said
 
 
-def plot(figures: Mapping[str, Any], out: Path) -> None:
+def plot(bench: Bench, out: Path) -> None:
+    """Loss against memory and bytes; of all splits' kinds less that of the first split's top alone, on common runs."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    file, base = bench.options.data[0].stem, alone(bench.options.splits[0])
+    ran = {(at[1], at[4]) for key in bench.figures if len(at := key.split("/")) == 6 and at[0] == "heldout-loss"}
+    alone_runs = runs_of(bench.figures, bench.options.splits[0], base, file)
+    points: dict[str, list[tuple[str, float, float, float]]] = {}
+    for split, kind in sorted(ran):
+        at = bench.options.splits[0] if split == "any" else split
+        runs = runs_of(bench.figures, at, kind, file)
+        if common := runs.keys() & alone_runs.keys():
+            won = [runs[run]["heldout-loss"] - alone_runs[run]["heldout-loss"] for run in common]
+            points.setdefault(split, []).append((kind, *bench.costs(at, kind), mean(won)))
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
-    said = [key.split("/")[1:] for key in figures if key.startswith("node-mb/")]
-    splits = sorted({split for split, _ in said})
-    for axes, cost, label in zip(
-        panels, ("node-mb", "step-mb"), ("weights and training on the node, MB", "MB on the wire, a step"), strict=True
-    ):
-        for split, marker in zip(splits, "osD^v", strict=False):
-            names = [kind for other, kind in said if other == split and f"loss-won/{split}/{kind}" in figures]
-            points = [(figures[f"{cost}/{split}/{kind}"], -figures[f"loss-won/{split}/{kind}"]) for kind in names]
-            axes.scatter(*zip(*points, strict=True), marker=marker, label=split)
-            for kind, point in zip(names, points, strict=True):
-                axes.annotate(kind, point, xytext=(4, 3), textcoords="offset points", fontsize=7)
+    labels = ("weights and training on the node, MB", "MB on the wire, a step")
+    for place, (axes, label) in enumerate(zip(panels, labels, strict=True)):
+        for (split, found), marker in zip(points.items(), "osD^vP", strict=False):
+            axes.scatter([p[1 + place] for p in found], [p[3] for p in found], marker=marker, label=split)
+            for kind, *costs, loss in found:
+                axes.annotate(kind, (costs[place], loss), xytext=(4, 3), textcoords="offset points", fontsize=7)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("held-out loss, less that of the top alone")
+    panels[0].set_ylabel(f"held-out loss, less that of {base}")
     panels[0].legend(title="bottom + top")
     figure.savefig(out, dpi=120)
 
@@ -478,7 +484,7 @@ def main() -> None:
     bench.figures |= table(bench)
     write(options.json, bench.figures)
     if options.plot:
-        plot(bench.figures, options.plot)
+        plot(bench, options.plot)
 
 
 if __name__ == "__main__":

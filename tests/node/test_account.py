@@ -18,7 +18,7 @@ from fl_split import demo
 from fl_split.config import UNCOVERED, Dp, NodeConfig, RunConfig
 from fl_split.data.store import in_memory
 from fl_split.errors import ConfigError, NodeStateError, RoundFailed
-from fl_split.node import round
+from fl_split.node import steps
 from fl_split.node.account import NAME, Account, Charge, epsilon_of, read_charges
 from fl_split.node.record_dp import begin
 from fl_split.node.state import NodeFolder
@@ -190,7 +190,7 @@ def test_a_round_that_is_done_again_is_charged_again(
 ) -> None:
     run_app(tmp_path, **ON, **{"num-server-rounds": 1})
     with monkeypatch.context() as patched, pytest.raises(RoundFailed):
-        patched.setattr(round, "train_round", lambda *args: 1 / 0)
+        patched.setattr(steps, "train_round", lambda *args: 1 / 0)
         run_app(tmp_path, **ON, **{"run.resume": True, "num-server-rounds": 2})
     assert [c.round for c in read_charges(tmp_path / "x" / "nodes" / "0")] == [1, 2]
     run_app(tmp_path, **ON, **{"run.resume": True, "num-server-rounds": 2})

@@ -63,7 +63,7 @@ def test_they_are_of_the_mixture_that_is_exported(tmp_path: Path, monkeypatch: p
         mixed.append(len(model.active_adapters) > 1)
         return [Sample("p", "r", "a", 0.0, 0.0)]
 
-    monkeypatch.setattr("fl_split.node.round.answer_heldout", answer)
+    monkeypatch.setattr("fl_split.node.steps.answer_heldout", answer)
     monkeypatch.setattr(personal, "gain", lambda *losses: Gain(mean=1.0, error=0.0))  # of whatever is tried first
     shared = {"aggregation.personal": True, "aggregation.share": "top", "aggregation.min-nodes": 3}
     short = {"data.samples": 1, "data.holdout": 0.5, "data.partitioner": "iid", "surrogate.kind": "none"}

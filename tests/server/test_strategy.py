@@ -25,7 +25,7 @@ from fl_split.config import NodeConfig, RunConfig
 from fl_split.errors import AggregationError, ConfigError, RoundFailed
 from fl_split.model import adapters
 from fl_split.node.evaluate import evaluate
-from fl_split.node.round import RoundResult
+from fl_split.node.steps import RoundResult
 from fl_split.node.train import train_round
 from fl_split.server.strategy import _check_numbers
 
@@ -370,7 +370,7 @@ def test_node_that_missed_a_round_catches_up(
         starts.append({n: sum(m.get_delta_weight(a).detach() for a in m.active_adapters) for n, m in layers.items()})
         return train_round(model, *args)
 
-    monkeypatch.setattr("fl_split.node.round.train_round", spy)
+    monkeypatch.setattr("fl_split.node.steps.train_round", spy)
     changes = {"aggregation.combine": combine, "num-server-rounds": 3}
     run(nodes=3, grid_class=poor_grid(round_2={1002: "fails"}), **THREE, **changes)
     nodes = [entry for entry in metrics(tmp_path / "x") if "partition-id" in entry]
