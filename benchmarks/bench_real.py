@@ -51,7 +51,7 @@ from fl_split.model.loading import Boundaries
 from fl_split.model.loss import Batch
 from fl_split.model.slots import trunk_calls_of
 from fl_split.model.trunk import load_trunk
-from fl_split.node import range_test, trial
+from fl_split.node import rate_search, trial
 from fl_split.node.evaluate import evaluate
 from fl_split.node.train import RoundSettings, make_optimizer, train_round
 from fl_split.plan.plan import make_plan
@@ -278,7 +278,7 @@ class Bench:
         model, _ = self.build(f"{BOTTOM}+{top}", f"none-{top}")
         draw = partial(trial.draw, self.examples(file, seed).train, self.tokenizer, config, seed)
         with tempfile.TemporaryDirectory() as answers:
-            found = range_test.find(config, model, draw, Path(answers) / "answers", late=False)
+            found = rate_search.find(config, model, draw, Path(answers) / "answers", late=False)
         self.figures[key] = found.rate
         write(self.options.json, self.figures)
         print(key, found, flush=True)

@@ -86,7 +86,7 @@ def test_nodes_and_server_choose_the_same_split_and_packed_batches_train(
     caplog.set_level("INFO")
     options = {"split.client-memory": "10GB", "data.packing": True, "data.group-by-length": True}
     run("x", **{"num-server-rounds": 1, "data.max-length": 24, **options})
-    assert caplog.text.count("split.bottom-layers=3 and split.top-layers=2 of 8 layers") == 3
+    assert caplog.text.count("split.bottom-layers=2 and split.top-layers=3 of 8 layers") == 3
     for entry in metrics(tmp_path / "x")[:2]:
         assert entry["bad-rows"] == 0
         assert entry["truncated-tokens"] >= entry["truncated-examples"] > 0

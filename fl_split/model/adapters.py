@@ -189,9 +189,10 @@ def is_shared(model: PeftModel, name: str, how: Aggregation) -> bool:
     return {"both": True, "a-only": ".lora_A." in name, "b-only": ".lora_B." in name}[how.tensors]
 
 
-def shared_state(model: PeftModel, how: Aggregation) -> dict[str, Tensor]:
-    """The adapter weights that this node gives away; all others are private."""
-    return {name: value for name, value in adapter_state(model).items() if is_shared(model, name, how)}
+def shared_state(model: PeftModel, how: Aggregation, adapter: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights of an adapter, by default the model's, that this node gives away; all others are private."""
+    own = adapter_state(model) if adapter is None else adapter
+    return {name: value for name, value in own.items() if is_shared(model, name, how)}
 
 
 def freeze_a(model: PeftModel, share: Share) -> None:

@@ -24,7 +24,7 @@ from fl_split.data.store import Prepared
 from fl_split.model.distill import Distiller
 from fl_split.model.loss import Batch
 from fl_split.model.slots import Trunk
-from fl_split.node import personal, range_test, train, trial
+from fl_split.node import personal, rate_search, train, trial
 from fl_split.node.account import Account
 from fl_split.node.build import (
     build_model,
@@ -111,7 +111,7 @@ class Ready:
         matched = fetch_matched(config, connection)
         model = build_model(config, node.lora(config.lora), base, trunk, tokenizer.pad_token_id, matched)
         draw = partial(trial.draw, examples.train, tokenizer, config, hash((config.train.seed, node.partition_id)))
-        config = range_test.settle(config, model, draw, folder.rates, folder.answers, late=saved.number > 0)
+        config = rate_search.settle(config, model, draw, folder.rates, folder.answers, late=saved.number > 0)
         optimizer, distiller, surrogate = train.make_optimizer(model, config.train), None, config.surrogate
         if surrogate.is_trained:
             distiller = train.make_distiller(model, surrogate.distill_lr, surrogate.probe_every)

@@ -5,7 +5,7 @@
         state/<run id>/round-0003/                adapter, optimizer, surrogate and numbers as safetensors: private
         state/<run id>/choice.json                what `surrogate.kind = auto` came to
         state/<run id>/rates.json                 what `train.top-lr = auto` came to
-        state/<run id>/range-test/                what the trunk answers until that is settled: private
+        state/<run id>/rate-search/                what the trunk answers until that is settled: private
         dp-account.json                           what `dp.record-*` has spent
         samples.jsonl                             what it answers to held-out prompts: private
         examples/                                 the prepared examples: private
@@ -53,7 +53,7 @@ class NodeFolder:
 
     def __init__(self, root: Path, run_id: str) -> None:
         self.adapter, state = root / "adapter", root / "state" / run_id
-        self.choice, self.rates, self.answers = state / "choice.json", state / "rates.json", state / "range-test"
+        self.choice, self.rates, self.answers = state / "choice.json", state / "rates.json", state / "rate-search"
         self.samples = root / "samples.jsonl"
         self.rounds = Rounds(state)
 

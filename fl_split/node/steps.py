@@ -244,8 +244,7 @@ class Round(Ready):
         )
         record, path = metrics.record(), self.folder.adapter
         self.progress.finish(record, time.monotonic() - self.started, path)
-        adapter = outcome.shadow.adapter if outcome.shadow else adapters.adapter_state(self.model)
-        shared = {name: value for name, value in adapter.items() if adapters.is_shared(self.model, name, how)}
+        shared = adapters.shared_state(self.model, how, outcome.shadow.adapter if outcome.shadow else None)
         where = f"<out-dir>/{self.instructions.run_name}/{path.name}" if self.node.out_dir else str(path)
         num_scored = min(len(half) for half in self.halves if half)  # scores are of either
         given = given_away(record, num_scored, self.node, len(outcome.samples))

@@ -24,8 +24,8 @@ from fl_split.errors import TrunkError
 from fl_split.model import adapters
 from fl_split.model.slots import Nowhere, trunk_calls_of
 from fl_split.model.trunk import LocalTrunk, load_trunk
-from fl_split.node import range_test, round, trial
-from fl_split.node.range_test import choose, find, search
+from fl_split.node import rate_search, round, trial
+from fl_split.node.rate_search import choose, find, search
 from fl_split.node.trial import Gain, draw
 from fl_split.tools.gradcheck import Candidate, build
 
@@ -170,9 +170,9 @@ class Killed(BaseException):
 def run(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """A short run of which the test is worth it, on the demo's model under another name; the run's folder."""
     for module, name, value in (
-        (range_test, "LEAST_STEPS", 1),
-        (range_test, "_LOWEST", 4e-3),
-        (range_test, "_HIGHEST", 8e-3),
+        (rate_search, "LEAST_STEPS", 1),
+        (rate_search, "_LOWEST", 4e-3),
+        (rate_search, "_HIGHEST", 8e-3),
         (trial, "STEPS", 2),
         (trial, "MEASURED", 16),
     ):
@@ -206,7 +206,7 @@ def test_run_tests_once_and_is_that_of_the_rates_in_numbers_bit_for_bit(
     run: Callable[..., Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = list[bool]()
-    monkeypatch.setattr(range_test, "find", lambda *a, **k: asked.append(True) or find(*a, **k))
+    monkeypatch.setattr(rate_search, "find", lambda *a, **k: asked.append(True) or find(*a, **k))
     caplog.set_level("INFO")
     found = run("auto")
     assert len(asked) == 1 and caplog.text.count("train.top-lr='auto' is ") == 1
@@ -224,7 +224,7 @@ def test_after_a_kill_the_rates_are_the_same(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     asked = list[bool]()
-    monkeypatch.setattr(range_test, "find", lambda *a, **k: asked.append(True) or find(*a, **k))
+    monkeypatch.setattr(rate_search, "find", lambda *a, **k: asked.append(True) or find(*a, **k))
     whole = run("whole")
 
     save = round.Round.save
@@ -236,7 +236,7 @@ def test_after_a_kill_the_rates_are_the_same(
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
         if when == "in the test":
-            patched.setattr(range_test, "choose", kill)
+            patched.setattr(rate_search, "choose", kill)
         else:
             patched.setattr(round.Round, "save", kill)
         run("killed")
@@ -260,7 +260,7 @@ def test_what_others_share_does_not_change_the_rates(run: Callable[..., Path]) -
 def test_run_that_began_without_a_test_keeps_its_rates(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(range_test, "LEAST_STEPS", 5)
+    monkeypatch.setattr(rate_search, "LEAST_STEPS", 5)
     folder = run("x")
     assert rates(folder) == [CAREFUL_RATE]
     run("x", **{"run.resume": True, "num-server-rounds": 4})
