@@ -17,6 +17,11 @@ RESIDUAL_A, RESIDUAL_B = ".residual_A.weight", ".residual_B.weight"  # what beca
 _NEGLIGIBLE = 1e-7  # of the largest singular value: float32 cannot hold less
 
 
+def are_equal(one: Arrays, other: Arrays) -> bool:
+    """Whether two adapters have the same arrays, bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def modules(arrays: Arrays) -> list[str]:
     """Names of the modules whose A *and* B are at hand, in order."""
     return [module for module in prefixes(arrays, LORA_A) if module + LORA_B in arrays]

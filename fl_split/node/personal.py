@@ -8,7 +8,7 @@ nodes' and is what leaves. The node's model is ``(1 - w) own + w shared``. Each 
 it, chosen on one half of the held-out examples; the other half is what is reported.
 
 Sharing the nodes' own adapters instead, and mixing their mean in, costs no second training, but the mean of what was
-trained apart falls behind as training goes on: figures in docs/federation.md.
+trained apart falls behind as training goes on (benchmarks/README.md).
 """
 
 import logging

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fl_split.config import Combine
 from fl_split.model import adapters
-from fl_split.model.products import LORA_A, LORA_B, RESIDUAL_A, RESIDUAL_B, Arrays, add, modules, prefixes
+from fl_split.model.products import LORA_A, LORA_B, RESIDUAL_A, RESIDUAL_B, Arrays, add, are_equal, modules, prefixes
 from fl_split.node.train import forget_moments
 
 
@@ -80,8 +80,7 @@ def products(adapter: Arrays, scaling: float) -> dict[str, Tensor]:
 
 def moved(new: Arrays, old: Arrays) -> dict[str, Tensor]:
     """`new`, with one number moved by a hair if all equal `old`: Flower's clipping divides by the update's norm."""
-    same = new.keys() == old.keys() and all(torch.equal(value, old[name]) for name, value in new.items())
-    if not new or not same:
+    if not new or not are_equal(new, old):
         return dict(new)
     name = next(iter(new))
     flat = new[name].clone().flatten()

@@ -9,13 +9,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from fl_split.config import Aggregation, NodeConfig, RunConfig
 from fl_split.errors import FLSplitError
 from fl_split.model import adapters
+from fl_split.model.products import are_equal
 from fl_split.model.slots import trunk_calls_of
 from fl_split.node import masks, personal, train
 from fl_split.node.build import check_consent, check_demo_data
@@ -129,7 +129,8 @@ class PersonalRound(Round):
         if not chooses:
             text = "%d held-out examples are too few to weigh what is shared: this node's own adapter stays alone"
             logger.warning(text, len(self.examples.heldout))
-        elif received and outcome.shadow and not _equal(outcome.shadow.adapter, adapters.adapter_state(self.model)):
+        elif received and outcome.shadow and not are_equal(outcome.shadow.adapter, adapters.adapter_state(self.model)):
+            # equal before others' rounds: then any mixture would win or lose by rounding alone
             shared = products({**received, **outcome.shadow.adapter}, adapters.scaling_of(self.model))
             parts = [part for part in adapters.PARTS if part == "top" or self.config.surrogate.trains_bottom]
             alone = self.losses_on(reported)
@@ -143,8 +144,3 @@ class PersonalRound(Round):
             heldout["selection"] = {"loss": (losses.sum() / targets.sum()).item()}
         evaluate_s = outcome.evaluate_s + time.monotonic() - started
         return replace(outcome, heldout=heldout, worth=worth, evaluate_s=evaluate_s)
-
-
-def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Whether two adapters are the same: before others' rounds, when any mixture would win or lose by rounding only."""
-    return all(torch.equal(value, other[name]) for name, value in one.items())
