@@ -65,8 +65,7 @@ def _disk(plan: Plan, config: RunConfig, folder: Path) -> Check:
         )
     free = shutil.disk_usage(there).free
     cache = 0 if config.surrogate.trains_bottom else config.trunk.cache_mb * 10**6
-    state = plan.node.training * config.aggregation.num_trainings
-    needed = 3 * state + cache  # two rounds' state, and one while it is written
+    needed = 3 * plan.node.training + cache  # two rounds' state, and one while it is written
     text = f"{needed / 1e9:.1f} GB are needed below {folder} beside the examples, {free / 1e9:.1f} GB are free"
     if needed <= free:
         return Check("pass", "disk", text)

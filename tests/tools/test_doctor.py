@@ -166,10 +166,12 @@ def test_too_little_memory_or_disk_fails_with_a_remedy_and_is_said_before_the_fi
     assert unknown.status == "warn"
 
 
-def test_second_adapter_needs_disk_as_well(tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_adapter_needs_room_as_well(tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for keys in ({}, {"aggregation.personal": True, "aggregation.share": "top", "aggregation.min-nodes": 3}):
         config = RunConfig.from_flat({"run.dir": str(tmp_path), **keys})
-        free = 3 * make_plan(read_config("demo"), config).node.training
+        plan, alone = make_plan(read_config("demo"), config), make_plan(read_config("demo"), RunConfig())
+        assert plan.node.training == config.aggregation.num_trainings * alone.node.training
+        free = 3 * alone.node.training
         monkeypatch.setattr(fits_here.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         assert list(check_room(config, NodeConfig()))[1].status == ("fail" if keys else "pass")
 
