@@ -67,6 +67,10 @@ def _run_rounds(grid: Grid, run: RunFolder, stack: ExitStack) -> None:
         logger.info("rates: train.top-lr='auto', so each node settles its own before its first round, and logs why")
     else:
         logger.info("rates: train.bottom-lr=%g, train.top-lr=%g", *config.train.rates)
+    if config.aggregation.share != "none" and config.aggregation.personal == "auto":
+        why = config.why_not_personal
+        what = f"no adapter of their own ({why})" if why else "an adapter of their own, beside the one that is shared"
+        logger.info("sharing: aggregation.personal='auto', so nodes train %s", what)
     address, shares = config.trunk.address, {}
     if config.has_shares:
         shares = {"share-address": config.trunk.share_address}

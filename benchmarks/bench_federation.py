@@ -201,13 +201,13 @@ def federate(setting: Setting, task: Task, work: Path, address: str) -> Figures:
     figures = {"sent": statistics.mean(up) / len(nodes), "bytes": statistics.mean(map(sum, zip(up, down, strict=True)))}
     probe = config.model_copy(update={"train": config.train.model_copy(update={"steps": 1, "accumulation": 1})})
     for i, (file, node) in enumerate(zip(setting.files, nodes, strict=True)):
-        if received and not config.aggregation.personal:
+        if received and not config.is_personal:
             metrics = ask(probe, node, setting.rounds + 1).metrics
             figures[f"combined/{file.stem}"] = metrics["heldout-loss-before"]
         metrics = metrics if mode.pooled else results[i].metrics
         figures[f"base/{file.stem}"] = float(metrics["heldout-loss-base"])
         figures[f"own/{file.stem}"] = metrics["heldout-loss-before" if mode.pooled else "heldout-loss-after"]
-        if config.aggregation.personal:
+        if config.is_personal:
             figures[f"error/{file.stem}"] = metrics["gain-over-alone-error"]
             figures[f"weight/{file.stem}"] = metrics["shared-weight-top"]
     return figures

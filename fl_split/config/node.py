@@ -107,7 +107,10 @@ class NodeConfig(BaseModel):
         """
         names = ("record_noise_multiplier", "record_clip", "record_delta", "record_max_epsilon")
         own = {f"dp.{kebab(name)}": value for name in names if (value := getattr(self, name))}
-        return RunConfig.from_flat({**of_run.to_flat(), **own}) if own else of_run
+        if not own:
+            return of_run
+        personal = of_run.is_personal  # settled by the run, not by this: Flower wants the same metrics of all nodes
+        return RunConfig.from_flat({**of_run.to_flat(), "aggregation.personal": personal, **own})
 
     def folder(self, config: RunConfig, run_name: str) -> Path:
         """Where this node keeps what it trains."""

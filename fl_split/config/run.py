@@ -70,8 +70,8 @@ class RunConfig(Section):
         _check_aggregation(self.aggregation, self.dp)
         if self.aggregation.secure:
             _check_secure(self.aggregation, self.dp)
-        if self.aggregation.personal:
-            _check_personal(self.aggregation, self.dp, self.lora)
+        if self.aggregation.personal is True and (reason := self.why_not_personal):
+            raise ValueError(f"aggregation.personal=true does not go with {reason}")
         if self.dp.is_record:
             _check_record(self)
         if self.lora.variant == "dora" and (self.aggregation.combine, self.aggregation.tensors) != ("mean", "both"):
@@ -116,6 +116,34 @@ class RunConfig(Section):
     def has_shares(self) -> bool:
         """Whether nodes may send gradients in shares, to a second trunk."""
         return self.surrogate.kind == "shares" or (self.surrogate.kind == "auto" and self.trunk.share_address != "")
+
+    @property
+    def is_personal(self) -> bool:
+        """Whether a node trains an adapter of its own beside the one that is shared."""
+        return self.aggregation.personal is not False and not self.why_not_personal
+
+    @property
+    def num_trainings(self) -> int:
+        """How often a node trains a round's steps."""
+        return 2 if self.is_personal else 1
+
+    @property
+    def why_not_personal(self) -> str:
+        """What `aggregation.personal` cannot keep its promise with: a node's own adapter is nobody's but its own."""
+        how, mode = self.aggregation, self.dp.mode
+        reasons = {
+            "aggregation.share='none'": how.share == "none" and "there is nothing to add to a node's own adapter",
+            f"aggregation.tensors={how.tensors!r}": how.tensors != "both"
+            and "half of a product B A can be neither frozen nor weighed",
+            "aggregation.share-head=true": how.share_head and "a head is no product B A",
+            "lora.variant='dora'": self.lora.variant == "dora" and "its update is no product B A",
+            "dp.record-noise-multiplier": self.dp.is_record
+            and "private examples decide how much of the others' adapters is taken",
+            f"aggregation.min-nodes={how.min_nodes}": how.min_nodes < 3
+            and mode == "off"
+            and "the mean of two adapters shows each node the other's: set 3 or more, or dp.mode",
+        }
+        return next((f"{given}: {reason}" for given, reason in reasons.items() if reason), "")
 
     def with_kind(self, kind: Kind) -> "RunConfig":
         """The configuration of a node that has settled what gives its bottom a gradient."""
@@ -197,23 +225,6 @@ def _check_aggregation(aggregation: Aggregation, dp: Dp) -> None:
         )
 
 
-def _check_personal(aggregation: Aggregation, dp: Dp, lora: Lora) -> None:
-    """Refuse what `aggregation.personal` cannot keep its promise with: a node's own adapter is nobody's but its own."""
-    reasons = {
-        "aggregation.share='none'": aggregation.share == "none" and "there is nothing to add to a node's own adapter",
-        f"aggregation.tensors={aggregation.tensors!r}": aggregation.tensors != "both"
-        and "half of a product B A can be neither frozen nor weighed",
-        "aggregation.share-head=true": aggregation.share_head and "a head is no product B A",
-        "lora.variant='dora'": lora.variant == "dora" and "its update is no product B A",
-        f"aggregation.min-nodes={aggregation.min_nodes}": aggregation.min_nodes < 3
-        and dp.mode == "off"
-        and "the mean of two adapters shows each node the other's: set 3 or more, or dp.mode",
-    }
-    for given, reason in reasons.items():
-        if reason:
-            raise ValueError(f"aggregation.personal=true does not go with {given}: {reason}")
-
-
 def _check_secure(aggregation: Aggregation, dp: Dp) -> None:
     """Refuse what needs a single node's part, which masks hide, or a sum without some of the nodes."""
     strategy, combine = aggregation.strategy, aggregation.combine
@@ -253,8 +264,6 @@ def _check_record(config: RunConfig) -> None:
         and "a trial on private examples decides whether the bottom trains; set it to false",
         "train.keep='best'": config.train.keep == "best"
         and "private examples decide which adapter is exported; set 'last'",
-        "aggregation.personal=true": config.aggregation.personal
-        and "private examples decide how much of the others' adapters is taken",
         "data.packing=true": config.data.packing and "each example's gradient is clipped by itself",
         "data.group-by-length=true": config.data.group_by_length
         and "each example is drawn by itself, which epsilon counts on",

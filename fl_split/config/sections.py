@@ -304,10 +304,11 @@ class Aggregation(Section):
     share_head: bool = Field(
         False, description="share a classifier's head with the top; it shows how frequent each label is on a node"
     )
-    personal: bool = Field(
-        False,
+    personal: bool | Literal["auto"] = Field(
+        "auto",
         description="each node's adapter trains as if nothing were shared, and a second one, which is, beside it; its "
-        "model is a mixture of both, as far as that is better on the node's own examples",
+        "model is a mixture of both, as far as that is better on the node's own examples; `auto`: true where something "
+        "is shared and that goes together with it, see docs",
     )
     secure: bool = Field(
         False,
@@ -340,11 +341,6 @@ class Aggregation(Section):
         1.0, description="part of the connected nodes that a round asks, at least `aggregation.min-nodes`"
     )
     min_nodes: Positive = Field(2, description="fewer nodes in a round, and the run stops with an error")
-
-    @property
-    def num_trainings(self) -> int:
-        """How often a node trains a round's steps."""
-        return 2 if self.personal else 1
 
 
 UNCOVERED = "it does not cover hidden states, which the trunk's operator can read"  # stands beside every epsilon

@@ -149,7 +149,7 @@ def _too_much_to_send(config: RunConfig, folder: Path) -> str:
 
 def _num_batches(config: RunConfig) -> int:
     """Count the micro-batches that a node trains in a round."""
-    return config.train.accumulation * config.train.steps * config.aggregation.num_trainings
+    return config.train.accumulation * config.train.steps * config.num_trainings
 
 
 def _no_streamed(config: RunConfig, node: NodeConfig, folder: Path) -> str:

@@ -157,7 +157,7 @@ class Ready:
     def halves(self) -> tuple[Prepared, Prepared]:
         """Held-out examples to choose by, of `aggregation.personal`, and those that are reported."""
         heldout = self.examples.heldout
-        return personal.halves(heldout) if self.config.aggregation.personal else (heldout[:0], heldout)
+        return personal.halves(heldout) if self.config.is_personal else (heldout[:0], heldout)
 
     def losses_on(self, examples: Prepared) -> trial.Losses:
         """Losses of single examples, with the model as it stands."""

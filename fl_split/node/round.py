@@ -53,7 +53,7 @@ def run_round(
         check_scorer()
     config = node.with_record_dp(config)
     with ExitStack() as stack:
-        kind = PersonalRound if config.aggregation.personal else Round
+        kind = PersonalRound if config.is_personal else Round
         this = kind.build(choose_split(config).with_rates(), node, instructions, stack)
         outcome = this.run(received)
         outcome = replace(outcome, samples=this.answer())
@@ -127,8 +127,11 @@ class PersonalRound(Round):
         worth, heldout = personal.Worth(), {**outcome.heldout, "alone": outcome.heldout["after"]}
         chosen: Losses | None = None
         if not chooses:
-            text = "%d held-out examples are too few to weigh what is shared: this node's own adapter stays alone"
-            logger.warning(text, len(self.examples.heldout))
+            logger.warning(
+                "%d held-out examples are too few to weigh what is shared: this node's own adapter stays alone; raise "
+                "data.holdout",
+                len(self.examples.heldout),
+            )
         elif received and outcome.shadow and not are_equal(outcome.shadow.adapter, adapters.adapter_state(self.model)):
             # equal before others' rounds: then any mixture would win or lose by rounding alone
             shared = products({**received, **outcome.shadow.adapter}, adapters.scaling_of(self.model))

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from fl_split import wire
-from fl_split.config import Dp, Report, Run, RunConfig, num_bytes
+from fl_split.config import Report, Run, RunConfig, num_bytes
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.checkpoint import read_config
 from fl_split.model.family import Anatomy, auto_class, examine
@@ -103,7 +103,7 @@ def make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
         SplitError: The model cannot be split, or not here.
         ConfigError: Surrogate or adapters do not fit the model.
     """
-    run = run.model_copy(update={"run": Run(), "report": Report(), "dp": Dp()})
+    run = run.model_copy(update={"run": Run(), "report": Report()})
     key = (type(config).__name__, config.to_json_string(), run)  # many nodes of a simulation ask for the same
     if key not in _planned:
         _planned[key] = _make_plan(config, run)
@@ -128,7 +128,7 @@ def _make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
     kept_params = sum(sizes[i] for i in kept)
     token_bytes = key_value_bytes(model, cut.trunk) if run.task == "causal-lm" else 0
     training, activations = _step(model, config, anatomy, cut, kept, run)
-    training *= run.aggregation.num_trainings  # each leaves an adapter and its moments
+    training *= run.num_trainings  # each leaves an adapter and its moments
     if run.surrogate.is_trained:
         training += 3 * kept_params * dtype.itemsize
     tokens = run.train.batch_size * run.data.max_length

@@ -188,4 +188,14 @@ def _resumed(saved: Mapping[str, Scalar], now: RunConfig, given: Mapping[str, Sc
             + ", ".join(f"{key} was {saved.get(key, default.get(key))!r} and is {given[key]!r}" for key in changed)
             + "; leave these out, since the run's own configuration is used, or choose another run.name"
         )
-    return RunConfig.from_flat({**saved, **given, **{key: flat[key] for key in ("run.name", "run.dir", "run.resume")}})
+    resumed = RunConfig.from_flat(
+        {**saved, **given, **{key: flat[key] for key in ("run.name", "run.dir", "run.resume")}}
+    )
+    began, before = RunConfig.from_flat(saved), saved.get("aggregation.min-nodes")
+    if began.is_personal != resumed.is_personal:
+        raise NodeStateError(
+            f"cannot resume with aggregation.min-nodes={resumed.aggregation.min_nodes}: it was {before!r}, and whether "
+            "nodes train an adapter of their own beside the shared one, which aggregation.personal='auto' means from 3 "
+            "nodes on, cannot change in a run"
+        )
+    return resumed

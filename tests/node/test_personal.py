@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fl_split.config import Lora, RunConfig
+from fl_split.config import Lora, NodeConfig, RunConfig
 from fl_split.data.store import Prepared
 from fl_split.errors import ConfigError, FLSplitError
 from fl_split.model import adapters
@@ -202,9 +202,46 @@ def test_what_breaks_the_promise_is_refused(changes: dict[str, Any], message: st
         RunConfig.from_flat({**PERSONAL, **changes})
 
 
+def test_auto_is_personal_where_that_goes_together_with_what_is_shared() -> None:
+    shares = {"aggregation.share": "top", "aggregation.min-nodes": 3}
+    assert RunConfig.from_flat(shares).is_personal
+    assert RunConfig.from_flat({**shares, "aggregation.strategy": "fedavgm"}).num_trainings == 2
+    for other in (
+        {"aggregation.share": "none"},
+        {"aggregation.min-nodes": 2},
+        {"aggregation.tensors": "a-only"},
+        {"lora.variant": "dora"},
+        {"aggregation.personal": False},
+        {"dp.record-noise-multiplier": 1.0, "surrogate.kind": "none", "train.keep": "last"},
+    ):
+        config = RunConfig.from_flat({**shares, **other})
+        assert not config.is_personal and config.num_trainings == 1
+
+
+@pytest.mark.usefixtures("demo_model")
+@pytest.mark.parametrize(("least", "said"), [(2, "no adapter of their own (aggregation.min"), (3, "an adapter")])
+def test_auto_is_said_and_done(tmp_path: Path, caplog: pytest.LogCaptureFixture, least: int, said: str) -> None:
+    caplog.set_level("INFO")
+    rows = [{"question": f"number {i}?", "answer": "it is"} for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = {"data.path": f"{tmp_path}/a.jsonl", "num-server-rounds": 1, "train.steps": 1, "surrogate.kind": "none"}
+    run_app(tmp_path, nodes=3, **short, **{"aggregation.share": "top", "aggregation.min-nodes": least})
+    assert f"sharing: aggregation.personal='auto', so nodes train {said}" in caplog.text
+    lines = map(json.loads, (tmp_path / "x" / "metrics.jsonl").read_text().splitlines())
+    assert any("gain-over-alone" in entry for entry in lines) == (least == 3)
+
+
+def test_a_nodes_own_privacy_does_not_change_what_all_nodes_do() -> None:
+    fits: dict[str, Any] = {"surrogate.kind": "none", "train.keep": "last", "aggregation.share": "top"}
+    own = NodeConfig(record_noise_multiplier=1.0)
+    assert not own.with_record_dp(RunConfig.from_flat(fits)).is_personal
+    with pytest.raises(ConfigError, match=r"personal=true does not go with dp\.record-noise-multiplier: private"):
+        own.with_record_dp(RunConfig.from_flat({**fits, "aggregation.min-nodes": 3}))
+
+
 def test_two_nodes_may_with_noise() -> None:
     noisy = {"dp.mode": "client-fixed", "aggregation.weighting": "equal", "aggregation.min-nodes": 2}
-    assert RunConfig.from_flat({**PERSONAL, **noisy}).aggregation.personal
+    assert RunConfig.from_flat({**PERSONAL, **noisy}).is_personal
 
 
 # -------------------------------------------------------------------------------------------------- the mixture

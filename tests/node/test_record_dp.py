@@ -225,7 +225,7 @@ ON: dict[str, Any] = {"dp.record-noise-multiplier": 1.0, "train.keep": "last", "
         ({"train.keep": "best"}, r"train\.keep='best': private examples decide which"),
         (
             {"aggregation.personal": True, "aggregation.share": "top", "aggregation.min-nodes": 3},
-            r"aggregation\.personal=true: private examples decide how much",
+            r"aggregation\.personal=true does not go with dp\.record-noise-multiplier: private examples decide",
         ),
         ({"data.packing": True}, r"data\.packing=true: each example's gradient is clipped by itself"),
         ({"data.group-by-length": True}, r"data\.group-by-length=true: each example is drawn by itself"),

@@ -201,6 +201,13 @@ def test_resume_with_fewer_nodes_is_refused_with_privacy_only(tmp_path: Path) ->
         RunFolder.open(config(tmp_path / "private", **fewer), VERSIONS)
 
 
+def test_resume_does_not_change_whether_nodes_train_adapters_of_their_own(tmp_path: Path) -> None:
+    finished(tmp_path, **{"aggregation.share": "top", "aggregation.min-nodes": 3})
+    with pytest.raises(NodeStateError, match=r"min-nodes=1: it was 3, and whether nodes train an adapter of their own"):
+        RunFolder.open(config(tmp_path, **{"run.resume": True, "aggregation.min-nodes": 1}), VERSIONS)
+    RunFolder.open(config(tmp_path, **{"run.resume": True, "aggregation.min-nodes": 4}), VERSIONS)
+
+
 def test_a_run_without_a_name_gets_one(tmp_path: Path) -> None:
     run = RunFolder.open(named(RunConfig.from_flat({"run.dir": str(tmp_path)})), VERSIONS)
     assert run.root.parent == tmp_path and run.root.name == run.config.run.name != ""

@@ -170,7 +170,7 @@ def test_a_second_adapter_needs_room_as_well(tmp_path: Path, demo_model: Path, m
     for keys in ({}, {"aggregation.personal": True, "aggregation.share": "top", "aggregation.min-nodes": 3}):
         config = RunConfig.from_flat({"run.dir": str(tmp_path), **keys})
         plan, alone = make_plan(read_config("demo"), config), make_plan(read_config("demo"), RunConfig())
-        assert plan.node.training == config.aggregation.num_trainings * alone.node.training
+        assert plan.node.training == config.num_trainings * alone.node.training
         free = 3 * alone.node.training
         monkeypatch.setattr(fits_here.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         assert list(check_room(config, NodeConfig()))[1].status == ("fail" if keys else "pass")
