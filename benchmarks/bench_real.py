@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from functools import partial
-from itertools import islice, product
+from itertools import chain, islice, product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -340,8 +340,14 @@ def plot(bench: Bench, out: Path) -> None:
     for place, (axes, label) in enumerate(zip(panels, labels, strict=True)):
         for (split, found), marker in zip(points.items(), "osD^vP", strict=False):
             axes.scatter([p[1 + place] for p in found], [p[3] for p in found], marker=marker, label=split)
-            for kind, *costs, loss in found:
-                axes.annotate(kind, (costs[place], loss), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        width, height = (high - low for low, high in (axes.get_xlim(), axes.get_ylim()))
+        near: dict[tuple[int, int], tuple[tuple[float, float], list[str]]] = {}  # points of one label
+        for kind, *costs, loss in chain(*points.values()):
+            cell = round(25 * costs[place] / width), round(40 * loss / height)
+            near.setdefault(cell, ((costs[place], loss), []))[1].append(kind)
+        for at_point, kinds in near.values():
+            text = "\n".join(dict.fromkeys(kinds))
+            axes.annotate(text, at_point, xytext=(5, 3), textcoords="offset points", fontsize=7)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(f"held-out loss, less that of {base}")
