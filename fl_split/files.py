@@ -29,6 +29,12 @@ _REFUSALS = {
     errno.EACCES: _NO_RIGHT,
     errno.EPERM: _NO_RIGHT,
 }
+_OF_SQLITE = {  # whose errors are no OSError
+    "SQLITE_FULL": errno.ENOSPC,
+    "SQLITE_IOERR_SHMSIZE": errno.ENOSPC,
+    "SQLITE_CANTOPEN": errno.EACCES,
+    "SQLITE_READONLY": errno.EACCES,
+}
 
 
 @contextmanager
@@ -48,6 +54,7 @@ def disk_in_words(folder: Path | str) -> Iterator[None]:
     except Exception as error:  # safetensors tells a full disk in a text only
         told = re.search(r"\(os error (\d+)\)", str(error))
         number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        number = _OF_SQLITE.get(getattr(error, "sqlite_errorname", ""), number)
         if number not in _REFUSALS:
             raise
         raise FLSplitError(f"{getattr(error, 'filename', None) or folder}: {_REFUSALS[number]}") from error

@@ -2,21 +2,35 @@
 
 import errno
 import os
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_app
 from safetensors import SafetensorError
+from torch import Tensor
 from typer.testing import CliRunner
 
 from fl_split.cli import app
 from fl_split.errors import ConfigError, FLSplitError
 from fl_split.files import Rounds, disk_in_words
+from fl_split.node.trunk_cache import CachedTrunk
 
 SERIALIZING = "Error while serializing: I/O error: No space left on device (os error 28)"
+
+
+def of_sqlite(name: str) -> Exception:
+    """As SQLite raises it: the message says less than the name."""
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorname = name
+    return error
+
+
 Refuse = Callable[[Exception], None]
 
 
@@ -31,6 +45,9 @@ Refuse = Callable[[Exception], None]
         (OSError(errno.EROFS, "Read-only file system", "/out/a"), "^/out/a: the disk is read-only: name a folder on"),
         (PermissionError(errno.EACCES, "Permission denied", "/a"), "^/a: this account may not read or write there"),
         (SafetensorError(SERIALIZING), "^/out: the disk is full"),
+        (of_sqlite("SQLITE_FULL"), "^/out: the disk is full"),
+        (of_sqlite("SQLITE_IOERR_SHMSIZE"), "^/out: the disk is full"),
+        (of_sqlite("SQLITE_CANTOPEN"), "^/out: this account may not read or write there"),
     ],
 )
 def test_a_refusal_of_the_disk_is_told_in_words(error: Exception, message: str) -> None:
@@ -55,7 +72,14 @@ def test_a_command_tells_it_as_well(error: Exception, message: str, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    "error", [ConnectionRefusedError(errno.ECONNREFUSED, "no"), ValueError("x"), SafetensorError("x"), ConfigError("x")]
+    "error",
+    [
+        ConnectionRefusedError(errno.ECONNREFUSED, "no"),
+        ValueError("x"),
+        SafetensorError("x"),
+        of_sqlite("SQLITE_CORRUPT"),
+        ConfigError("x"),
+    ],
 )
 def test_other_errors_stay_what_they_are(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, disk_in_words(Path("/out")):
@@ -71,7 +95,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
     if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]).returncode:
         pytest.skip("only root may make a small disk")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "-l", folder], check=True)  # lazily: a traceback holds a database open
 
 
 def test_a_round_that_does_not_fit_leaves_the_last_one(small: Path) -> None:
@@ -82,6 +106,22 @@ def test_a_round_that_does_not_fit_leaves_the_last_one(small: Path) -> None:
     assert rounds.finished() == [1] and torch.equal(rounds.load(1, "adapter")["a"], torch.zeros(10))
     rounds.save(2, {"adapter": {"a": torch.ones(10)}}, 2)  # what was left half done is in nobody's way
     assert rounds.finished() == [1, 2] and not list(small.glob(".round-*"))
+
+
+@pytest.mark.parametrize("filled", [0, 30, 64], ids=lambda kilobytes: f"{64 - kilobytes}-left")
+def test_a_trunk_cache_that_does_not_fit_is_told_in_words(small: Path, filled: int) -> None:
+    (small / "other").write_bytes(b"x" * filled * 1024)  # SQLite fails at another place each time
+
+    class Twice:
+        def start(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None) -> "Future[Tensor]":
+            done: Future[Tensor] = Future()
+            done.set_result(2 * hidden)
+            return done
+
+    with pytest.raises(FLSplitError, match=f"{small}: the disk is full"), disk_in_words(small):
+        with closing(CachedTrunk(Twice(), small / "cache.sqlite", 10**9, b"")) as cache:
+            for _ in range(20):
+                cache.start(torch.randn(4, 16, 64), None, None).result()
 
 
 @pytest.mark.parametrize(

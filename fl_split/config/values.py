@@ -1,5 +1,6 @@
 """Keys and values as people give them to `flwr run`: flat, from TOML files and ``key=value`` strings."""
 
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -26,9 +27,10 @@ def num_bytes(size: str) -> int:
         ValueError: It is no size.
     """
     match = _SIZE.fullmatch(size)
-    if not match:
+    count = float(match[1]) * _UNITS[match[2].upper()] if match else math.nan
+    if not math.isfinite(count):
         raise ValueError(f"expected a number and MB, GB, MiB or GiB, such as '4GB', not {size!r}")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(count)
 
 
 def read_values(file: Path | None, overrides: list[str]) -> dict[str, Scalar]:

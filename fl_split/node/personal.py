@@ -55,7 +55,7 @@ def halves(heldout: Prepared) -> tuple[Prepared, Prepared]:
 
 
 def weigh(
-    model: PeftModel, shared: Mapping[str, Tensor], parts: Sequence[Part], measure: Callable[[], Losses]
+    model: PeftModel, shared: Mapping[str, Tensor], parts: Sequence[Part], alone: Losses, measure: Callable[[], Losses]
 ) -> tuple[dict[Part, float], Losses]:
     """Choose how much of what is shared to take, and leave the model so.
 
@@ -63,13 +63,13 @@ def weigh(
         model: The node's, with its own adapter; mutated: the shared one stays in it, unless it does not help.
         shared: As `adapters.add_residual` takes it.
         parts: Which have adapters; first one weight for all, then one for the first.
-        measure: Losses of the examples to choose by.
+        alone: Losses of the examples to choose by, with the own adapter alone.
+        measure: The same, with the model as it stands.
 
     Returns:
         Each part's weight, none if nothing is better than the own adapter alone by more than one standard error; and
         the losses of the model as it is left.
     """
-    alone = measure()
     adapters.add_residual(model, shared)
     chosen: dict[Part, float] = {}
     best, least = Gain(), alone

@@ -19,7 +19,7 @@ from fl_split.model.products import are_equal
 from fl_split.model.slots import trunk_calls_of
 from fl_split.node import masks, personal, train
 from fl_split.node.build import check_consent, check_demo_data
-from fl_split.node.evaluate import scores_before
+from fl_split.node.evaluate import Scores, scores_before
 from fl_split.node.ready import Instructions
 from fl_split.node.received import products
 from fl_split.node.samples import check_scorer
@@ -68,19 +68,30 @@ class PersonalRound(Round):
         """Train the node's own adapter, then what is shared, and take of that what helps; arguments as of `Round.run`.
 
         Raises:
-            FLSplitError: What is shared cannot be trained on; the node's own adapter is kept on its disk before.
+            FLSplitError: What is shared cannot be trained or weighed; the own adapter is kept before that.
         """
         began = adapters.adapter_state(self.model)
         self.restore()
-        outcome = self.train(Aggregation())
+        outcome, alone = self.train_own()
         try:
-            outcome = self.train_shared(outcome, received, began)
+            return self.weigh(self.train_shared(outcome, received, began), received, alone)
         except FLSplitError as error:
-            before = Shadow(self.saved.shared_adapter, self.saved.shared_optimizer)
-            self.save(self.weigh(replace(outcome, shadow=before), {}))
+            adapters.drop_residual(self.model)
+            self.save(replace(outcome, shadow=Shadow(self.saved.shared_adapter, self.saved.shared_optimizer)))
             text = f"of what is shared, beside this node's own adapter, which is kept: {error}"
             raise type(error)(text) from error
-        return self.weigh(outcome, received)
+
+    def train_own(self) -> tuple[Outcome, Losses | None]:
+        """Train the node's own adapter; with its losses on the examples to choose by, None where they are too few.
+
+        They are measured now: it has to be kept even if the trunk goes away afterwards.
+        """
+        outcome, started = self.train(Aggregation()), time.monotonic()
+        chooses, after = self.halves[0], outcome.heldout["after"]
+        alone = self.losses_on(chooses) if chooses else None
+        selection = _mean(alone) if alone else {"loss": after["loss"]}  # the same metrics on all nodes
+        heldout = {**outcome.heldout, "alone": after, "selection": selection}
+        return replace(outcome, heldout=heldout, evaluate_s=outcome.evaluate_s + time.monotonic() - started), alone
 
     def train_shared(self, outcome: Outcome, received: dict[str, Tensor], began: dict[str, Tensor]) -> Outcome:
         """Train what is shared, as in a run without `aggregation.personal`; leaves the node's own adapter in the model.
@@ -120,13 +131,12 @@ class PersonalRound(Round):
             trunk_forward_s=outcome.trunk_forward_s + forward_s,
         )
 
-    def weigh(self, outcome: Outcome, received: dict[str, Tensor]) -> Outcome:
+    def weigh(self, outcome: Outcome, received: dict[str, Tensor], alone: Losses | None) -> Outcome:
         """Take as much of what is shared as helps: `node.personal`; mutates the model, until the round's end."""
         started = time.monotonic()
         chooses, reported = self.halves
-        worth, heldout = personal.Worth(), {**outcome.heldout, "alone": outcome.heldout["after"]}
-        chosen: Losses | None = None
-        if not chooses:
+        worth, heldout = personal.Worth(), dict(outcome.heldout)
+        if alone is None:
             logger.warning(
                 "%d held-out examples are too few to weigh what is shared: this node's own adapter stays alone; raise "
                 "data.holdout",
@@ -136,14 +146,16 @@ class PersonalRound(Round):
             # equal before others' rounds: then any mixture would win or lose by rounding alone
             shared = products({**received, **outcome.shadow.adapter}, adapters.scaling_of(self.model))
             parts = [part for part in adapters.PARTS if part == "top" or self.config.surrogate.trains_bottom]
-            alone = self.losses_on(reported)
-            weights, chosen = personal.weigh(self.model, shared, parts, partial(self.losses_on, chooses))
+            without = self.losses_on(reported)
+            weights, chosen = personal.weigh(self.model, shared, parts, alone, partial(self.losses_on, chooses))
             if weights:
-                worth = personal.Worth(weights, gain(alone, self.losses_on(reported)))
-                heldout["after"] = self.measure()
+                worth = personal.Worth(weights, gain(without, self.losses_on(reported)))
+                heldout |= {"after": self.measure(), "selection": _mean(chosen)}
             logger.info("%s", personal.explain(worth))
-        if chooses:
-            losses, targets = chosen or self.losses_on(chooses)
-            heldout["selection"] = {"loss": (losses.sum() / targets.sum()).item()}
         evaluate_s = outcome.evaluate_s + time.monotonic() - started
         return replace(outcome, heldout=heldout, worth=worth, evaluate_s=evaluate_s)
+
+
+def _mean(losses: Losses) -> Scores:
+    sums, targets = losses
+    return {"loss": (sums.sum() / targets.sum()).item()}

@@ -1,7 +1,9 @@
 """A node's own adapter beside the others': trained alone, and mixed as far as that helps."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,13 @@ from transformers import AutoModelForCausalLM
 
 from fl_split.config import Lora, NodeConfig, RunConfig
 from fl_split.data.store import Prepared
-from fl_split.errors import ConfigError, FLSplitError
+from fl_split.errors import ConfigError, FLSplitError, TrunkUnavailable
 from fl_split.model import adapters
 from fl_split.model.ends import load_ends
+from fl_split.model.slots import trunk_calls_of
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node import personal
+from fl_split.node.round import PersonalRound
 from fl_split.node.state import NodeFolder, SavedRound
 from fl_split.node.trial import Gain, Losses
 
@@ -101,6 +105,37 @@ def test_own_adapter_is_kept_when_what_is_shared_cannot_be_trained_on(
         assert all(torch.isfinite(value).all() for value in got.shared_adapter.values())
 
 
+class Gone:
+    """A trunk that does not answer any more."""
+
+    def start(self, *_: object) -> "Future[Tensor]":
+        raise TrunkUnavailable("no trunk answers")
+
+
+@pytest.mark.parametrize("step", ["run_steps", "weigh"])
+def test_own_adapter_is_kept_when_the_trunk_goes_away_before_the_round_ends(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    alone, usual, calls = run(), getattr(PersonalRound, step), Counter[int]()
+
+    def unplugged(this: PersonalRound, *arguments: Any, **more: Any) -> Any:
+        calls[this.node.partition_id] += 1
+        last = {"run_steps": 4, "weigh": 2}[step]  # of the second round
+        if calls[this.node.partition_id] == last:
+            monkeypatch.setattr(trunk_calls_of(this.model.get_base_model()), "trunk", Gone())
+        return usual(this, *arguments, **more)
+
+    monkeypatch.setattr(PersonalRound, step, unplugged)
+    told = json.loads((alone / "run.json").read_text())["config"]
+    with pytest.raises(FLSplitError, match="beside this node's own adapter, which is kept: no trunk answers"):
+        run_app(tmp_path, nodes=3, **{**told, **PERSONAL, "run.dir": str(tmp_path)})
+    for node in range(3):
+        expected, got = kept(alone, node), kept(tmp_path / "x", node)
+        assert all(torch.equal(value, expected.adapter[name]) for name, value in got.adapter.items())
+        assert all(torch.equal(value, expected.optimizer[name]) for name, value in got.optimizer.items())
+        assert got.shared_adapter and got.scores["exported"]["round"] in (1, 2)
+
+
 def test_export_with_weight_0_is_that_of_a_run_that_shares_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(personal, "GRID", ())
     alone, shared = run(), run(**PERSONAL, **{"train.keep": "last"})
@@ -167,6 +202,20 @@ def test_adapter_is_not_mixed_with_itself(run: Run, tmp_path: Path, monkeypatch:
     server = {"aggregation.strategy": "fedavgm", "num-server-rounds": 2}  # it sends all nodes what they begin with
     run_app(tmp_path, nodes=3, **{**told, **PERSONAL, **server, "run.dir": str(tmp_path)})
     assert len(asked) == 3  # not in the first round
+
+
+@pytest.mark.usefixtures("demo_model")
+def test_a_node_with_too_few_examples_to_choose_by_shares_with_others_that_have_enough(tmp_path: Path) -> None:
+    for node, count in enumerate((90, 30, 90)):
+        numbers = range(100 * node, 100 * node + count)
+        rows = [{"question": f"number {i}?", "answer": f"it is {i % 10}"} for i in numbers]
+        (tmp_path / f"{node}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = {"data.path": f"{tmp_path}/*.jsonl", "data.holdout": 0.4, "train.steps": 1, "surrogate.kind": "none"}
+    run_app(tmp_path, nodes=3, **short, **{**PERSONAL, "aggregation.share": "top"})
+    few, enough = entries(tmp_path / "x")[1], entries(tmp_path / "x")[2]
+    assert few.keys() == enough.keys() and few["partition-id"] == 1
+    assert few["heldout-loss-selection"] == few["heldout-loss-after"] == few["heldout-loss-alone"]
+    assert enough["heldout-loss-selection"] != enough["heldout-loss-after"]
 
 
 def test_scores_of_few_examples_are_withheld_by_how_many_each_is_of(run: Run, tmp_path: Path) -> None:
@@ -307,7 +356,7 @@ def test_export_of_a_mixture_gives_the_full_model_the_same_logits(
 
 def test_without_others_the_model_is_what_it_was(model: PeftModel, others: dict[str, Tensor]) -> None:
     before = logits(model)
-    assert personal.weigh(model, others, ["bottom", "top"], lambda: losses(1.0))[0] == {}
+    assert personal.weigh(model, others, ["bottom", "top"], losses(1.0), lambda: losses(1.0))[0] == {}
     assert torch.equal(logits(model), before) and list(model.peft_config) == ["default"]
 
 
@@ -327,16 +376,16 @@ def test_weights_are_the_best_of_the_grid_first_for_all_then_for_the_bottom(
         now = tried[-1]
         return losses(1 + abs(now.get("bottom", 0) - 0.25) + 2 * abs(now.get("top", 0) - 0.75))
 
-    weights, (left, _) = personal.weigh(model, others, ["bottom", "top"], measure)
+    weights, (left, _) = personal.weigh(model, others, ["bottom", "top"], measure(), measure)
     assert weights == {"bottom": 0.25, "top": 0.75} and left.mean() == 1.0
     assert tried[-1] == {"bottom": 0.25, "top": 0.75} and len(tried) < 12  # and is left so
 
 
 def test_a_gain_within_one_standard_error_is_none(model: PeftModel, others: dict[str, Tensor]) -> None:
-    answers: Iterator[Losses] = iter([losses(1.0), *(losses(0.99, spread=0.5) for _ in range(4))])
-    assert personal.weigh(model, others, ["top"], lambda: next(answers))[0] == {}
-    answers = iter([losses(1.0), *(losses(0.7, spread=0.5) for _ in range(4))])
-    assert personal.weigh(model, others, ["top"], lambda: next(answers))[0] == {"top": 0.25}
+    answers: Iterator[Losses] = iter([losses(0.99, spread=0.5) for _ in range(4)])
+    assert personal.weigh(model, others, ["top"], losses(1.0), lambda: next(answers))[0] == {}
+    answers = iter([losses(0.7, spread=0.5) for _ in range(4)])
+    assert personal.weigh(model, others, ["top"], losses(1.0), lambda: next(answers))[0] == {"top": 0.25}
 
 
 def heldout(keys: list[int]) -> Prepared:
