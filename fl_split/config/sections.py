@@ -297,6 +297,12 @@ class TrunkService(Section):
     exact_gradient: bool = Field(False, description="let the embedded trunk serve `surrogate.kind = exact`")
 
 
+def _switch(value: object) -> object:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise ValueError("expected true, false, or 'auto'")
+
+
 class Aggregation(Section):
     """What nodes share, and how it is combined."""
 
@@ -304,7 +310,7 @@ class Aggregation(Section):
     share_head: bool = Field(
         False, description="share a classifier's head with the top; it shows how frequent each label is on a node"
     )
-    personal: bool | Literal["auto"] = Field(
+    personal: Annotated[bool | Literal["auto"], PlainValidator(_switch)] = Field(
         "auto",
         description="each node's adapter trains as if nothing were shared, and a second one, which is, beside it; its "
         "model is a mixture of both, as far as that is better on the node's own examples; `auto`: true where something "

@@ -288,6 +288,12 @@ def test_a_nodes_own_privacy_does_not_change_what_all_nodes_do() -> None:
         own.with_record_dp(RunConfig.from_flat({**fits, "aggregation.min-nodes": 3}))
 
 
+@pytest.mark.parametrize("value", ["maybe", 1])
+def test_what_is_neither_yes_nor_no_nor_auto_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"  aggregation\.personal: expected true, false, or 'auto'$"):
+        RunConfig.from_flat({"aggregation.personal": value})
+
+
 def test_two_nodes_may_with_noise() -> None:
     noisy = {"dp.mode": "client-fixed", "aggregation.weighting": "equal", "aggregation.min-nodes": 2}
     assert RunConfig.from_flat({**PERSONAL, **noisy}).is_personal
