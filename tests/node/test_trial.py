@@ -101,7 +101,7 @@ def test_random_gradient_is_not_followed(
     batches, measured = make_batches()
     # the demo's base model is so sure of the wrong that almost any change helps: let the top learn first
     train_round(model, make_optimizer(model, CONFIG), iter(batches * 3), CONFIG, RoundSettings(trains_bottom=False))
-    for seed in range(3):
+    for seed in range(5):
         _Random.generator.manual_seed(seed)
         assert not try_bottom(model, batches, measured, CONFIG).is_useful
 
