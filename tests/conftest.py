@@ -49,13 +49,19 @@ _SERVERS = {"fake_trunk", "run_app", "server", "serving", "subprocess", "multipr
 _NOT_QUICK_NAMES = {"InProcessGrid", "table"} | _SERVERS
 
 
+# In this order: one process trains the demo, once per machine, while the other needs none; then the longest.
+_FIRST = ("test_flwr_run", "test_families", "test_personal", "test_strategy", "test_trial", "test_end_to_end")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as ``quick`` what does without all that; put the longest first, or one of two processes ends long after."""
-    items.sort(key=lambda item: "test_flwr_run" not in item.nodeid)
+    """Mark as ``quick`` what does without all that; put first what would make one process end long after the other."""
     for item in items:
         slow = item.get_closest_marker("slow") or _NOT_QUICK_FIXTURES & set(item.fixturenames)  # type: ignore[attr-defined]
         if not slow and not _NOT_QUICK_NAMES & vars(item.module).keys():  # type: ignore[attr-defined]
             item.add_marker("quick")
+    rank = {name: i for i, name in enumerate(_FIRST)}
+    quick = {item.path for item in items if item.get_closest_marker("quick")}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank) + (item.path in quick)))
 
 
 def tiny(family: str) -> PretrainedConfig:
