@@ -116,6 +116,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
         ConfigError: It has neither.
     """
     tokenizer.padding_side = "right"
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # said: it is cut
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise ConfigError(
             "this model's tokenizer has neither a pad token nor an end token, so that answers would have no end: name "

@@ -3,9 +3,11 @@
 Data path: a row's messages -> **token ids and labels** -> examples. One conversation's fault is one row's fault.
 """
 
+import ast
 import json
 import os
 import re
+from contextlib import suppress
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -27,17 +29,23 @@ UNINVITED = (
 )
 LEFT_OUT = "chats have messages that the chat template leaves out or rewrites"
 WEIGHED = "chats have messages of weight 0, which are learnt all the same, since the chat template marks what is"
+UNENDED = (
+    "chats whose template writes, or marks as the assistant's, nothing after the last answer: the model is not taught "
+    "to end one; add an end token to the template"
+)
 
 Message = dict[str, Any]
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "ai": "assistant"}
-_ROLES |= {"model": "assistant", "observation": "tool"}  # of ShareGPT and its kin; others stay as they are
-_KEYS = {"from": "role", "speaker": "role", "author": "role", "value": "content", "text": "content"}
+_ROLES |= {"chatbot": "assistant", "model": "assistant", "observation": "tool"}  # others stay as they are
+_KEYS = {"from": "role", "speaker": "role", "author": "role", "sender": "role", "type": "role"}
+_KEYS |= {"value": "content", "text": "content", "parts": "content", "message": "content"}
+_TEXTS = ("text", "input_text", "output_text")  # types of parts that are text
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks assistant text in a template
 
 
 def read_messages(value: object) -> list[Message]:
-    """Bring what is found into one shape: role and content, ShareGPT's from and value, parts, JSON in a string.
+    """Bring what is found into one shape: role and content, ShareGPT's from and value, parts, all that as a string.
 
     An object with a list of messages in it is that list; one of equally long lists, such as `datasets` and Parquet
     make of a list of objects, is a message for each of their items.
@@ -46,10 +54,7 @@ def read_messages(value: object) -> list[Message]:
         Unusable: It is no conversation.
     """
     if isinstance(value, str):  # in a column of CSV, for one
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise Unusable(NOT_A_CHAT) from None
+        value = _read(value)
     if isinstance(value, dict):
         value = _listed(value)
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
@@ -58,6 +63,14 @@ def read_messages(value: object) -> list[Message]:
     if not _turns(messages):
         raise Unusable(NO_ANSWER)
     return messages
+
+
+def _read(text: str) -> Any:
+    """Read a list or object that was written as JSON or, by pandas, as Python shows it."""
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return read(text)
+    return None
 
 
 def _listed(value: dict[str, Any]) -> Any:
@@ -86,7 +99,7 @@ def _message(found: Message) -> Message:
 
 
 def _part(part: object) -> str:
-    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") in _TEXTS else part
     if not isinstance(text, str):
         raise Unusable(NOT_TEXT)
     return text
@@ -125,7 +138,15 @@ def encode_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> 
         remarks = [UNINVITED] if any(uninvited for _, uninvited in found) else []
         others = [message["content"].strip() for message in messages if message["role"] != "assistant"]
         remarks += [LEFT_OUT] if any(other not in text for other in others) else []
+    remarks += [] if _is_ended(messages, ids, counted, tokenizer) else [UNENDED]
     return list(ids), [token if yes else IGNORED for token, yes in zip(ids, counted, strict=True)], remarks
+
+
+def _is_ended(messages: list[Message], ids: list[int], counted: list[bool], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether anything that is learnt follows the last answer's own text; spaces and new lines end nothing."""
+    last = "".join(messages[_turns(messages)[-1]]["content"].split())
+    said = str(tokenizer.decode([token for token, yes in zip(ids, counted, strict=True) if yes]))
+    return not last or not "".join(said.split()).endswith(last)
 
 
 def _overlap(token: tuple[int, int], span: tuple[int, int]) -> bool:

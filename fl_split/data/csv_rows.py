@@ -68,6 +68,8 @@ def read_csv(file: Path, say: Say, columns: Mapping[str, str]) -> Iterator[Row]:
     csv.field_size_limit(_MAX_FIELD)
     with open_text(file, say, newline="") as text:
         head = text.read(HEAD)
+    if not head.strip("\ufeff \r\n"):  # as Spark writes a part without rows
+        return
     delimiter = _delimiter(file, head, columns.values(), say)
     escaped = bool(_SHOWS_ESCAPED.search(head)) and not _DOUBLED.search(head)
     if escaped:

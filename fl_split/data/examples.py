@@ -24,6 +24,9 @@ NO_ROOM = "with nothing to learn within data.max-length"
 NO_LABEL = "without a label"
 UNKNOWN_LABEL = "with a label that data.labels does not name"
 
+MISSING = "texts are nothing but NA, NULL, nan or the like: leave these rows out if that is how a program wrote nothing"
+_NOTHING = {"na", "<na>", "n/a", "#n/a", "nan", "null", "none", "\\n"}  # of R, pandas, Excel, databases
+
 _TRUTHS = {"true": "1", "false": "0"}  # Excel writes them in capitals
 
 
@@ -83,13 +86,18 @@ def _made(ids: list[int], labels: list[int], config: Data, content: Any, remarks
     return Made(example, max(0, len(ids) - config.max_length), _canonical(content), tuple(remarks or ()))
 
 
+def _missing(*texts: str) -> list[str]:
+    return [MISSING] if any(text.strip().lower() in _NOTHING for text in texts) else []
+
+
 def _canonical(content: Any) -> str:
-    return json.dumps(content, sort_keys=True, default=str)
+    """Write what was read in one way, whatever system ended its lines."""
+    return json.dumps(content, sort_keys=True, default=str).replace("\\r\\n", "\\n")
 
 
 def _text(values: dict[str, Any], key: str, column: str) -> str:
     value = values.get(column)
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas' nothing
         raise Unusable(EMPTY)
     text = text_of(value, key)
     if not any(letter.isprintable() and letter != " " for letter in text):  # of some letters, all have no width
@@ -106,7 +114,7 @@ def _plain_text(values: dict[str, Any], config: Data, tokenizer: PreTrainedToken
     """Tokenize a text; labels count all of it."""
     text, (bos, eos) = _text(values, "data.text", config.text), _ends(tokenizer)
     tail = tokenizer.encode(text, add_special_tokens=False) + eos
-    return _made(bos + tail, [IGNORED] * len(bos) + tail, config, [text])
+    return _made(bos + tail, [IGNORED] * len(bos) + tail, config, [text.strip()], _missing(text))
 
 
 def _prompt_and_response(
@@ -114,11 +122,12 @@ def _prompt_and_response(
 ) -> Made:
     """Write and tokenize prompt and response; labels count the response, and what ends it."""
     prompt = text_of(values.get(config.prompt), "data.prompt")
-    response, content = _text(values, "data.response", config.response), [prompt, values[config.response]]
+    response = _text(values, "data.response", config.response)
+    content, remarks = [prompt.strip(), response.strip()], _missing(prompt, response)
     if template == "chat":
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        ids, labels, remarks = encode_chat(messages, tokenizer)
-        return _made(ids, labels, config, content, remarks)
+        ids, labels, more = encode_chat(messages, tokenizer)
+        return _made(ids, labels, config, content, remarks + more)
     if template == "plain":
         template = "{prompt}\n" if prompt else "{prompt}"
     before, _, after = template.partition("{response}")
@@ -128,7 +137,7 @@ def _prompt_and_response(
     front = front if front[:1] == bos else bos + front
     tail = tokenizer.encode(f"{response}{after}", add_special_tokens=False)
     tail += [] if tail[-1:] == eos else eos
-    return _made(front + tail, [IGNORED] * len(front) + tail, config, content)
+    return _made(front + tail, [IGNORED] * len(front) + tail, config, content, remarks)
 
 
 def _labelled(values: dict[str, Any], config: Data, tokenizer: PreTrainedTokenizerBase) -> Made:
@@ -139,7 +148,8 @@ def _labelled(values: dict[str, Any], config: Data, tokenizer: PreTrainedTokeniz
     num_tokens = len(ids)
     if num_tokens > config.max_length:
         ids = tokenizer.encode(text, truncation=True, max_length=config.max_length)
-    return Made({"input_ids": ids, "labels": label}, num_tokens - len(ids), _canonical([text, label]))
+    content = _canonical([text.strip(), label])
+    return Made({"input_ids": ids, "labels": label}, num_tokens - len(ids), content, tuple(_missing(text)))
 
 
 def _class_of(value: Any, names: tuple[str, ...]) -> int:
@@ -177,4 +187,5 @@ def _check_chat_template(config: Data, tokenizer: PreTrainedTokenizerBase) -> No
 
 def _chat(messages: list[dict[str, Any]], config: Data, tokenizer: PreTrainedTokenizerBase) -> Made:
     ids, labels, remarks = encode_chat(messages, tokenizer)
-    return _made(ids, labels, config, messages, remarks)
+    content = [{**message, "content": message["content"].strip()} for message in messages]
+    return _made(ids, labels, config, content, remarks)

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 GROWN = "the data has changed since it was last read: %d rows, %d before; each row that was there keeps its side"
 COPIES = "%d of %d examples are copies of others; equal ones are on one side, trained on or held out"
-_VERSION = 3  # of how examples are prepared and divided: raise it, and nothing prepared before is used again
+_VERSION = 4  # of how examples are prepared and divided: raise it, and nothing prepared before is used again
 _OTHER_ENCODING = 0.1  # of the rows not in UTF-8: that is no accident
 
 

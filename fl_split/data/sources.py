@@ -22,7 +22,7 @@ from fl_split.errors import DataError
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SAVED = ("state.json", "dataset_dict.json")  # of `datasets.save_to_disk`, one split and several
-_HIDDEN = re.compile(r"(^|/)(\.|__)")  # .ipynb_checkpoints, __MACOSX
+_HIDDEN = re.compile(r"(^|/)(\.|__|~\$)")  # .ipynb_checkpoints, __MACOSX, ~$notes.csv that Excel locks
 _NAMED = 5  # files that are left out
 
 
@@ -162,26 +162,37 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _below(key: str, folder: Path) -> Iterator[Path]:
-    """Walk through a folder; one that may not be looked into is no empty one."""
+    """Walk through a folder; one that may not be looked into is no empty one. Links to folders count as files."""
 
     def stop(error: OSError) -> None:
         raise DataError(f"{key}: {error.filename} may not be read by this account: give it the right to (chmod, chown)")
 
-    for where, _, names in os.walk(folder, onerror=stop):
+    for where, folders, names in os.walk(folder, onerror=stop):
         yield from (Path(where, name) for name in names)
+        yield from (Path(where, name) for name in folders if os.path.islink(os.path.join(where, name)))
+
+
+def _check_link(key: str, file: Path) -> None:
+    """Refuse a link to nothing: data that git-annex or DVC have not fetched look like that."""
+    if can_read(file) and not file.exists():
+        raise DataError(f"{key}: {file} is a link to a file that is not there: fetch it, or remove the link")
 
 
 def _find_files(key: str, path: str) -> tuple[list[Path], list[Path]]:
     """Find the files to be read, and those that a folder has beside them; hidden ones do not count."""
     place = absolute(key, path)
     if place.is_dir():
-        below = sorted(file for file in _below(key, place) if file.is_file())
+        below = sorted(file for file in _below(key, place) if file.exists() or file.is_symlink())
         found = [file for file in below if not _HIDDEN.search(file.relative_to(place).as_posix())]
-    elif place.is_file():
+        for file in found:
+            _check_link(key, file)
+    elif place.is_file() or place.is_symlink():
+        _check_link(key, place)
         found = [place]
     else:
         found = sorted(file for file in map(Path, glob.glob(str(place), recursive=True)) if file.is_file())
-    files, strange = [file for file in found if can_read(file)], [file for file in found if not can_read(file)]
+    files = [file for file in found if can_read(file) and file.is_file()]
+    strange = [file for file in found if file not in files]
     if strange and not place.is_dir():
         raise DataError(f"{key}={path!r} matches {strange[0].name}: expected files that end in {known_endings()}")
     if not files:

@@ -27,7 +27,7 @@ from fl_split import demo
 from fl_split.config import Kind, is_local_model
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.family import examine
-from fl_split.model.loading import Boundaries, file_of_weights, layer_of
+from fl_split.model.loading import Boundaries, file_of_weights, layer_of, weight_files
 from fl_split.model.surrogate import kept_layers
 
 _ABOUT = ("*.json", "*.model", "*.txt", "*.jinja")  # config, tokenizer, index
@@ -84,12 +84,14 @@ def resolve_model(name: str, revision: str, needs: Callable[[PretrainedConfig], 
         return demo.model_folder()
     if is_local_model(name):
         folder = Path(name).expanduser()
+        _check_no_adapter(name, folder)
         if not (folder / "config.json").is_file():
             found = "no config.json in this folder" if folder.is_dir() else "there is no such folder"
             raise ConfigError(f"model.name={name!r}: {found}; expected a Hugging Face model folder")
         return folder
     try:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_ABOUT)))
+        _check_no_adapter(name, folder)
         weights = _files_needed(folder, needs)
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*_ABOUT, *weights]))
     except HFValidationError as error:
@@ -102,6 +104,15 @@ def resolve_model(name: str, revision: str, needs: Callable[[PretrainedConfig], 
             f"model.name={name!r} (revision {revision or 'default'}) could not be fetched from the Hugging Face hub: "
             f"{_of_hub(error)}"
         ) from error
+
+
+def _check_no_adapter(name: str, folder: Path) -> None:
+    """Refuse what transformers would load a second model for, or put into the base that all parties agree on."""
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"model.name={name!r} holds a PEFT adapter (adapter_config.json), which would be loaded with the model: "
+            "give the base model, or take the adapter out, or save what its merge_and_unload() makes of both"
+        )
 
 
 def _of_hub(error: BaseException) -> str:
@@ -139,7 +150,9 @@ def read_config(name: str, revision: str = "") -> PretrainedConfig:
     """
     try:
         place = resolve_model(name, "") if is_local_model(name) else name
-        config: PretrainedConfig = AutoConfig.from_pretrained(place, revision=revision or "main")
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            place, revision=revision or "main", trust_remote_code=False
+        )
         return config
     except (OSError, ValueError) as error:
         if not is_local_model(name) and isinstance(error, OSError):
@@ -149,7 +162,8 @@ def read_config(name: str, revision: str = "") -> PretrainedConfig:
             ) from error
         raise ConfigError(
             f"model.name={name!r} (revision {revision or 'default'}): no configuration can be read "
-            f"({type(error).__name__}); expected 'demo', an absolute or ~ path, or a Hugging Face id"
+            f"({type(error).__name__}); expected 'demo', an absolute or ~ path, or a Hugging Face id, of a type that "
+            "this version of transformers knows: code that a model brings along is not run"
         ) from error
 
 
@@ -203,7 +217,7 @@ def layer_places(folder: Path, layers_name: str, layers: range) -> dict[tuple[in
     """
     pattern = re.compile(rf"(?:^|\.){re.escape(layers_name)}\.(\d+)\.(.+)$")
     places: dict[tuple[int, str], Place] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         try:
             with safe_open(file, "pt") as tensors:
                 for key in tensors.keys():

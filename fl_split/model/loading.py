@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from fl_split.errors import SplitError
 from fl_split.model.family import Anatomy
 
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # weights in one file, or which of several has them
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,26 @@ def layer_of(key: str, layers_name: str) -> int | None:
 
 
 def file_of_weights(folder: Path) -> dict[str, str]:
-    """Which file of a checkpoint holds which weight; empty if it is not in several."""
+    """Which file of a checkpoint holds which weight; empty if it is not in several.
+
+    Raises:
+        SplitError: The index that says so is damaged.
+    """
     index = folder / INDEX
-    return dict(json.loads(index.read_text())["weight_map"]) if index.is_file() else {}
+    if (folder / WHOLE).is_file() or not index.is_file():  # transformers goes by this order
+        return {}
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise SplitError(
+            f"{index} does not say which file holds which weight ({type(error).__name__}): fetch it again"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Files of a checkpoint that are here: others in its folder, of an adapter or in another format, are none of it."""
+    names = set(file_of_weights(folder).values()) or {WHOLE}
+    return [folder / name for name in sorted(names) if (folder / name).is_file()]
 
 
 def list_of_layers(base: nn.Module, anatomy: Anatomy) -> nn.ModuleList:
@@ -135,8 +152,8 @@ def load_around_holes(
     check_quantized(config)
     # Same name and module as the original: transformers looks up weight conversions by them.
     dug = type(model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__})
-    tensors = _partial_checkpoint(folder)
     try:
+        tensors = _partial_checkpoint(folder)
         model, info = dug.from_pretrained(  # type: ignore[attr-defined]
             None if tensors else folder,
             state_dict=tensors,
@@ -147,6 +164,8 @@ def load_around_holes(
             ignore_mismatched_sizes=True,  # a head for other labels; whatever else does not fit is missing, too
             **options,
         )
+    except SafetensorError as error:
+        raise SplitError(f"cannot load {folder}: a safetensors file in it is not complete: fetch it again") from error
     except OSError as error:
         closed = [file.name for file in sorted(folder.glob("*.safetensors")) if not os.access(file, os.R_OK)]
         if closed:
@@ -178,9 +197,8 @@ def check_quantized(config: PretrainedConfig) -> None:
 
 def _partial_checkpoint(folder: Path) -> dict[str, Any] | None:
     """Open the weights at hand, not read yet, if some files of a checkpoint are missing, which another party needs."""
-    named = set(file_of_weights(folder).values())
-    here = [folder / name for name in sorted(named) if (folder / name).is_file()]
-    if len(here) == len(named):
+    named, here = set(file_of_weights(folder).values()), weight_files(folder)
+    if len(here) >= len(named):
         return None  # transformers reads what it needs
     files: list[Any] = [safe_open(file, "pt") for file in here]
     return {key: file.get_slice(key) for file in files for key in file.keys()}

@@ -67,19 +67,28 @@ class PersonalRound(Round):
     def run(self, received: dict[str, Tensor]) -> Outcome:
         """Train the node's own adapter, then what is shared, and take of that what helps; arguments as of `Round.run`.
 
+        The own adapter is kept whatever ends the rest, be it that memory is too little for a second training.
+
         Raises:
-            FLSplitError: What is shared cannot be trained or weighed; the own adapter is kept before that.
+            FLSplitError: What is shared cannot be trained or weighed.
         """
         began = adapters.adapter_state(self.model)
         self.restore()
         outcome, alone = self.train_own()
-        try:
-            return self.weigh(self.train_shared(outcome, received, began), received, alone)
-        except FLSplitError as error:
-            adapters.drop_residual(self.model)
-            self.save(replace(outcome, shadow=Shadow(self.saved.shared_adapter, self.saved.shared_optimizer)))
-            text = f"of what is shared, beside this node's own adapter, which is kept: {error}"
-            raise type(error)(text) from error
+        with ExitStack() as unfinished:
+            unfinished.callback(self.keep_own, outcome)
+            try:
+                outcome = self.weigh(self.train_shared(outcome, received, began), received, alone)
+            except FLSplitError as error:
+                text = f"of what is shared, beside this node's own adapter, which is kept: {error}"
+                raise type(error)(text) from error
+            unfinished.pop_all()
+        return outcome
+
+    def keep_own(self, outcome: Outcome) -> None:
+        """Keep the node's own adapter of this round, and what is shared as the last round left it."""
+        adapters.drop_residual(self.model)
+        self.save(replace(outcome, shadow=Shadow(self.saved.shared_adapter, self.saved.shared_optimizer)))
 
     def train_own(self) -> tuple[Outcome, Losses | None]:
         """Train the node's own adapter; with its losses on the examples to choose by, None where they are too few.

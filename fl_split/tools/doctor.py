@@ -24,7 +24,7 @@ from fl_split.errors import ConfigError, FLSplitError, SplitError
 from fl_split.model.causal import check_causal_config
 from fl_split.model.checkpoint import read_config, weights_digest
 from fl_split.model.family import auto_class, examine
-from fl_split.model.loading import Boundaries, check_quantized
+from fl_split.model.loading import INDEX, WHOLE, Boundaries, check_quantized
 from fl_split.model.loss import IGNORED
 from fl_split.node.account import epsilon_of
 from fl_split.node.build import check_demo_data, connect, connect_shares, find_model
@@ -125,6 +125,8 @@ def _model(config: RunConfig) -> tuple[str, tuple[RunConfig, Path]]:
 
 
 def _lacking(folder: Path) -> str:
+    if any(folder.glob("*.safetensors")) and not any((folder / name).is_file() for name in (WHOLE, INDEX)):
+        return f"the checkpoint in {folder} has neither {WHOLE} nor {INDEX}, by which others are found: fetch it again"
     if any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
         return (
             f"the checkpoint in {folder} lacks weights of this node's layers (safetensors): fetch it again, and check "
@@ -138,7 +140,7 @@ def _lacking(folder: Path) -> str:
 
 def _tokenizer(folder: Path) -> tuple[str, PreTrainedTokenizerBase]:
     try:
-        tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
+        tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"no tokenizer can be loaded from {folder} ({type(error).__name__}): put the model's tokenizer files there"

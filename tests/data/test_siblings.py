@@ -159,9 +159,10 @@ def test_text_with_few_zero_bytes_is_known_by_its_beginning(tmp_path: Path, enco
     assert read(written(tmp_path, "\n".join(lines), f"rows.{form}", encoding))[0] == texts
 
 
-@pytest.mark.parametrize("content", ["", " \n\n", "[]", "question,answer\n"])
-def test_a_file_without_rows_is_named(load: Load, tmp_path: Path, content: str) -> None:
-    name = "rows.csv" if content.startswith("q") else "rows.json"
+@pytest.mark.parametrize("name", ["rows.json", "rows.csv"])
+@pytest.mark.parametrize("content", ["", "\ufeff", " \n\n", "[]", "question,answer\n"])
+def test_a_file_without_rows_is_named(load: Load, tmp_path: Path, content: str, name: str) -> None:
+    name = {"[]": "rows.json", "question,answer\n": "rows.csv"}.get(content, name)
     path = written(tmp_path, content, name)
     with pytest.raises(DataError, match=rf"0 usable examples of 0 rows of {path}: .*; {name} has no rows"):
         load(path)
@@ -246,6 +247,34 @@ def test_columns_that_are_not_read_are_named_on_the_node(
     assert load(written(tmp_path, "\n".join(LINES), "rows.jsonl")).report.unread_columns() == ""
 
 
+def test_nothing_as_pandas_writes_it_in_json_is_empty(load: Load, tmp_path: Path) -> None:
+    path = written(tmp_path, "\n".join([*LINES, '{"question": "?", "answer": NaN}']), "rows.jsonl")
+    assert load(path).report.places == {"empty": ["rows.jsonl line 9"]}
+
+
+@pytest.mark.parametrize("nothing", ["NA", "NULL", " nan ", "\\N", "<NA>", "#N/A", "None"])
+def test_texts_that_programs_write_for_nothing_are_told(load: Load, tmp_path: Path, nothing: str) -> None:
+    lines = ["question,answer", *(f"{row['question']},{row['answer']}" for row in TABLE)]
+    path = written(tmp_path, "\n".join([*lines, f"a?,{nothing}", f"{nothing},b"]), "rows.csv")
+    [note] = load(path).report.all_notes()
+    assert note.startswith("2 texts are nothing but NA, NULL, nan or the like")
+    assert not load(written(tmp_path, "\n".join([*lines, f"a?,{nothing} it is"]), "rows.csv")).report.all_notes()
+    labelled = ["text,label", f"{nothing},0", "a,1", "b,0"]
+    told = load(written(tmp_path, "\n".join(labelled), "l.csv"), text="text", label="label", labels="0,1").report
+    assert told.all_notes()[0].startswith("1 texts are nothing but NA")
+
+
+def test_rows_that_differ_in_line_ends_and_outer_spaces_are_equal(load: Load, tmp_path: Path) -> None:
+    """The same table, exported on Windows and on Linux, must not be on both sides."""
+    texts = [f"first {i}\nsecond" for i in range(30)]
+    rows = [{"question": text, "answer": text} for text in texts]
+    rows += [{"question": f"{text} ", "answer": text.replace("\n", "\r\n") + "\r\n"} for text in texts]
+    found = load(written(tmp_path, "\n".join(map(json.dumps, rows)), "rows.jsonl"))
+    assert found.report.num_copies == 30
+    train, heldout = (set(part.keys.tolist()) for part in (found.train, found.heldout))
+    assert len(train) + len(heldout) == 30 and not train & heldout
+
+
 # --------------------------------------------------------------------------------------------------------- chats
 
 SAID = [
@@ -256,6 +285,16 @@ SAID = [
     [{"role": m["role"], "text": m["content"]} for m in TALK],
     [{"speaker": m["role"].upper(), "value": m["content"]} for m in TALK],
     [{"author": "human", "text": "who?"}, {"author": "bot", "content": "nobody.", "text": None}],
+    [{"role": "user", "parts": [{"text": "who?"}]}, {"role": "model", "parts": ["nobody."]}],  # Gemini
+    [{"sender": "human", "text": "who?"}, {"sender": "assistant", "text": "nobody."}],  # Claude
+    [{"role": "USER", "message": "who?"}, {"role": "CHATBOT", "message": "nobody."}],  # Cohere
+    [{"type": "human", "content": "who?"}, {"type": "ai", "content": "nobody."}],  # LangChain
+    [
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "who?"}]},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "nobody."}]},
+    ],  # OpenAI's responses
+    str(TALK),  # pandas' to_csv
+    repr({"messages": TALK}),
 ]
 
 
@@ -269,6 +308,30 @@ def test_chats_in_other_shapes_are_read_alike(
     assert not found.report.bad
     ids = [sorted(example["input_ids"] for example in (*parts.train, *parts.heldout)) for parts in (found, wanted)]
     assert ids[0] == ids[1]
+
+
+WITHOUT_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+ENDED_BEFORE_THE_NEXT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if not loop.last %}</s>{% endif %}{% endfor %}"
+)
+MARKED_WITHOUT_END = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}</s>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [(CHATML, True), (WITHOUT_END, False), (ENDED_BEFORE_THE_NEXT, False), (MARKED_WITHOUT_END, False)],
+)
+def test_a_template_that_teaches_no_end_is_told(
+    load: Load, jsonl: Callable[..., Path], tokenizer: PreTrainedTokenizerBase, template: str, ends: bool
+) -> None:
+    tokenizer.chat_template = template
+    notes = load(jsonl([{"talk": TALK}, {"talk": [*TALK, *TALK]}]), messages="talk").report.all_notes()
+    assert [note.partition(" nothing after the last answer")[0] for note in notes] == (
+        [] if ends else ["2 chats whose template writes, or marks as the assistant's,"]
+    )
 
 
 def test_an_answer_of_null_and_a_call_of_old_are_context(
@@ -298,6 +361,35 @@ def test_messages_of_weight_0_are_not_learnt_or_it_is_said(
     labels = [[token for token in example["labels"] if token != IGNORED] for example in (*found.train, *found.heldout)]
     assert any("zebra" in tokenizer.decode(row) for row in labels) == marked
     assert any("of weight 0" in note for note in found.report.all_notes()) == marked
+
+
+# ------------------------------------------------------------------------------------------------ links and leftovers
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_link_to_nothing_is_no_missing_row(load: Load, tmp_path: Path, whole: bool) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("\n".join(LINES))
+    (folder / "b.jsonl").symlink_to(tmp_path / "annex" / "key")  # git-annex, before 'get'
+    with pytest.raises(
+        DataError, match=r"b\.jsonl is a link to a file that is not there: fetch it, or remove the link"
+    ):
+        load(folder if whole else folder / "b.jsonl")
+
+
+def test_a_linked_folder_is_named_as_left_out_and_locks_are_not(load: Load, tmp_path: Path) -> None:
+    folder, other = tmp_path / "data", tmp_path / "other"
+    folder.mkdir()
+    other.mkdir()
+    (folder / "a.jsonl").write_text("\n".join(LINES))
+    (folder / "~$a.csv").write_bytes(b"\x05who")  # Excel has a.csv open
+    (other / "b.jsonl").write_text("\n".join(map(json.dumps, OTHERS)))
+    (folder / "link").symlink_to(other)
+    (folder / "file.jsonl").symlink_to(other / "b.jsonl")
+    report = load(folder).report
+    assert report.num_rows == 11
+    assert len(report.notes) == 1 and report.notes[0].startswith("1 other files are not read: link;")
 
 
 # ------------------------------------------------------------------------------------------------------ rights

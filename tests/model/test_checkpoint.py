@@ -19,12 +19,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fl_split.config import NodeConfig, RunConfig
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.checkpoint import node_needs, read_config, resolve_model, trunk_needs, weights_digest
 from fl_split.model.ends import load_ends
-from fl_split.model.loading import INDEX
+from fl_split.model.loading import INDEX, WHOLE
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.tools.doctor import diagnose
 
@@ -181,3 +182,69 @@ def test_weights_that_may_not_be_read_are_named(checkpoint: Callable[[str], Path
         file.symlink_to(tmp_path / "nothing")  # which nobody may read
     with pytest.raises(SplitError, match=r"this account may not read model\.safetensors: give it the right to"):
         load_trunk(folder, 2, 2)
+
+
+@pytest.fixture
+def copy(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A small model's folder, to be spoilt."""
+    return Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+
+
+def test_other_files_beside_a_checkpoint_are_none_of_it(copy: Path) -> None:
+    """Mistral's folders have the same weights twice, by other names; else two parties would hold different models."""
+    expected = weights_digest(copy, "layers", range(2))
+    save_file(
+        {f"layers.{i}.attention.wq.weight": torch.zeros(4, 4) for i in range(6)}, copy / "consolidated.safetensors"
+    )
+    (copy / INDEX).write_text(json.dumps({"weight_map": {"model.layers.0.x.weight": "gone-1-of-1.safetensors"}}))
+    assert weights_digest(copy, "layers", range(2)) == expected is not None
+    load_ends(copy, 2, 2, LocalTrunk(load_trunk(copy, 2, 2)))
+
+
+@pytest.mark.parametrize("text", ["version https://git-lfs.github.com/spec/v1", "{}", "[]"])
+def test_an_index_that_says_nothing_is_refused(copy: Path, text: str) -> None:
+    (copy / WHOLE).unlink()
+    (copy / INDEX).write_text(text)
+    with pytest.raises(SplitError, match=r"index\.json does not say which file holds which weight .*: fetch it again"):
+        load_ends(copy, 2, 2, LocalTrunk(load_trunk(copy, 2, 2)))
+
+
+@pytest.mark.parametrize("size", [0, 40, 9000])
+def test_weights_that_break_off_are_refused_by_both_parties(copy: Path, size: int) -> None:
+    (copy / WHOLE).write_bytes((copy / WHOLE).read_bytes()[:size])
+    with pytest.raises(SplitError, match="a safetensors file in it is not complete: fetch it again"):
+        load_trunk(copy, 2, 2)
+    with pytest.raises(SplitError, match="a safetensors file in it is not complete: fetch it again"):
+        load_ends(copy, 2, 2, lambda *_: None)  # type: ignore[arg-type]
+
+
+def test_shards_without_an_index_fail_in_doctor_as_in_the_run(demo_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(demo_model, tmp_path / "model"))
+    (folder / WHOLE).rename(folder / "model-00001-of-00001.safetensors")
+    config = RunConfig.from_flat({"model.name": str(folder), "surrogate.kind": "none"})
+    found = {check.name: check for check in diagnose(config, NodeConfig())}["model"]
+    assert found.status == "fail" and f"has neither {WHOLE} nor {INDEX}" in found.text
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_adapter_in_the_place_of_a_model_is_refused(copy: Path, alone: bool, hub: Hub, tmp_path: Path) -> None:
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+    if alone:
+        (copy / "config.json").unlink()
+    for name in (str(copy), "owner/model"):
+        hub(copy, tmp_path / "cache")
+        with pytest.raises(ConfigError, match="holds a PEFT adapter .*: give the base model, or take the adapter out"):
+            resolve_model(name, "")
+
+
+def test_code_that_a_model_brings_along_is_neither_run_nor_asked_about(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = {"model_type": "unheard-of", "auto_map": {"AutoConfig": "configuration_x.XConfig"}}
+    (copy / "config.json").write_text(json.dumps(about))
+    (copy / "configuration_x.py").write_text("raise SystemExit")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(
+        ConfigError, match="of a type that this version of transformers knows: code that a model brings"
+    ):
+        read_config(str(copy))

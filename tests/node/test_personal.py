@@ -129,6 +129,27 @@ def test_own_adapter_is_kept_when_the_trunk_goes_away_before_the_round_ends(
         assert got.shared_adapter and got.scores["exported"]["round"] in (1, 2)
 
 
+@pytest.mark.usefixtures("demo_model")
+def test_own_adapter_is_kept_when_memory_is_too_little_for_the_second_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"question": f"number {i}?", "answer": f"it is {i % 10}"} for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = {"data.path": f"{tmp_path}/a.jsonl", "num-server-rounds": 1, "train.steps": 1, "surrogate.kind": "none"}
+    run_app(tmp_path, "alone", nodes=3, **short)
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PersonalRound, "train_shared", full)
+    with pytest.raises(FLSplitError, match="aggregation.min-nodes is 3"):
+        run_app(tmp_path, "x", nodes=3, **short, **{**PERSONAL, "aggregation.share": "top"})
+    for node in range(3):
+        files = [list((tmp_path / name / f"nodes/{node}/state").glob("*/round-0001")) for name in ("alone", "x")]
+        [expected], [got] = ([load_file(path / "adapter.safetensors") for path in paths] for paths in files)
+        assert expected and all(torch.equal(value, expected[name]) for name, value in got.items())
+
+
 def test_export_with_weight_0_is_that_of_a_run_that_shares_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(personal, "GRID", ())
     alone, shared = run(), run(**PERSONAL, **{"train.keep": "last"})
