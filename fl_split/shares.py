@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fl_split.errors import TrainingError
+
 SEED_BYTES = 32
 MAX_STD = 4096.0
 _PAIRS_AT_ONCE = 2**20  # of numbers in float64, while a mask is made
@@ -43,10 +45,18 @@ def split_gradient(gradient: Tensor, lengths: list[int], std: float) -> Shares:
         gradient: Of the tokens of all sequences, one after another.
         lengths: Tokens of each sequence.
         std: Of the mask, in units of a sequence's gradient: larger leaks less and rounds more.
+
+    Raises:
+        TrainingError: A number is not finite, which no mask hides.
     """
     seed, step = secrets.token_bytes(SEED_BYTES), step_of(std)
     gradient = gradient.detach().to("cpu", torch.float64)
     norms = torch.stack([part.norm() for part in gradient.split(lengths)]).repeat_interleave(torch.tensor(lengths))
+    if not norms.isfinite().all():
+        raise TrainingError(
+            "the gradient dL/dh2 is not finite, and nothing of it was sent: this round is dropped, and the last good "
+            "round's adapter stays; lower train.bottom-lr and train.top-lr"
+        )
     unit = gradient / torch.where(norms == 0, 1.0, norms)[:, None] / step
     # Rounded up or down by chance: else the many small numbers of a long sequence would all become 0.
     chance = torch.from_numpy(np.random.Generator(np.random.PCG64(secrets.randbits(128))).random(unit.shape))

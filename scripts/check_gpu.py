@@ -35,7 +35,7 @@ TINY = {"tiny": (64, 128, 6, 4, 2)}
 def main() -> int:
     """Check, measure, and say what came of it; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, no tests")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -26,6 +26,11 @@ def test_without_a_gpu_it_says_so_and_is_content() -> None:
     assert done.stdout == "There is no GPU here that torch can use, so nothing was checked.\n"
 
 
+def test_a_device_that_is_none_is_refused_before_the_tests() -> None:
+    done = check("--device", "cuda:3")
+    assert done.returncode == 2 and "argument --device: invalid choice: 'cuda:3'" in done.stderr
+
+
 def test_figures_of_tiny_shapes_are_written_with_the_device_they_are_of(tmp_path: Path) -> None:
     done = check("--device", "cpu", "--quick", "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr

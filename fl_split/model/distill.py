@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fl_split.errors import TrainingError
+
 _PROBE_SIZE = 0.05  # of a random step, over the size of a token's hidden state: above the rounding of the wire
 
 
@@ -73,6 +75,9 @@ class Distiller:
             trunk: h2.
             attention_mask: 1 for real tokens, or None.
             probe: The same a random step away.
+
+        Raises:
+            TrainingError: S is no longer finite.
         """
         real = _real(attention_mask)
         error = _relative_error((surrogate - trunk)[real], (trunk - start)[real])
@@ -84,6 +89,11 @@ class Distiller:
             )
             self.slope_error = slope_error.item()
             error = error + slope_error
+        if not math.isfinite(error.item()):
+            raise TrainingError(
+                "what the surrogate learns is not finite: this round is dropped, and the last good round's surrogate "
+                f"and adapter stay; lower surrogate.distill-lr={self.optimizer.param_groups[0]['lr']:g}"
+            )
         gradients = torch.autograd.grad(error, list(self.parameters.values()), retain_graph=True)
         if self._gradients:
             gradients = tuple(a + b for a, b in zip(self._gradients, gradients, strict=True))

@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from pathlib import Path
 
 import torch
 from cryptography import x509
@@ -24,6 +25,7 @@ from fl_split.errors import ConfigError, TrunkMismatch
 from fl_split.node.peer import certificate_of
 from fl_split.node.replicas import Credentials
 from fl_split.node.trunk_connection import TrunkConnection
+from fl_split.node.vetting import public_key
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.shares import split_gradient, step_of
 
@@ -47,7 +49,8 @@ class Sides:
             credentials: Of the two sides.
 
         Raises:
-            ConfigError: Both sides name the same place, or a place beyond loopback is to be reached without TLS.
+            ConfigError: Both sides name the same place, or the same operator's key, or a place beyond loopback is to be
+                reached without TLS.
         """
         self._credentials = credentials
         self._lock = threading.Lock()
@@ -58,6 +61,17 @@ class Sides:
             raise ConfigError(
                 f"trunk.address={addresses[0]!r} and trunk.share-address={addresses[1]!r} both lead to "
                 f"{sorted(both)[0]}: one operator would have both shares; name trunks of two operators"
+            )
+        names = ("trunk-operator-key", "trunk-share-operator-key")
+        keys = [
+            public_key(name, own.operator_key).public_bytes_raw()
+            for name, own in zip(names, credentials, strict=True)
+            if own.operator_key
+        ]
+        if len(set(keys)) < len(keys):
+            raise ConfigError(
+                f"{names[0]} and {names[1]} hold one key: one operator would have both shares; name trunks of two "
+                "operators, and the key of each"
             )
         for side, own in zip(parts, credentials, strict=True):
             for address in side:
@@ -179,9 +193,12 @@ def marks_of(certificate: x509.Certificate) -> set[str]:
 
 def _places(address: str) -> set[str]:
     """Where an address leads: the machine's own ones are all one."""
+    if address.startswith("unix:"):
+        return {f"unix:{Path(address.removeprefix('unix:')).resolve()}"}  # unix:///a is unix:/a
     host, _, port = address.rpartition(":")
+    port = str(int(port))
     if is_local(address):
-        return {address if address.startswith("unix:") else f"loopback:{port}"}
+        return {f"loopback:{port}"}
     try:
         found = socket.getaddrinfo(host.strip("[]"), int(port), proto=socket.IPPROTO_TCP)
     except OSError:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from math import inf, isfinite
 
 import torch
 from peft import PeftModel
@@ -30,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from fl_split.config import RunConfig, Train
 from fl_split.data.batches import heldout_batches, training_batches
 from fl_split.data.store import Prepared
+from fl_split.errors import TrainingError
 from fl_split.model.loss import Batch, example_losses
 from fl_split.model.slots import trunk_calls_of
 from fl_split.model.turns import run_in_turns
@@ -64,6 +66,9 @@ class Gain:
         return self.is_sure and self.mean > _PART * self.top
 
 
+_DIVERGED = Gain(-inf, inf)
+
+
 def is_due(server_round: int) -> bool:
     """Whether a round begins with a trial: 1, 2, 4, 8, 16, ...; the first results hold the least long."""
     return server_round.bit_count() == 1
@@ -93,6 +98,8 @@ def try_bottom(
 ) -> Gain:
     """Train the top alone and both ends for a few steps and compare; leaves the model as it was.
 
+    A training that diverges has won nothing: the round goes on, without the bottom.
+
     Args:
         model: The node's model with its adapters.
         batches: Micro-batches for `STEPS` steps.
@@ -102,9 +109,12 @@ def try_bottom(
     """
     config = for_trial(config, *(rate * _SLOWER for rate in config.rates), scheduler="constant")
     top, both = (RoundSettings(in_flight=in_flight, trains_bottom=trains_bottom) for trains_bottom in (False, True))
-    before, without = measure(model, measured, in_flight), losses_after(model, batches, measured, config, top)
-    result = gain(without, losses_after(model, batches, measured, config, both))
-    return replace(result, top=gain(before, without).mean)
+    try:
+        before, without = measure(model, measured, in_flight), losses_after(model, batches, measured, config, top)
+        result = gain(without, losses_after(model, batches, measured, config, both))
+    except TrainingError:
+        return _DIVERGED
+    return replace(result, top=gain(before, without).mean) if isfinite(result.mean) else _DIVERGED
 
 
 def for_trial(config: Train, bottom_lr: float, top_lr: float, **changes: object) -> Train:
@@ -170,10 +180,14 @@ def explain(trial: Gain, kind: str) -> str:
         trial: What came of the last one.
         kind: The surrogate's.
     """
-    return (
-        f"the bottom is not trained: in a trial of {STEPS} steps with the gradient of surrogate.kind={kind!r} it "
-        f"{'lowered' if trial.mean > 0 else 'raised'} the loss on other examples by {abs(trial.mean):.4f} (standard "
-        f"error {trial.error:.4f}), the top alone lowered it by {trial.top:.4f}; this is too little. A kind with an "
-        "exact gradient would help, or a surrogate that is fitted to this trunk (docs/surrogates.md), or a larger "
-        "split.top-layers"
+    what = f"the bottom is not trained: in a trial of {STEPS} steps with the gradient of surrogate.kind={kind!r} "
+    what += (
+        f"it {'lowered' if trial.mean > 0 else 'raised'} the loss on other examples by {abs(trial.mean):.4f} (standard "
+        f"error {trial.error:.4f}), the top alone lowered it by {trial.top:.4f}; this is too little. "
+        if isfinite(trial.mean)
+        else "numbers were no longer finite. Lower rates would help. "
+    )
+    return what + (
+        "A kind with an exact gradient would help, or a surrogate that is fitted to this trunk (docs/surrogates.md), "
+        "or a larger split.top-layers"
     )

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from fl_split.config import Lora
+from fl_split.errors import TrainingError
 from fl_split.model.adapters import adapter_shapes, attach, fresh_state, load_adapter_state, part_of
+from fl_split.model.distill import Distiller
 from fl_split.model.ends import load_ends
 from fl_split.model.surrogate import join, kept_layers
 from fl_split.model.trunk import LocalTrunk, load_trunk
@@ -76,6 +78,13 @@ def test_more_kept_layers_come_closer_and_all_of_them_are_exact_on_a_trained_mod
     blocks = cosine(bottom_gradients(demo_model, "blocks", 2), exact)
     assert identity < 0.9  # a trained trunk is not the identity
     assert identity < blocks < 0.999
+
+
+def test_a_surrogate_that_diverges_names_its_own_rate() -> None:
+    weight, h1 = torch.nn.Parameter(torch.ones(1)), torch.ones(1, 2, 3)
+    distiller = Distiller({"weight": weight}, 0.5)
+    with pytest.raises(TrainingError, match=r"not finite: this round is dropped.* lower surrogate\.distill-lr=0\.5"):
+        distiller.observe(h1, h1 * weight * float("inf"), h1 + 1, None)
 
 
 def bottom_gradients_of_full_model(full: torch.nn.Module) -> list[Tensor | None]:

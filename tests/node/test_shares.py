@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from transformers import AutoConfig
 
 from fl_split import wire
 from fl_split.config import NodeConfig, RunConfig
-from fl_split.errors import ConfigError, TrunkMismatch, TrunkRefused, TrunkUnavailable
+from fl_split.errors import ConfigError, TrainingError, TrunkMismatch, TrunkRefused, TrunkUnavailable
 from fl_split.model import adapters
 from fl_split.model.ends import load_ends
 from fl_split.model.loss import accumulate
@@ -33,7 +34,7 @@ from fl_split.node.trunk_connection import TrunkConnection
 from fl_split.plan.plan import make_plan
 from fl_split.proto import trunk_pb2 as pb
 from fl_split.shares import leak_bits, mask_of, split_gradient, step_of
-from fl_split.tools.certificates import make_authority, make_server_certificate
+from fl_split.tools.certificates import make_authority, make_operator_key, make_server_certificate
 from fl_split.trunk.config import TrunkConfig
 from fl_split.trunk.layers import HeldLayers, hold_layers
 from fl_split.trunk.server import embedded
@@ -300,12 +301,38 @@ def test_when_one_side_is_gone_nothing_is_asked_of_the_other_instead(demo_model:
         ("localhost:9470", "127.0.0.1:9470"),
         ("127.0.0.1:9470,127.0.0.1:9471", "127.0.0.1:9472,127.0.0.2:9471"),
         ("Trunk.invalid:9470", "trunk.invalid:9470"),
+        ("127.0.0.1:09470", "127.0.0.1:9470"),
+        ("192.0.2.1:09470", "192.0.2.1:9470"),
+        ("unix:/run/trunk.sock", "unix:///run/trunk.sock"),
+        ("unix:/run/trunk.sock", "unix:/run/../run//trunk.sock"),
     ],
 )
 def test_one_address_on_both_sides_is_refused(one: str, other: str) -> None:
     tls = Credentials(ca="ca.crt")
     with pytest.raises(ConfigError, match="both lead to .*one operator would have both shares"):
         Sides((one, other), (tls, tls))
+
+
+def test_one_operators_key_on_both_sides_is_refused(tmp_path: Path) -> None:
+    a, b = (make_operator_key(tmp_path / name)[1] for name in ("a", "b"))
+    copy = shutil.copy(a, tmp_path / "copy.pub")
+    one, same, other = (Credentials(ca="ca.crt", operator_key=str(file)) for file in (a, copy, b))
+    places = ("192.0.2.1:9470", "192.0.2.2:9470")
+    Sides(places, (one, other))
+    with pytest.raises(ConfigError, match="trunk-operator-key and trunk-share-operator-key hold one key: one operator"):
+        Sides(places, (one, same))
+
+
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_a_gradient_that_is_not_finite_is_not_sent(demo_model: Path, held: HeldLayers, number: str) -> None:
+    h1, real, gradient = example(held)
+    gradient[0, 0, 0] = float(number)
+    with ExitStack() as stack:
+        one, other = (stack.enter_context(embedded(held, config=trunk_config())) for _ in range(2))
+        trunk = reach(run_of(), demo_model, one, other, stack)
+        with pytest.raises(TrainingError, match=r"dL/dh2 is not finite, and nothing of it was sent.* lower train\."):
+            trunk.vjp(h1, real, None, gradient)
+        assert trunk.bytes_sent == 0 and trunk.leak_bits == 0
 
 
 def test_plaintext_is_refused_beyond_loopback_and_warned_of_on_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -25,6 +25,7 @@ from fl_split.data.load import load_examples
 from fl_split.model import adapters, slots
 from fl_split.model.loss import Batch, count_targets, example_losses, forward
 from fl_split.model.trunk import LocalTrunk, load_trunk
+from fl_split.node import trial
 from fl_split.node.train import RoundSettings, make_distiller, make_optimizer, train_round
 from fl_split.node.trial import STEPS, Gain, Losses, explain, gain, is_due, try_bottom
 from fl_split.tools.gradcheck import Candidate, build
@@ -78,6 +79,18 @@ class _Opposite(torch.autograd.Function):
         return -grads[0], None
 
 
+class _Nothing(torch.autograd.Function):
+    """The trunk's value, and a gradient that is no number, as of a surrogate that has diverged."""
+
+    @staticmethod
+    def forward(ctx: Any, surrogate: Tensor, trunk: Tensor) -> Tensor:
+        return trunk.view_as(trunk)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * float("nan"), None
+
+
 CONFIG = Train.model_validate({"bottom-lr": 8e-3, "top-lr": 1.6e-2})
 
 
@@ -104,6 +117,16 @@ def test_random_gradient_is_not_followed(
     for seed in range(5):
         _Random.generator.manual_seed(seed)
         assert not try_bottom(model, batches, measured, CONFIG).is_useful
+
+
+def test_trial_in_which_the_loss_alone_is_no_longer_finite_is_no_gain(
+    demo_model: Path, make_batches: Callable[[], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(demo_model, "identity")
+    measured = iter([0.0, 0.0, float("nan")])
+    monkeypatch.setattr(trial, "train_round", lambda *_: None)
+    monkeypatch.setattr(trial, "measure", lambda *_: (torch.full((8,), next(measured)), torch.ones(8)))
+    assert trial.try_bottom(model, *make_batches(), CONFIG) == Gain(float("-inf"), float("inf"))
 
 
 def test_trial_teaches_a_surrogate_nothing(demo_model: Path, make_batches: Callable[[], Made]) -> None:
@@ -158,6 +181,9 @@ def test_explanation_says_what_was_measured_and_what_would_help() -> None:
         and "exact gradient" in text
     )
     assert "lowered" in explain(Gain(0.01, 0.02), "blocks")
+    assert "with the gradient of surrogate.kind='blocks' numbers were no longer finite. Lower rates would help" in (
+        explain(Gain(float("-inf"), float("inf")), "blocks")
+    )
 
 
 # -------------------------------------------------------------------------------------------------- whole rounds
@@ -190,14 +216,17 @@ def exported(tmp_path: Path, name: str) -> dict[str, Tensor]:
     return load_file(tmp_path / name / "nodes" / "0" / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("join", "why"), [(_Opposite, "raised the loss on other examples"), (_Nothing, "numbers were no longer finite")]
+)
 def test_bottom_that_fails_its_trial_leaves_the_run_that_never_had_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, join: Any, why: str
 ) -> None:
     run(tmp_path, "none", **{"surrogate.kind": "none"})
-    monkeypatch.setattr(slots, "join", _Opposite.apply)
+    monkeypatch.setattr(slots, "join", join.apply)
     rounds = run(tmp_path, "opposite", **{"surrogate.kind": "identity"})
     assert [entry["bottom-trained"] for entry in rounds] == [0, 0]
-    assert "the bottom is not trained: in a trial of 10 steps" in caplog.text
+    assert "the bottom is not trained: in a trial of 10 steps" in caplog.text and why in caplog.text
     none, opposite = exported(tmp_path, "none"), exported(tmp_path, "opposite")
     tops = {name for name in opposite if ".layers.0." not in name and ".layers.1." not in name}
     assert tops == none.keys()

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from fl_split.cli import app
 from fl_split.config import Lora
-from fl_split.errors import ConfigError
+from fl_split.errors import ConfigError, DataError, TrainingError
 from fl_split.model import adapters
 from fl_split.model.ends import load_ends
 from fl_split.model.loading import Boundaries, boundaries_of
@@ -376,3 +376,54 @@ def test_command_line_refuses_what_cannot_be(
         done = CliRunner().invoke(app, [*command, *arguments])
     assert done.exit_code == 1
     assert message in done.output
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("rate", ["-1", "0", "nan", "inf"])
+def test_a_rate_that_is_none_is_refused_before_anything_is_recorded(
+    checkpoint: Callable[[str], Path], tmp_path: Path, rate: str
+) -> None:
+    command = ["surrogate", "fit", str(tmp_path / "x"), "--model", str(checkpoint("llama")), "--lr", rate]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1 and f"--lr {rate}: expected a number above 0" in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fit_that_diverges_writes_nothing_and_goes_on_at_a_lower_rate_with_what_was_recorded(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fl_split.tools.fit.folder._SAVE_EVERY_S", -1)
+    out, short = tmp_path / "x", replace(FIT, lessons=4, steps=3)
+    for steps in (1, 3):
+        with pytest.raises(TrainingError, match=r"not finite at step \d+: lower --lr 1e\+30 and go on with the same"):
+            fit(checkpoint("llama"), 1, 1, text(), replace(short, lr=1e30, steps=steps), out)
+        assert not out.exists()
+    recorded = {file: file.stat().st_mtime_ns for file in Path(f"{out}.unfinished").glob("[!f]*.safetensors")}
+    assert len(recorded) > short.lessons
+    with monkeypatch.context() as patch:
+        patch.setattr("fl_split.tools.fit.folder.shutil.rmtree", lambda _: None)  # to look at it
+        fit(checkpoint("llama"), 1, 1, text(), short, out)
+    assert all(file.stat().st_mtime_ns == at for file, at in recorded.items())
+    fit(checkpoint("llama"), 1, 1, text(), short, tmp_path / "at-once")
+    assert out.read_bytes() == (tmp_path / "at-once").read_bytes()
+
+
+def test_a_batch_larger_than_half_of_the_text_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="48 sequences of public text are too few for --batch-size 25: .* 24 at most"):
+        fit(checkpoint("llama"), 1, 1, text(), replace(FIT, batch_size=25), tmp_path / "x")
+    assert fit(checkpoint("llama"), 1, 1, text(), replace(FIT, batch_size=24, lessons=2, steps=1), tmp_path / "x")
+
+
+def test_sequences_beyond_a_models_positions_are_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    command = ["surrogate", "fit", str(tmp_path / "x"), "--model", str(checkpoint("gpt2")), "--length", "65"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1 and "--length 65 is beyond the 64 positions that this model has" in done.output
+
+
+def test_a_folder_in_the_place_of_the_file_is_refused_before_anything_is_recorded(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(app, ["surrogate", "fit", str(tmp_path), "--model", str(checkpoint("llama"))])
+    assert done.exit_code == 1 and "is a folder: name the file that is to be written" in " ".join(done.output.split())

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _SAVE_EVERY_S = 60.0  # of a training's state
 _SAY_EVERY_S = 15.0
+_OF_TRAINING = ("lr", "steps")  # of a fit's setting
 
 
 @dataclass(frozen=True)
@@ -61,20 +62,25 @@ class FitFolder:
             out: The file to write in the end.
             about: Model, text and setting.
 
+        What was recorded serves other rates and steps as well: then the training alone begins anew.
+
         Raises:
             ConfigError: An unfinished fit of another setting is there.
         """
         self.folder = folder_of(out)
         file, text = self.folder / "about.json", json.dumps(about, indent=1)
-        if not file.exists():
-            write_atomic(file, text)
-        elif file.read_text() != text:
-            raise ConfigError(
-                f"{self.folder} holds an unfinished fit of another model, text or setting: go on with that one, delete "
-                "the folder, or write to another file"
-            )
-        elif any(self.folder.glob("*.safetensors")):
-            logger.info("going on with the unfinished fit in %s", self.folder)
+        if file.exists():
+            found = file.read_text()
+            if _recorded(found) != _recorded(text):
+                raise ConfigError(
+                    f"{self.folder} holds an unfinished fit of another model, text or setting: go on with that one, "
+                    "delete the folder, or write to another file"
+                )
+            if found != text:
+                self.drop("fit")
+            if any(self.folder.glob("*.safetensors")):
+                logger.info("going on with the unfinished fit in %s", self.folder)
+        write_atomic(file, text)
 
     def has(self, name: str) -> bool:
         """Whether a part is there, all of it."""
@@ -107,6 +113,15 @@ class FitFolder:
 def folder_of(out: Path) -> Path:
     """Where the fit that will write `out` keeps what it has so far."""
     return out.with_name(f"{out.name}.unfinished")
+
+
+def _recorded(about: str) -> dict[str, Any] | None:
+    """What a fit's setting says of all that comes before its training; None if it cannot be read."""
+    try:
+        setting: dict[str, Any] = json.loads(about)
+    except ValueError:
+        return None
+    return {name: value for name, value in setting.items() if name not in _OF_TRAINING}
 
 
 class Saved:

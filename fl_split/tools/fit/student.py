@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fl_split.errors import TrainingError
 from fl_split.model.loading import Boundaries
 from fl_split.model.trunk import load_trunk
 from fl_split.tools.fit.folder import Fit, FitFolder, Saved, Stage
@@ -52,7 +53,11 @@ def build(
 
 
 def train(student: PreTrainedModel, recorded: FitFolder, config: Fit) -> None:
-    """Train the surrogate on the recorded lessons, all of them in each epoch; goes on where it was."""
+    """Train the surrogate on the recorded lessons, all of them in each epoch; goes on where it was.
+
+    Raises:
+        TrainingError: It diverges.
+    """
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
     count = int(recorded.load_one("lessons-done", "count"))
@@ -67,10 +72,23 @@ def train(student: PreTrainedModel, recorded: FitFolder, config: Fit) -> None:
         number = torch.randperm(count, generator=generator(config.seed, "lessons", epoch))[place]
         optimizer.zero_grad()
         gradient_error, value_error = backward(student, Lesson.read(recorded, f"lesson-{number}", config.device))
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        check_finite([nn.utils.clip_grad_norm_(parameters, 1.0).item()], step + 1, config)
         optimizer.step()
         saved.save(step + 1)
         progress.step(step + 1, f", gradient error {gradient_error:.3f}, value error {value_error:.3f}")
+
+
+def check_finite(numbers: Sequence[float], step: int, config: Fit) -> None:
+    """Refuse a fit that has gone wrong.
+
+    Raises:
+        TrainingError: One of the numbers is not finite.
+    """
+    if not all(map(math.isfinite, numbers)):
+        raise TrainingError(
+            f"the fit diverges, its numbers are not finite at step {step}: lower --lr {config.lr:g} and go on with the "
+            "same file; what was recorded is kept"
+        )
 
 
 def backward(student: PreTrainedModel, lesson: Lesson) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ that is recorded lies beside the file that is written in the end, and a fit that
 
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,10 +25,10 @@ from typing import Any, get_args
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from fl_split.config import Task
-from fl_split.errors import ConfigError
+from fl_split.errors import ConfigError, DataError
 from fl_split.malloc import give_back_freed
 from fl_split.model.checkpoint import config_digest, resolve_model, weights_digest
 from fl_split.model.family import examine
@@ -36,7 +37,7 @@ from fl_split.tools.fit.cost import Cost, say_time
 from fl_split.tools.fit.folder import Fit, FitFolder, folder_of, save_tensors
 from fl_split.tools.fit.lessons import load_teacher, record_lessons
 from fl_split.tools.fit.moments import cut_layers
-from fl_split.tools.fit.student import build, make_thin, quality, train
+from fl_split.tools.fit.student import build, check_finite, make_thin, quality, train
 from fl_split.tools.fit.text import read_text, sample_text
 
 logger = logging.getLogger(__name__)
@@ -60,12 +61,15 @@ def fit_model(model: tuple[str, str], ends: tuple[int, int], files: Sequence[Pat
         FLSplitError: Model, text or setting cannot be used.
     """
     _check(config)
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder: name the file that is to be written")
     folder = resolve_model(*model)
+    _check_length(AutoConfig.from_pretrained(folder), config.length)
     if files:
         return fit(folder, *ends, read_text(files, folder, config.length), config, out)
     if config.task != "causal-lm":
         raise ConfigError(f"--task {config.task}: a classifier writes no text of its own: give --text")
-    count = min(4096, max(128, config.lessons * config.batch_size // 2))
+    count = max(2 * config.batch_size, min(4096, max(128, config.lessons * config.batch_size // 2)))
     written = folder_of(out) / f"text-{config.seed}-{count}x{config.length}.safetensors"
     if not written.exists():
         logger.info("the model writes %d texts of %d tokens ...", count, config.length)
@@ -91,7 +95,14 @@ def fit(folder: Path, bottom_layers: int, top_layers: int, text: Tensor, config:
         SplitError: The model cannot be split here.
         ConfigError: The budget is too small or not below the trunk itself, or an unfinished fit of another
             setting is in the way.
+        DataError: The text is too little for the size of a batch.
+        TrainingError: The fit diverges; what was recorded is kept.
     """
+    if len(text) < 2 * config.batch_size:
+        raise DataError(
+            f"{len(text)} sequences of public text are too few for --batch-size {config.batch_size}: give more text, "
+            f"or --batch-size {len(text) // 2} at most; as many as a batch only measure"
+        )
     model = AutoConfig.from_pretrained(folder)
     cut = Boundaries.of(examine(model, AutoModel), bottom_layers, top_layers)
     cost, budget = Cost.of(model, cut, config)
@@ -122,6 +133,7 @@ def fit(folder: Path, bottom_layers: int, top_layers: int, text: Tensor, config:
     before = quality(student, recorded, names, config.device)
     train(student, recorded, config)
     after = quality(student, recorded, names, config.device)
+    check_finite(after, config.steps, config)
     card = {**about, "gradient-cosine-before": before[0], "gradient-cosine": after[0], "value-error": after[1]}
     layers = student.get_submodule(cut.layers_path)
     whole = [i for i in cut.trunk if i not in budget.shapes]
@@ -139,8 +151,10 @@ def _check(config: Fit) -> None:
     """Refuse what a person may have typed wrong.
 
     Raises:
-        ConfigError: A task, a device or a dtype that is not there.
+        ConfigError: A task, a device or a dtype that is not there, or a rate that is none.
     """
+    if not 0 < config.lr < math.inf:
+        raise ConfigError(f"--lr {config.lr:g}: expected a number above 0")
     for key, value, known in (("task", config.task, get_args(Task)), ("dtype", config.dtype, ("float32", "bfloat16"))):
         if value not in known:
             raise ConfigError(f"--{key} {value!r}: expected {' or '.join(known)}")
@@ -150,3 +164,14 @@ def _check(config: Fit) -> None:
         raise ConfigError(
             f"--device {config.device!r} is not here: expected 'cpu', or 'cuda' on a machine with a GPU"
         ) from error
+
+
+def _check_length(model: PretrainedConfig, length: int) -> None:
+    """Refuse sequences that are longer than a model with learned positions can read.
+
+    Raises:
+        ConfigError: There are fewer positions.
+    """
+    positions = getattr(model, "max_position_embeddings", None)
+    if positions and not getattr(model, "rope_parameters", None) and length > positions:
+        raise ConfigError(f"--length {length} is beyond the {positions} positions that this model has: give fewer")

@@ -27,7 +27,9 @@ def read_text(files: Sequence[Path], folder: Path, length: int) -> Tensor:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file} cannot be read as UTF-8 text ({type(error).__name__})") from error
+            raise DataError(
+                f"{file} cannot be read as UTF-8 text ({type(error).__name__}): give a file of plain text, in UTF-8"
+            ) from error
         for paragraph in text.split("\n\n"):
             if paragraph.strip():
                 ids += tokenizer.encode(paragraph.strip(), add_special_tokens=False)
