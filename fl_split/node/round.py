@@ -26,7 +26,7 @@ from fl_split.node.samples import check_scorer
 from fl_split.node.steps import Outcome, Round, RoundResult, Shadow
 from fl_split.node.train import Trained
 from fl_split.node.trial import Losses, gain
-from fl_split.plan.plan import choose_layers
+from fl_split.plan.plan import choose_split
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def run_round(
     config = node.with_record_dp(config)
     with ExitStack() as stack:
         kind = PersonalRound if config.is_personal else Round
-        this = kind.build(choose_layers(config).with_rates(), node, instructions, stack)
+        this = kind.build(choose_split(config).with_rates(), node, instructions, stack)
         outcome = this.run(received)
         outcome = replace(outcome, samples=this.answer())
     return this.reply(outcome, this.save(outcome))

@@ -225,7 +225,7 @@ def rows_of(run: RunConfig, wanted: list[str], link: Link) -> list[dict[str, str
         runs = [choose_split(run, config)] if run.split.client_memory else splits(config, run)
     rows: list[dict[str, str | float]] = []
     for candidate in runs:
-        plan = make_plan(config, with_kept(candidate, config))
+        plan = make_plan(config, candidate)
         tokens = run.train.batch_size * run.data.max_length
         rows.append(
             {
@@ -321,19 +321,3 @@ def choose_split(run: RunConfig, config: PretrainedConfig | None = None) -> RunC
         needed(fits) / 1e9,
     )
     return chosen
-
-
-def choose_layers(run: RunConfig) -> RunConfig:
-    """What a node holds: `choose_split`, then `with_kept`; needs the model's configuration, which a server may lack."""
-    run = choose_split(run)
-    return with_kept(run, read_config(run.model.name, run.model.revision)) if run.surrogate.kind == "auto" else run
-
-
-def with_kept(run: RunConfig, config: PretrainedConfig) -> RunConfig:
-    """Let `auto` keep fewer layers where the trunk has fewer: nobody has asked for so many."""
-    if run.surrogate.kind != "auto":
-        return run
-    depth = examine(config, auto_class(run.task)).num_layers - run.split.bottom_layers - run.split.top_layers
-    if not 0 < depth < run.surrogate.layers:
-        return run
-    return run.model_copy(update={"surrogate": run.surrogate.model_copy(update={"layers": depth})})

@@ -31,7 +31,7 @@ from fl_split.node.build import check_demo_data, connect, connect_shares, find_m
 from fl_split.node.choice import Choice, choose
 from fl_split.node.record_dp import check_delta, sampling_of
 from fl_split.plan.fits_here import Check, check_room
-from fl_split.plan.plan import PROCESS_BYTES, choose_layers
+from fl_split.plan.plan import PROCESS_BYTES, choose_split
 from fl_split.plan.versions import check_versions
 from fl_split.tools.audit.page import NOISE
 
@@ -104,7 +104,7 @@ def _choice(config: RunConfig, own: NodeConfig, folder: Path) -> tuple[str, Choi
 
 
 def _model(config: RunConfig) -> tuple[str, tuple[RunConfig, Path]]:
-    config = choose_layers(config)
+    config = choose_split(config)
     folder = find_model(config)
     about = read_config(str(folder))
     check_quantized(about)
@@ -283,7 +283,7 @@ def show_examples(config: RunConfig, own: NodeConfig, count: int) -> Iterator[st
     Raises:
         FLSplitError: There is nothing to show; `diagnose` says the same.
     """
-    config = choose_layers(config)
+    config = choose_split(config)
     _, tokenizer = _tokenizer(find_model(config))
     for node in _nodes(config, own)[:1]:
         found = load_examples(config.data, node, tokenizer, config.train.seed, max_rows=max(_SAMPLE, 4 * count))

@@ -29,7 +29,6 @@ from fl_split.plan.plan import (
     PROCESS_BYTES,
     Link,
     Plan,
-    choose_layers,
     choose_split,
     make_plan,
     rows_of,
@@ -215,19 +214,6 @@ def test_a_classifier_is_planned_with_its_head_in_training(checkpoint: Callable[
     head = 16 * 3 * config.hidden_size
     assert plan.node.training == causal.node.training + head
     assert plan.node.activations < causal.node.activations
-
-
-def test_auto_keeps_no_more_layers_than_the_trunk_has_and_blocks_is_refused(checkpoint: Callable[[str], Path]) -> None:
-    cut = {"split.bottom-layers": 2, "split.top-layers": 3, "surrogate.layers": 2}
-    keys = {"model.name": str(checkpoint("llama")), **cut}
-    auto = choose_layers(run_config(**keys, **{"surrogate.kind": "auto"}))
-    assert auto.surrogate.layers == 1
-    deep = run_config(**keys | {"split.bottom-layers": 1}, **{"surrogate.kind": "auto"})
-    assert choose_layers(deep) is deep
-    (row,) = rows_of(run_config(**keys, **{"surrogate.kind": "auto"}), ["2+3"], Link(1e6, 0.0))
-    assert row["split"] == "2+1+3"
-    with pytest.raises(ConfigError, match=r"surrogate\.layers=2 cannot be kept of a trunk of 1 layers"):
-        rows_of(run_config(**keys, **{"surrogate.kind": "blocks"}), ["2+3"], Link(1e6, 0.0))
 
 
 def test_the_deepest_split_that_fits_is_chosen_and_said(

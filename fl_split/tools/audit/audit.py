@@ -25,7 +25,7 @@ from fl_split.model.ends import load_ends
 from fl_split.model.loading import Boundaries, boundaries_of
 from fl_split.node.build import check_demo_data, find_model
 from fl_split.node.ledger import Sums, read_ledger
-from fl_split.plan.plan import choose_layers
+from fl_split.plan.plan import choose_split
 from fl_split.tools.audit.attack import Attacker, add_noise
 from fl_split.tools.audit.bottom import Listener, sent
 from fl_split.tools.audit.counts import count, kinds_of, share_found, share_right
@@ -121,7 +121,7 @@ def audit(config: RunConfig, own: NodeConfig, setting: Setting) -> dict[str, Any
     counted = _counted(setting.ledger) if setting.ledger else None
     if counted:
         setting = replace(setting, passes=max(1, round(counted.passes)))
-    config = choose_layers(config)
+    config = choose_split(config)
     if not own.data_path and own.num_partitions == 1:  # a simulation, of which nobody said how many nodes it has
         own = own.model_copy(update={"num_partitions": num_files(config.data)})
     logger.info("what this node would send ...")
