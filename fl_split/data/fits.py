@@ -38,14 +38,19 @@ def _check_positions(
     positions = getattr(model, "max_position_embeddings", None)
     if positions is None:
         return []
-    if getattr(model, "rope_parameters", None):  # goes on beyond, but was not trained to
+    if (learned := learned_positions(model)) is None:  # goes on beyond, but was not trained to
         longest = max(examples.train.lengths.max(), examples.heldout.lengths.max())
         beyond = f"the longest example has {longest} tokens, more than the {positions} positions of this model"
         return [f"{beyond}: set data.max-length to that"] if longest > positions else []
-    positions = min(positions, tokenizer.model_max_length)
+    positions = min(learned, tokenizer.model_max_length)
     if config.max_length > positions:
         raise DataError(
             f"data.max-length={config.max_length} is beyond the {positions} positions that this model has: set "
             f"data.max-length to {positions} or less"
         )
     return []
+
+
+def learned_positions(model: PretrainedConfig) -> int | None:
+    """Say for how many positions a model has an embedding; None where positions are computed, and go on."""
+    return None if getattr(model, "rope_parameters", None) else getattr(model, "max_position_embeddings", None)

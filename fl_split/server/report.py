@@ -96,12 +96,12 @@ def _warn(node: dict[str, Any]) -> None:
             node["heldout-loss-base"],
         )
     if node["bottom-gain-error"] > 0 and not node["bottom-trained"]:  # nan, if the node does not say
+        won, error = node["bottom-gain"], node["bottom-gain-error"]
         logger.warning(
-            "%s: the bottom was not trained, since a trial of its gradient won too little (%.4f, standard error %.4f): "
-            "see docs/surrogates.md for what would help",
+            "%s: the bottom was not trained, since a trial of its gradient %s: see docs/surrogates.md for what would "
+            "help",
             name,
-            node["bottom-gain"],
-            node["bottom-gain-error"],
+            f"won too little ({won:.4f}, standard error {error:.4f})" if math.isfinite(won) else "diverged",
         )
 
 

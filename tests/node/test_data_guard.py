@@ -1,6 +1,7 @@
 """What a node refuses or tells before it trains: sides that moved, forgotten paths, models that do not fit."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -196,3 +197,12 @@ def test_a_tokenizer_without_pad_and_end_token_is_refused(demo_model: Path, tmp_
     file.write_text(json.dumps({k: v for k, v in about.items() if k not in ("pad_token", "eos_token")}))
     with pytest.raises(ConfigError, match='neither a pad token nor an end token.*"eos_token"'):
         prepare_tokenizer(AutoTokenizer.from_pretrained(tmp_path))
+
+
+def test_a_long_text_is_cut_and_so_no_indexing_error_is_foretold(
+    demo_model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer = AutoTokenizer.from_pretrained(demo_model, model_max_length=4)
+    prepare_tokenizer(tokenizer).encode("more words than this model has positions for")
+    assert caplog.messages == []

@@ -52,12 +52,16 @@ def make_model(demo_model: Path, kind: str) -> PeftModel:
     return build(demo_model, 2, 2, LocalTrunk(load_trunk(demo_model, 2, 2)), Candidate(kind, 2), Lora())  # type: ignore[arg-type]
 
 
-class _Random(torch.autograd.Function):
-    """The trunk's value, and as its gradient noise of the size of the real one."""
+class _Value(torch.autograd.Function):
+    """The trunk's value; its gradient is another matter."""
 
     @staticmethod
     def forward(ctx: Any, surrogate: Tensor, trunk: Tensor) -> Tensor:
         return trunk.view_as(trunk)
+
+
+class _Random(_Value):
+    """As its gradient noise of the size of the real one."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -67,24 +71,16 @@ class _Random(torch.autograd.Function):
     generator = torch.Generator()
 
 
-class _Opposite(torch.autograd.Function):
-    """The trunk's value, and as its gradient the one that leads away."""
-
-    @staticmethod
-    def forward(ctx: Any, surrogate: Tensor, trunk: Tensor) -> Tensor:
-        return trunk.view_as(trunk)
+class _Opposite(_Value):
+    """As its gradient the one that leads away."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return -grads[0], None
 
 
-class _Nothing(torch.autograd.Function):
-    """The trunk's value, and a gradient that is no number, as of a surrogate that has diverged."""
-
-    @staticmethod
-    def forward(ctx: Any, surrogate: Tensor, trunk: Tensor) -> Tensor:
-        return trunk.view_as(trunk)
+class _Nothing(_Value):
+    """A gradient that is no number, as of a surrogate that has diverged."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -125,3 +125,5 @@ def test_the_operator_is_warned_of_nodes_that_training_made_worse_and_of_bottoms
     assert stuck.startswith(
         "node 1 (b): the bottom was not trained, since a trial of its gradient won too little (0.5000"
     )
+    record(folder, node(0), node(1, **{"bottom-trained": 0, "bottom-gain": -math.inf, "bottom-gain-error": math.inf}))
+    assert "since a trial of its gradient diverged: see docs/surrogates.md" in caplog.records[-1].message

@@ -58,11 +58,11 @@ class FitFolder:
     def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
         """Begin, or go on with what a fit of the same setting left.
 
+        What was recorded serves other rates and steps as well: then the training alone begins anew.
+
         Args:
             out: The file to write in the end.
             about: Model, text and setting.
-
-        What was recorded serves other rates and steps as well: then the training alone begins anew.
 
         Raises:
             ConfigError: An unfinished fit of another setting is there.

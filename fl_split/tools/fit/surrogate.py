@@ -25,9 +25,10 @@ from typing import Any, get_args
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoConfig, AutoModel
 
 from fl_split.config import Task
+from fl_split.data.fits import learned_positions
 from fl_split.errors import ConfigError, DataError
 from fl_split.malloc import give_back_freed
 from fl_split.model.checkpoint import config_digest, resolve_model, weights_digest
@@ -64,7 +65,11 @@ def fit_model(model: tuple[str, str], ends: tuple[int, int], files: Sequence[Pat
     if out.is_dir():
         raise ConfigError(f"{out} is a folder: name the file that is to be written")
     folder = resolve_model(*model)
-    _check_length(AutoConfig.from_pretrained(folder), config.length)
+    positions = learned_positions(AutoConfig.from_pretrained(folder))
+    if positions and config.length > positions:
+        raise ConfigError(
+            f"--length {config.length} is beyond the {positions} positions that this model has: give fewer"
+        )
     if files:
         return fit(folder, *ends, read_text(files, folder, config.length), config, out)
     if config.task != "causal-lm":
@@ -164,14 +169,3 @@ def _check(config: Fit) -> None:
         raise ConfigError(
             f"--device {config.device!r} is not here: expected 'cpu', or 'cuda' on a machine with a GPU"
         ) from error
-
-
-def _check_length(model: PretrainedConfig, length: int) -> None:
-    """Refuse sequences that are longer than a model with learned positions can read.
-
-    Raises:
-        ConfigError: There are fewer positions.
-    """
-    positions = getattr(model, "max_position_embeddings", None)
-    if positions and not getattr(model, "rope_parameters", None) and length > positions:
-        raise ConfigError(f"--length {length} is beyond the {positions} positions that this model has: give fewer")
