@@ -145,9 +145,10 @@ class RunConfig(Section):
         }
         return next((f"{given}: {reason}" for given, reason in reasons.items() if reason), "")
 
-    def with_kind(self, kind: Kind) -> "RunConfig":
+    def with_kind(self, kind: Kind, layers: int | None = None) -> "RunConfig":
         """The configuration of a node that has settled what gives its bottom a gradient."""
-        return self.model_copy(update={"surrogate": self.surrogate.model_copy(update={"kind": kind})})
+        changes = {"kind": kind, "layers": layers or self.surrogate.layers}
+        return self.model_copy(update={"surrogate": self.surrogate.model_copy(update=changes)})
 
     def with_rates(self) -> "RunConfig":
         """The configuration with the demo's rates where it is the demo; else each node settles what is ``auto``."""

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -39,7 +40,7 @@ Place = tuple[Path, str]  # a file of a checkpoint, and a weight's name in it
 
 
 def node_needs(
-    bottom_layers: int, top_layers: int, surrogate: Kind, layers: int
+    bottom_layers: int, top_layers: int, surrogate: Kind | Literal["auto"], layers: int
 ) -> Callable[[PretrainedConfig], Needs]:
     """What a node needs of a checkpoint: its ends, all that lies outside the layers, and its surrogate's layers."""
 

@@ -11,7 +11,7 @@ the loss itself: a wrong surrogate makes the bottom learn slowly, not the model 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,24 +46,26 @@ def join_exact(hidden_states: Tensor, trunk: Tensor, vjp: Callable[[Tensor], Ten
     return joined
 
 
-def kept_layers(kind: Kind, count: int, first: int, end: int) -> tuple[int, ...]:
+def kept_layers(kind: Kind | Literal["auto"], count: int, first: int, end: int) -> tuple[int, ...]:
     """Indices of the trunk layers that a node keeps as its surrogate, as they are: the trunk's first ones.
 
     Its early layers carry the Jacobian: of SmolLM2-135M's 14 middle layers the first 4 give the gradient a cosine of
     0.54, evenly spaced ones 0.16; on a Llama of 12 layers there is hardly a difference (0.80 and 0.79).
 
     Args:
-        kind: ``blocks`` and ``distilled`` keep layers; the others keep none.
-        count: How many to keep.
+        kind: ``blocks`` and ``distilled`` keep layers, ``auto`` may; the others keep none.
+        count: How many to keep; of ``auto``, at most.
         first: First layer of the trunk.
         end: The layer after its last.
 
     Raises:
         ConfigError: The trunk has fewer than ``count`` layers, or ``count`` is not positive.
     """
-    if kind not in ("blocks", "distilled"):
+    if kind not in ("auto", "blocks", "distilled"):
         return ()
     depth = end - first
+    if kind == "auto":  # nobody asked for so many
+        count = min(count, depth)
     if not 1 <= count <= depth:
         raise ConfigError(
             f"surrogate.layers={count} cannot be kept of a trunk of {depth} layers: "

@@ -90,7 +90,7 @@ def find_model(config: RunConfig) -> Path:
         ConfigError: There is no such model.
     """
     split, surrogate = config.split, config.surrogate
-    needs = node_needs(split.bottom_layers, split.top_layers, surrogate.planned, surrogate.layers)
+    needs = node_needs(split.bottom_layers, split.top_layers, surrogate.kind, surrogate.layers)
     return resolve_model(config.model.name, config.model.revision, needs)
 
 

@@ -81,7 +81,13 @@ def settle(
         choice = choose(config, node, folder, clock)
         write_atomic(kept, json.dumps(asdict(choice)))
         logger.info("%s", choice)
-    return config.with_kind(choice.kind)
+    return chosen(config, choice.kind, folder)
+
+
+def chosen(config: RunConfig, kind: Kind, folder: Path) -> RunConfig:
+    """The configuration with what `auto` became, which keeps no more layers than the trunk has."""
+    layers = min(config.surrogate.layers, len(_cut(config, folder).trunk))
+    return config.with_kind(kind, layers)
 
 
 def choose(config: RunConfig, node: NodeConfig, folder: Path, clock: Clock | None = None) -> Choice:
@@ -120,9 +126,10 @@ def choose(config: RunConfig, node: NodeConfig, folder: Path, clock: Clock | Non
                 why = f"the whole checkpoint is on this disk, and the steps of a round take about {seconds:.0f} s"
                 return Choice("streamed", why)
             why_not = f"with 'streamed' the steps of a round would take about {seconds:.0f} s, more than {limit:g} s"
-    if not _lacks_memory(config.with_kind("blocks"), node):
+    blocks = chosen(config, "blocks", folder)
+    if not _lacks_memory(blocks, node):
         return Choice("blocks", f"{why_not}; a trial says whether the bottom trains")
-    why_not += f"; and memory does not suffice for surrogate.layers={config.surrogate.layers} of the trunk's"
+    why_not += f"; and memory does not suffice for surrogate.layers={blocks.surrogate.layers} of the trunk's"
     return _at_least(config, why_not, "the whole checkpoint on this disk, or memory, for a deeper top as well")
 
 
@@ -154,13 +161,17 @@ def _num_batches(config: RunConfig) -> int:
 
 def _no_streamed(config: RunConfig, node: NodeConfig, folder: Path) -> str:
     """Say why the trunk's layers cannot be run from this node's disk; "" if nothing is against it before one is run."""
-    anatomy = examine(read_config(str(folder)), auto_class(config.task))
-    cut = Boundaries.of(anatomy, config.split.bottom_layers, config.split.top_layers)
+    cut = _cut(config, folder)
     if weights_digest(folder, cut.layers_name, cut.trunk) is None:
         return "the trunk's part of the checkpoint is not on this disk"
     if _lacks_memory(config.with_kind("streamed"), node):
         return "memory does not suffice for what 'streamed' keeps of each layer"
     return ""
+
+
+def _cut(config: RunConfig, folder: Path) -> Boundaries:
+    anatomy = examine(read_config(str(folder)), auto_class(config.task))
+    return Boundaries.of(anatomy, config.split.bottom_layers, config.split.top_layers)
 
 
 def _lacks_memory(config: RunConfig, node: NodeConfig) -> bool:

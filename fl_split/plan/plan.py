@@ -116,8 +116,7 @@ def _make_plan(config: PretrainedConfig, run: RunConfig) -> Plan:
         config.num_labels, config.pad_token_id = len(run.data.label_names), config.pad_token_id or 0
     anatomy = examine(config, auto_class(run.task))
     cut = Boundaries.of(anatomy, run.split.bottom_layers, run.split.top_layers)
-    kind = run.surrogate.planned
-    kind = "blocks" if kind == "matched" else kind  # thin layers, of as many layers' size
+    kind = "blocks" if run.surrogate.kind == "matched" else run.surrogate.kind  # thin layers, of as many layers' size
     kept = kept_layers(kind, run.surrogate.layers, cut.first, cut.end)
     dtype = run.model.torch_dtype
     model = on_meta(config, anatomy, dtype)

@@ -28,7 +28,7 @@ from fl_split.model.loading import INDEX, WHOLE, Boundaries, check_quantized
 from fl_split.model.loss import IGNORED
 from fl_split.node.account import epsilon_of
 from fl_split.node.build import check_demo_data, connect, connect_shares, find_model
-from fl_split.node.choice import Choice, choose
+from fl_split.node.choice import Choice, choose, chosen
 from fl_split.node.record_dp import check_delta, sampling_of
 from fl_split.plan.fits_here import Check, check_room
 from fl_split.plan.plan import PROCESS_BYTES, choose_split
@@ -72,7 +72,7 @@ def diagnose(config: RunConfig, own: NodeConfig, max_rows: int | None = None, nu
         yield check
         if choice is None:
             return
-        config = config.with_kind(choice.kind)
+        config = chosen(config, choice.kind, folder)
     check, tokenizer = _try("tokenizer", lambda: _tokenizer(folder))
     yield check
     if tokenizer is not None and tokenizer.eos_token is None:

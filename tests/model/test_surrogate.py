@@ -33,6 +33,7 @@ def test_join_has_the_trunks_value_and_the_surrogates_gradient() -> None:
 )
 def test_kept_layers_are_the_trunks_first(count: int, first: int, end: int, kept: tuple[int, ...]) -> None:
     assert kept_layers("blocks", count, first, end) == kept
+    assert kept_layers("auto", count, first, end) == kept_layers("auto", count + end, first, first + count) == kept
     assert kept_layers("identity", count, first, end) == kept_layers("none", count, first, end) == ()
 
 

@@ -149,6 +149,14 @@ def test_run_times_a_step_once_and_keeps_to_its_choice(
     assert [entry["bottom-trained"] for entry in entries if "partition-id" in entry] == [1] * 4
 
 
+@pytest.mark.parametrize(("timeout", "kind"), [(3600.0, "streamed"), (0.001, "blocks")])
+def test_a_trunk_of_one_layer_needs_no_word_about_layers(tmp_path: Path, timeout: float, kind: Kind) -> None:
+    deep = {"split.bottom-layers": 3, "split.top-layers": 4, "run.round-timeout": timeout, "num-server-rounds": 1}
+    run_app(tmp_path, **{"surrogate.kind": "auto", **deep})
+    (kept,) = (tmp_path / "x" / "nodes" / "0" / "state").glob("*/choice.json")
+    assert json.loads(kept.read_text())["kind"] == kind
+
+
 def test_nodes_that_differ_share_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three nodes with three kinds: what they share has the same names and is combined."""
     kinds: list[Kind] = ["streamed", "blocks", "identity"]

@@ -114,6 +114,14 @@ def test_activations_are_those_of_a_real_step(
     assert abs(planned - real) / real < 0.1
 
 
+def test_auto_is_planned_with_no_more_layers_than_the_trunk_has(checkpoint: Callable[[str], Path]) -> None:
+    config, run = AutoConfig.from_pretrained(checkpoint("llama")), run_config(**{"split.top-layers": 3})
+    auto, one = run.with_kind("auto", 2), run.with_kind("blocks", 1)
+    assert make_plan(config, auto).node.weights == make_plan(config, one).node.weights
+    with pytest.raises(ConfigError, match="surrogate.layers=2 cannot be kept of a trunk of 1 layers"):
+        make_plan(config, run.with_kind("blocks", 2))
+
+
 def test_a_streamed_surrogate_holds_one_layer_and_costs_the_time_of_all(checkpoint: Callable[[str], Path]) -> None:
     config = AutoConfig.from_pretrained(checkpoint("llama"))
     none, one, streamed = (
