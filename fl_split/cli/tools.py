@@ -116,10 +116,14 @@ def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
     """Check versions, model, data, trunk, disk and memory before a run; exit code 1 if anything fails."""
+    from transformers.utils import logging as transformers_logging
+
     from fl_split.config import NodeConfig, RunConfig, read_values
     from fl_split.tools.doctor import diagnose, show_examples
 
     logging.getLogger("fl_split").addHandler(logging.NullHandler())  # the checks say it all
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     failed = False
     with errors():
         run = RunConfig.from_flat(read_values(config, run_config or []))

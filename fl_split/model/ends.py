@@ -103,6 +103,27 @@ def stop_dropout(config: PretrainedConfig) -> None:
             setattr(config, name, 0.0)
 
 
+def check_weights(
+    folder: Path,
+    bottom_layers: int,
+    top_layers: int,
+    surrogate: Kind,
+    surrogate_layers: int,
+    labels: Sequence[str] = (),
+) -> None:
+    """See whether `load_ends` would find what it loads, by names and shapes; no weight is read. Arguments as there.
+
+    Raises:
+        SplitError: The checkpoint lacks weights, or they have other names or shapes than its configuration says.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    anatomy = examine(config, auto_class("sequence-classification" if labels else "causal-lm"))
+    cut = Boundaries.of(anatomy, bottom_layers, top_layers)
+    kept = kept_layers(surrogate, surrogate_layers, cut.first, cut.end)
+    holes = [i for i in cut.trunk if i not in kept]
+    _load_without(holes, folder, config, anatomy, anatomy.head if labels else (), torch.float32, device_map="meta")
+
+
 def sketch_ends(
     config: PretrainedConfig, bottom_layers: int, top_layers: int, labels: Sequence[str] = ()
 ) -> PreTrainedModel:
@@ -159,8 +180,9 @@ def _load_without(
     anatomy: Anatomy,
     head: Sequence[str],
     dtype: torch.dtype,
+    **options: Any,
 ) -> tuple[Any, dict[int, nn.Module]]:
-    """Load a model without some layers.
+    """Load a model without some layers; `options` are for transformers.
 
     Returns:
         The model, and the layers that were left out, without weights.
@@ -179,10 +201,13 @@ def _load_without(
         # Of a classifier's checkpoint another head may be left over; what is missing is looked at below.
         ignore_in_checkpoint(model, "" if head else rf"(^|\.){name}\.({'|'.join(map(str, holes))})\.")
 
-    model, missing = load_around_holes(anatomy.model_class, folder, config, dig, dtype)
+    model, missing = load_around_holes(anatomy.model_class, folder, config, dig, dtype, **options)
     missing = {name for name in missing if not name.startswith(tuple(f"{module}." for module in head))}
     if missing:
-        raise SplitError(f"the checkpoint in {folder} lacks weights that a node needs, such as {sorted(missing)[0]}")
+        raise SplitError(
+            f"the checkpoint in {folder} lacks weights that a node needs, or has them in another shape than its "
+            f"configuration says, such as {sorted(missing)[0]}: fetch it again"
+        )
     return model, left_out
 
 

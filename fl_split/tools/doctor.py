@@ -23,6 +23,7 @@ from fl_split.data.sources import num_files
 from fl_split.errors import ConfigError, FLSplitError, SplitError
 from fl_split.model.causal import check_causal_config
 from fl_split.model.checkpoint import read_config, weights_digest
+from fl_split.model.ends import check_weights
 from fl_split.model.family import auto_class, examine
 from fl_split.model.loading import INDEX, WHOLE, Boundaries, check_quantized
 from fl_split.model.loss import IGNORED
@@ -73,6 +74,7 @@ def diagnose(config: RunConfig, own: NodeConfig, max_rows: int | None = None, nu
         if choice is None:
             return
         config = chosen(config, choice.kind, folder)
+    yield _try("weights", lambda: (_weights(config, folder), None))[0]
     check, tokenizer = _try("tokenizer", lambda: _tokenizer(folder))
     yield check
     if tokenizer is not None and tokenizer.eos_token is None:
@@ -122,6 +124,14 @@ def _model(config: RunConfig) -> tuple[str, tuple[RunConfig, Path]]:
         check_causal_config(about)
     text = f"{about.model_type}, {len(cut.bottom)} + {len(cut.trunk)} + {len(cut.top)} layers, in {folder}"
     return text, (config, folder)
+
+
+def _weights(config: RunConfig, folder: Path) -> str:
+    if getattr(read_config(str(folder)), "quantization_config", None) is not None:
+        return "quantized: not looked at"
+    split, surrogate, labels = config.split, config.surrogate, config.data.label_names
+    check_weights(folder, split.bottom_layers, split.top_layers, surrogate.planned, surrogate.layers, labels)
+    return "all names and shapes are those of the configuration"
 
 
 def _lacking(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """`fl-split stop`: end the SuperLink that `flwr run` has left running on this machine, and nobody else's."""
 
 import os
+from contextlib import suppress
 
 import psutil
 
@@ -16,7 +17,7 @@ def local_port() -> int:
 
 
 def stop(port: int) -> int:
-    """End this account's SuperLink on a port; returns its process id.
+    """End this account's SuperLink on a port, and the runs that it has started; returns its process id.
 
     Raises:
         ConfigError: There is none, or it is somebody else's.
@@ -30,9 +31,14 @@ def stop(port: int) -> int:
                 f"the SuperLink on port {port} belongs to another account of this machine: use a port of your own, "
                 f"{PORT_VARIABLE}"
             )
-        process.terminate()
-        _, alive = psutil.wait_procs([process], timeout=_GRACE_S)
-        for left in alive:
-            left.kill()
+        runs = process.children(recursive=True)  # a simulation would go on by itself for minutes, and hold its folder
+        for ended in ([process], runs):
+            for one in ended:
+                with suppress(psutil.NoSuchProcess):
+                    one.terminate()
+            _, alive = psutil.wait_procs(ended, timeout=_GRACE_S)
+            for left in alive:
+                with suppress(psutil.NoSuchProcess):
+                    left.kill()
         return int(process.info["pid"])
     raise ConfigError(f"no SuperLink of this account listens on port {port}: nothing to stop")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 from typer.testing import CliRunner
 
@@ -248,6 +249,25 @@ def test_a_models_faults_fail_with_their_remedies(copy: Path, jsonl: Callable[..
     assert change()["tokenizer"] == ("warn", "it has no end token, so that answers are learnt without an end")
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     assert "has its weights in .bin files, which can run code and are not read" in change()["model"][1]
+
+
+@pytest.mark.parametrize("fault", ["another prefix", "another shape", "one is missing"])
+def test_weights_that_are_not_the_configurations_fail(
+    copy: Path, jsonl: Callable[..., Path], tmp_path: Path, fault: str
+) -> None:
+    weights, path = load_file(copy / "model.safetensors"), jsonl(rows(20))
+    assert doctor(tmp_path, copy, path)["weights"][0] == "pass"
+    if fault == "another prefix":
+        weights = {f"inner.{name}": value for name, value in weights.items()}
+    elif fault == "another shape":
+        weights["model.layers.7.mlp.up_proj.weight"] = weights["model.layers.7.mlp.up_proj.weight"][:8].clone()
+    else:
+        del weights["model.norm.weight"]
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    found = doctor(tmp_path, copy, path)
+    status, text = found["weights"]
+    assert status == "fail" and "lacks weights that a node needs, or has them in another shape" in text
+    assert found["data"][0] == "pass"
 
 
 def test_an_encoder_as_a_language_model_fails(tmp_path: Path, demo_model: Path) -> None:
