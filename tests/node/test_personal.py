@@ -29,17 +29,17 @@ Run = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def run(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Three nodes of 90 alike rows, two rounds: the run's folder."""
+    """Three nodes of 75 alike rows, two rounds: the run's folder."""
     data = tmp_path_factory.mktemp("data")
     for node in range(3):
-        rows = [{"question": f"number {i}?", "answer": f"it is {i * 7 % 10}"} for i in range(node, 270, 3)]
+        rows = [{"question": f"number {i}?", "answer": f"it is {i * 7 % 10}"} for i in range(node, 225, 3)]
         (data / f"{node}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {"data.path": str(data), "data.holdout": 0.4, "data.max-length": 32, "train.batch-size": 4}
+    common = {"data.path": str(data), "data.holdout": 0.4, "data.max-length": 32, "train.batch-size": 8}
 
     @cache
     def once(*changes: tuple[str, Any]) -> Path:
         folder = tmp_path_factory.mktemp("run")
-        run_app(folder, nodes=3, **{**common, "train.steps": 4, **dict(changes)})
+        run_app(folder, nodes=3, **{**common, "train.steps": 3, **dict(changes)})
         return folder / "x"
 
     return lambda **changes: once(*sorted(changes.items()))
