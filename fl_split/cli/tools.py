@@ -43,7 +43,7 @@ def surrogate_fit(
     batch_size: Annotated[int, typer.Option(min=1, help="sequences per step")] = 8,
     length: Annotated[int, typer.Option(min=8, help="tokens per sequence")] = 96,
     lr: Annotated[float, typer.Option(help="AdamW's rate")] = 2.5e-3,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     task: Annotated[str, typer.Option(help="causal-lm, or sequence-classification for encoders and classifiers")] = (
         "causal-lm"
     ),

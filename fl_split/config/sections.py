@@ -261,7 +261,9 @@ class Train(Section):
     keep: Literal["best", "last"] = Field(
         "best", description="the round whose adapter a node exports: of the lowest held-out loss, or the last"
     )
-    seed: int = Field(0, description="of adapters, order of examples, held-out part and dropout")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        0, description="of adapters, order of examples, held-out part and dropout"
+    )
 
     @property
     def rates(self) -> tuple[float, float]:

@@ -1,10 +1,12 @@
 """Whether a model can take what its tokenizer and the configuration make of the data: asked before the first step."""
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoModel, PretrainedConfig, PreTrainedTokenizerBase
 
 from fl_split.config import Data
 from fl_split.data.load import Examples
 from fl_split.errors import DataError
+from fl_split.model.family import skeleton
 
 
 def check_fits(
@@ -52,5 +54,11 @@ def _check_positions(
 
 
 def learned_positions(model: PretrainedConfig) -> int | None:
-    """Say for how many positions a model has an embedding; None where positions are computed, and go on."""
-    return None if getattr(model, "rope_parameters", None) else getattr(model, "max_position_embeddings", None)
+    """Say for how many tokens a model has a position's embedding; None where positions are computed, and go on."""
+    count: int | None = getattr(model, "max_position_embeddings", None)
+    if count is None or getattr(model, "rope_parameters", None):
+        return None
+    modules = skeleton(model, AutoModel).modules()
+    tables = (module for module in modules if isinstance(module, nn.Embedding) and module.num_embeddings == count)
+    padded = [table.padding_idx for table in tables if table.padding_idx is not None]  # as of RoBERTa, from there on
+    return count - padded[0] - 1 if padded else count

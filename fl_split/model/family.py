@@ -90,7 +90,7 @@ def _examine(config: PretrainedConfig, auto: Any) -> Anatomy:
         raise SplitError(f"{kind} shares keys and values between layers, so no party could hold a part of them")
     failure: Exception | None = None
     for fake, as_tuple in ((False, False), (False, True), (True, False), (True, True)):
-        model = _skeleton(config, auto)
+        model = skeleton(config, auto)
         base = cast(PreTrainedModel, model.base_model)
         path, layers = _find_layers(base)
         try:
@@ -128,7 +128,7 @@ def all_left_out(layers: nn.ModuleList, as_tuple: bool) -> Iterator[None]:
             layers[i] = layer
 
 
-def _skeleton(config: PretrainedConfig, auto: Any) -> PreTrainedModel:
+def skeleton(config: PretrainedConfig, auto: Any) -> PreTrainedModel:
     """Build the whole model without weights."""
     try:
         with torch.device("meta"):

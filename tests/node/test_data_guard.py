@@ -12,13 +12,21 @@ import torch
 from conftest import InProcessGrid
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    RobertaConfig,
+    RobertaModel,
+)
 
 import client_app
 import server_app
 from fl_split.config import Data, NodeConfig, RunConfig
 from fl_split.data.batches import prepare_tokenizer
-from fl_split.data.fits import check_fits
+from fl_split.data.fits import check_fits, learned_positions
 from fl_split.data.load import Examples, load_examples
 from fl_split.errors import ConfigError, DataError, NodeStateError
 from fl_split.node.build import check_demo_data
@@ -175,6 +183,16 @@ def test_tokens_beyond_the_embeddings_are_refused_if_they_are_used(
     tokenizer.pad_token = "<drug>"
     with pytest.raises(DataError, match=r"or padding does"):
         fits(examples, tokenizer, model)
+
+
+def test_positions_that_begin_after_paddings_are_fewer() -> None:
+    small = {"vocab_size": 9, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    roberta = RobertaConfig(max_position_embeddings=18, **small)
+    assert learned_positions(roberta) == 16
+    model = RobertaModel(roberta)
+    model(torch.full((1, 16), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, 17), 5))
 
 
 def test_lengths_beyond_learnt_positions_are_refused_and_beyond_rotary_ones_told(
