@@ -316,11 +316,14 @@ def test_an_8b_model_needs_its_weights_in_bfloat16_and_little_more() -> None:
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8,
     )  # fmt: skip
-    cost, budget = Cost.of(config, Boundaries("layers", 32, 2, 30), Fit(dtype="bfloat16", layers=4, whole=2))
+    cut, setting = Boundaries("layers", 32, 2, 30), Fit(dtype="bfloat16", layers=4, whole=2, device="cuda")
+    cost, budget = Cost.of(config, cut, setting)
     assert cost.teacher == pytest.approx(16.06e9, rel=0.01)
     assert 3.0e9 < cost.start < 8e9  # moments of one layer, not of 28
     assert cost.total < 35e9
     assert min(budget.shapes) == 4
+    on_cpu, _ = Cost.of(config, cut, replace(setting, device="cpu"))  # C's heap holds more than is in use
+    assert on_cpu.start == cost.start and 1.3 < on_cpu.total / cost.total < 1.7
 
 
 def test_memory_and_time_are_said_before_and_the_time_left_on_the_way(

@@ -34,7 +34,7 @@ from fl_split.malloc import give_back_freed
 from fl_split.model.checkpoint import config_digest, resolve_model, weights_digest
 from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries
-from fl_split.tools.fit.cost import Cost, say_time
+from fl_split.tools.fit.cost import Cost, say_time, time_step
 from fl_split.tools.fit.folder import Fit, FitFolder, folder_of, save_tensors
 from fl_split.tools.fit.lessons import load_teacher, record_lessons
 from fl_split.tools.fit.moments import cut_layers
@@ -126,9 +126,12 @@ def fit(folder: Path, bottom_layers: int, top_layers: int, text: Tensor, config:
     num_checks = max(config.batch_size, min(len(text) // 10, _CHECK_BATCHES * config.batch_size))
     public, check = text[:-num_checks], text[-num_checks:]
     if not recorded.has("lessons-done"):
+        step_s = time_step(model, folder, cut, budget, config)
+        give_back_freed()
         teacher = load_teacher(folder, bottom_layers, top_layers, config)
-        say_time(teacher, folder, public, budget, config)
+        say_time(teacher, public, budget, config, step_s)
         cut_layers(teacher, public, budget, config, recorded)
+        give_back_freed()
         record_lessons(teacher, public, check, config, recorded)
         del teacher
         give_back_freed()
