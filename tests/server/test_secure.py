@@ -27,19 +27,34 @@ def shared(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoints" / "round-0002" / "shared.safetensors")
 
 
+def losses(folder: Path) -> list[float]:
+    """Of the adapters that nodes export: where they are personal, of the mixture."""
+    entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    found = {(entry["round"], entry["partition-id"]): entry for entry in entries if "partition-id" in entry}
+    assert len(found) == 6
+    return [found[key]["heldout-loss-after"] for key in sorted(found)]
+
+
 def of_type(grid: InProcessGrid, kind: str) -> list[Message]:
     return [reply for reply in grid.replies.values() if reply.metadata.message_type == kind]
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedadam"])
-def test_masked_run_is_the_run_in_clear_and_its_messages_say_nothing(run: Run, tmp_path: Path, strategy: str) -> None:
-    changes = {"aggregation.strategy": strategy}
+PERSONAL = {"aggregation.personal": True, "aggregation.min-nodes": 3}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"aggregation.strategy": "fedadam"}, PERSONAL], ids=["mean", "fedadam", "personal"]
+)
+def test_masked_run_is_the_run_in_clear_and_its_messages_say_nothing(
+    run: Run, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     run("clear", **changes)
     grid = run("masked", **changes, **{"aggregation.secure": True})
     expected, got = shared(tmp_path / "clear"), shared(tmp_path / "masked")
     assert got.keys() == expected.keys()
     for name, value in got.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+    assert losses(tmp_path / "masked") == pytest.approx(losses(tmp_path / "clear"), rel=1e-4)
     replies = of_type(grid, "train")
     assert len(replies) == 6 and len(of_type(grid, "query.keys")) == 6  # what is left in them is the mean
     publics = [bytes(reply.content["key"]["public"]) for reply in of_type(grid, "query.keys")]
@@ -88,12 +103,7 @@ def test_a_node_that_sends_noise_is_found_out_by_the_sum(run: Run) -> None:
 
 
 def test_own_adapters_and_clipped_ones_are_masked_too(run: Run, tmp_path: Path) -> None:
-    personal = {
-        "aggregation.personal": True,
-        "aggregation.min-nodes": 3,
-        "aggregation.secure": True,
-        "data.holdout": 0.5,
-    }
+    personal = {**PERSONAL, "aggregation.secure": True, "data.holdout": 0.5}
     private = {"dp.mode": "client-fixed", "dp.noise-multiplier": 0.01, "aggregation.weighting": "equal"}
     run(**personal, **private)
     lines = [json.loads(line) for line in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()]
