@@ -221,7 +221,7 @@ def add_residual(model: PeftModel, residual: Mapping[str, Tensor]) -> None:
     """
     if not residual:
         return
-    rank = max(min(value.shape) for value in residual.values())
+    rank = max(value.shape[0 if ".residual_A." in name else 1] for name, value in residual.items())
     own = cast(LoraConfig, model.peft_config["default"])
     plain = replace(
         own, r=rank, lora_alpha=rank, lora_dropout=0.0, use_rslora=False, use_dora=False, modules_to_save=None

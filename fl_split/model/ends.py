@@ -113,15 +113,21 @@ def check_weights(
 ) -> None:
     """See whether `load_ends` would find what it loads, by names and shapes; no weight is read. Arguments as there.
 
+    Of a quantized checkpoint nothing is looked at.
+
     Raises:
         SplitError: The checkpoint lacks weights, or they have other names or shapes than its configuration says.
     """
     config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        return
     anatomy = examine(config, auto_class("sequence-classification" if labels else "causal-lm"))
     cut = Boundaries.of(anatomy, bottom_layers, top_layers)
     kept = kept_layers(surrogate, surrogate_layers, cut.first, cut.end)
-    holes = [i for i in cut.trunk if i not in kept]
-    _load_without(holes, folder, config, anatomy, anatomy.head if labels else (), torch.float32, device_map="meta")
+    holes, head = [i for i in cut.trunk if i not in kept], anatomy.head if labels else ()
+    _, left_out = _load_without(holes, folder, config, anatomy, head, torch.float32, device_map="meta")
+    if surrogate == "streamed":
+        read_places(folder, cut.layers_name, left_out, config.model_type)
 
 
 def sketch_ends(

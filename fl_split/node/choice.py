@@ -22,6 +22,7 @@ from fl_split.data.load import Examples
 from fl_split.errors import ConfigError, SplitError
 from fl_split.files import write_atomic
 from fl_split.model.checkpoint import read_config, weights_digest
+from fl_split.model.ends import check_weights
 from fl_split.model.family import auto_class, examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.loss import accumulate
@@ -115,9 +116,11 @@ def choose(config: RunConfig, node: NodeConfig, folder: Path, clock: Clock | Non
         return _at_least(config, too_much, "a larger one, or fewer steps")
     why_not = _no_streamed(config, node, folder)
     if not why_not:
-        if clock is None:
-            return Choice("streamed", f"the whole checkpoint is on this disk, if a round takes at most {limit:g} s")
+        split, labels = config.split, config.data.label_names
         try:
+            if clock is None:
+                check_weights(folder, split.bottom_layers, split.top_layers, "streamed", 0, labels)
+                return Choice("streamed", f"the whole checkpoint is on this disk, if a round takes at most {limit:g} s")
             seconds = clock(config.with_kind("streamed"))
         except SplitError:
             why_not = "the trunk's layers cannot be read one at a time from this checkpoint"

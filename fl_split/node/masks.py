@@ -140,6 +140,11 @@ def agree(
     file.unlink()
     for signed in signed_keys:
         _check_signature(signed, about, identity.peers)
+    if len(identity.peers) < 2:
+        raise AggregationError(
+            "this node is alone: the mean over it is its own part, which nothing masks; list the other institutions in "
+            "secure-peers, or in a simulation start more nodes"
+        )
     missing = len(identity.peers - {signed.identity for signed in signed_keys})
     if missing or len(signed_keys) != len(identity.peers):
         raise AggregationError(

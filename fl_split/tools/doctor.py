@@ -127,10 +127,10 @@ def _model(config: RunConfig) -> tuple[str, tuple[RunConfig, Path]]:
 
 
 def _weights(config: RunConfig, folder: Path) -> str:
-    if getattr(read_config(str(folder)), "quantization_config", None) is not None:
-        return "quantized: not looked at"
     split, surrogate, labels = config.split, config.surrogate, config.data.label_names
     check_weights(folder, split.bottom_layers, split.top_layers, surrogate.planned, surrogate.layers, labels)
+    if getattr(read_config(str(folder)), "quantization_config", None) is not None:
+        return "quantized: not looked at"
     return "all names and shapes are those of the configuration"
 
 

@@ -155,6 +155,19 @@ def test_what_is_frozen_stays_so_when_the_base_is_measured(checkpoint: Callable[
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
 
 
+def test_a_residual_of_more_rank_than_its_modules_are_wide_is_whole(checkpoint: Callable[[str], Path]) -> None:
+    """As a node's own product beside a full one is, where all adapted modules are square."""
+    generator, logits = torch.Generator().manual_seed(0), []
+    wide = torch.randn(40, 32, generator=generator), torch.randn(32, 40, generator=generator)
+    for a, b in (wide, (torch.eye(32), wide[1] @ wide[0])):
+        model = client_with_adapter(checkpoint("llama"), Lora(target_modules="q_proj"))
+        modules = {name.split(".lora_")[0] for name in adapters.adapter_state(model)}
+        both = {"residual_A": a, "residual_B": 0.01 * b}
+        adapters.add_residual(model, {f"{module}.{name}.weight": x for module in modules for name, x in both.items()})
+        logits.append(model.eval()(input_ids=torch.arange(3, 12)[None]).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-3)
+
+
 def test_without_a_surrogate_the_bottom_has_no_adapter(checkpoint: Callable[[str], Path]) -> None:
     model = client_with_adapter(checkpoint("llama"), train_bottom=False)
     assert {adapters.part_of(model, name) for name in adapters.adapter_state(model)} == {"top"}

@@ -176,6 +176,13 @@ def test_a_key_serves_one_message_and_nobody_else_can_read_it(nodes: Nodes) -> N
         nodes.agree(0)
 
 
+def test_a_node_alone_is_refused_since_nothing_would_mask_its_part(nodes: Nodes) -> None:
+    [signed, *_] = nodes.state()
+    alone = Identity(nodes.who[0].key, frozenset([signed.identity]))
+    with pytest.raises(AggregationError, match="this node is alone: the mean over it is its own part"):
+        masks.agree(alone, nodes.folders[0], ABOUT, [signed], b"")
+
+
 # ------------------------------------------------------------------------------------------------- an institution's
 
 

@@ -270,6 +270,19 @@ def test_weights_that_are_not_the_configurations_fail(
     assert found["data"][0] == "pass"
 
 
+def test_a_trunk_that_cannot_be_streamed_fails_where_that_is_asked_for_alone(
+    copy: Path, jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    weights, path = load_file(copy / "model.safetensors"), jsonl(rows(20))
+    del weights["model.layers.5.input_layernorm.weight"]
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    status, text = doctor(tmp_path, copy, path, **{"surrogate.kind": "streamed"})["weights"]
+    assert status == "fail" and "cannot read layer 5 of this llama" in text
+    found = doctor(tmp_path, copy, path)  # `auto` does as the run will
+    assert "is 'blocks' here: the trunk's layers cannot be read one at a time" in found["surrogate"][1]
+    assert found["weights"][0] == "pass"
+
+
 def test_an_encoder_as_a_language_model_fails(tmp_path: Path, demo_model: Path) -> None:
     small: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     BertForMaskedLM(BertConfig(num_hidden_layers=6, **small)).save_pretrained(tmp_path / "bert")
