@@ -58,7 +58,8 @@ def learned_positions(model: PretrainedConfig) -> int | None:
     count: int | None = getattr(model, "max_position_embeddings", None)
     if count is None or getattr(model, "rope_parameters", None):
         return None
-    modules = skeleton(model, AutoModel).modules()
-    tables = (module for module in modules if isinstance(module, nn.Embedding) and module.num_embeddings == count)
+    whole = skeleton(model, AutoModel)
+    tables = {m for m in whole.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == count}
+    tables -= {whole.get_input_embeddings()}  # of tokens, which may be as many
     padded = [table.padding_idx for table in tables if table.padding_idx is not None]  # as of RoBERTa, from there on
     return count - padded[0] - 1 if padded else count

@@ -14,6 +14,7 @@ from flwr.app import Context, RecordDict
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
+    BertConfig,
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
@@ -193,6 +194,11 @@ def test_positions_that_begin_after_paddings_are_fewer() -> None:
     model(torch.full((1, 16), 5))
     with pytest.raises((IndexError, RuntimeError)):
         model(torch.full((1, 17), 5))
+
+
+def test_tokens_as_many_as_positions_are_not_taken_for_them() -> None:
+    small = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+    assert learned_positions(BertConfig(vocab_size=18, max_position_embeddings=18, pad_token_id=0, **small)) == 18
 
 
 def test_lengths_beyond_learnt_positions_are_refused_and_beyond_rotary_ones_told(
