@@ -31,7 +31,9 @@ def stop(port: int) -> int:
                 f"the SuperLink on port {port} belongs to another account of this machine: use a port of your own, "
                 f"{PORT_VARIABLE}"
             )
-        runs = process.children(recursive=True)  # a simulation would go on by itself for minutes, and hold its folder
+        runs: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            runs = process.children(recursive=True)  # a simulation would go on for minutes, and hold its folder
         for ended in ([process], runs):
             for one in ended:
                 with suppress(psutil.NoSuchProcess):
