@@ -178,7 +178,8 @@ def _quality(run: Record) -> list[dict[str, Any]]:
         }
         if _WORTH <= last.keys():
             weights = ", ".join(f"{last[f'shared-weight-{part}']:g} {part}" for part in ("bottom", "top"))
-            row["over training alone"] = f"{last['gain-over-alone']:+.4f} ± {last['gain-over-alone-error']:.4f}"
+            worth, error = last["gain-over-alone"], last["gain-over-alone-error"]
+            row["over training alone"] = f"{worth:+.4f} ± {error:.4f}" if math.isfinite(worth + error) else "withheld"
             row["weight of what is shared"] = weights
         if any(run.by_round("record-epsilon").values()):
             known = "record-epsilon" in last

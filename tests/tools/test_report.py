@@ -2,6 +2,7 @@
 
 import json
 import math
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -94,6 +95,8 @@ def test_an_institution_reads_what_sharing_was_worth_to_it(tmp_path: Path) -> No
     weights = {"shared-weight-bottom": 0.0, "shared-weight-top": 0.5}
     text = report([make_run(tmp_path, "one", worth | weights, **personal)])
     assert {"+0.0321 ± 0.0044", "0 bottom, 0.5 top"} <= set(Page(text).cells)
+    silent = make_run(tmp_path, "silent", worth | weights | {"gain-over-alone-error": math.nan}, **personal)
+    assert "withheld" in Page(report([silent])).cells
     title = "What the others&#x27; adapters won beyond training alone"
     assert text.count(title) == 1 and title not in report([make_run(tmp_path, "two")])
 
