@@ -2,7 +2,6 @@
 
 import json
 import math
-import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
