@@ -90,6 +90,28 @@ class _Nothing(_Value):
 CONFIG = Train.model_validate({"bottom-lr": 8e-3, "top-lr": 1.6e-2})
 
 
+@pytest.mark.parametrize("at_full", [0.3, -0.3, 0.0])
+def test_what_wins_in_small_steps_has_to_win_at_the_rounds_own_rates(
+    demo_model: Path, make_batches: Callable[[], Made], monkeypatch: pytest.MonkeyPatch, at_full: float
+) -> None:
+    tried: list[Train] = []
+
+    def made_up(model: PeftModel, batches: Any, measured: Any, config: Train, settings: RoundSettings) -> Losses:
+        """Losses of four examples: the top wins 1 each, the bottom 0.3 more in small steps."""
+        tried.append(config)
+        won = 1 + settings.trains_bottom * (0.3 if config.rates != CONFIG.rates else at_full)
+        spread = torch.tensor([0.01, -0.01, 0.02, -0.02]) * settings.trains_bottom
+        return 5.0 - won + spread.double(), torch.ones(4).double()
+
+    monkeypatch.setattr(trial, "losses_after", made_up)
+    monkeypatch.setattr(trial, "measure", lambda *_: (torch.full((4,), 5.0).double(), torch.ones(4).double()))
+    batches, measured = make_batches()
+    result = try_bottom(make_model(demo_model, "exact"), batches, measured, CONFIG)
+    assert result.is_useful == (at_full > 0) and result.mean == pytest.approx(at_full or 0.0, abs=1e-6)
+    assert [config.rates == CONFIG.rates for config in tried] == [False, False, True, True]
+    assert {config.scheduler for config in tried[2:]} == {CONFIG.scheduler}
+
+
 def test_exact_gradient_is_a_sure_gain_and_model_and_gradients_stay_as_they_were(
     demo_model: Path, make_batches: Callable[[], Made]
 ) -> None:
