@@ -21,6 +21,7 @@ StrategyName = Literal[
     "fedavg", "fedavgm", "fedadam", "fedprox", "fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"
 ]
 Kind = Literal["none", "identity", "blocks", "distilled", "matched", "streamed", "shares", "exact"]
+KindOrAuto = Literal["auto", Kind]
 AUTO = (  # what each node does with `surrogate.kind = auto`; see `node.choice`
     "`shares` where the run names a second trunk and the institution allows it; else `streamed` where the whole "
     "checkpoint is on the node's disk and a round takes at most half of `run.round-timeout`; else `blocks` where "
@@ -85,7 +86,7 @@ class Split(Section):
 class Surrogate(Section):
     """What gives the bottom its gradient."""
 
-    kind: Literal["auto", Kind] = Field(
+    kind: KindOrAuto = Field(
         "auto",
         description=f"`auto`: {AUTO}; `blocks`: the trunk's first layers; `distilled`: those, trained on the way; "
         "`matched`: published by the trunk; `streamed`: all trunk layers, read from disk one at a time; `identity`; "

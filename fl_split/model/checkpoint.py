@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -25,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from fl_split import demo
-from fl_split.config import Kind, is_local_model
+from fl_split.config import KindOrAuto, is_local_model
 from fl_split.errors import ConfigError, SplitError
 from fl_split.model.family import examine
 from fl_split.model.loading import Boundaries, file_of_weights, layer_of, weight_files
@@ -40,7 +39,7 @@ Place = tuple[Path, str]  # a file of a checkpoint, and a weight's name in it
 
 
 def node_needs(
-    bottom_layers: int, top_layers: int, surrogate: Kind | Literal["auto"], layers: int
+    bottom_layers: int, top_layers: int, surrogate: KindOrAuto, layers: int
 ) -> Callable[[PretrainedConfig], Needs]:
     """What a node needs of a checkpoint: its ends, all that lies outside the layers, and its surrogate's layers."""
 

@@ -110,17 +110,18 @@ def check_weights(
     surrogate: Kind,
     surrogate_layers: int,
     labels: Sequence[str] = (),
-) -> None:
+) -> bool:
     """See whether `load_ends` would find what it loads, by names and shapes; no weight is read. Arguments as there.
 
-    Of a quantized checkpoint nothing is looked at.
+    Returns:
+        Whether it was looked at: a quantized checkpoint is not.
 
     Raises:
         SplitError: The checkpoint lacks weights, or they have other names or shapes than its configuration says.
     """
     config = AutoConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None) is not None:
-        return
+        return False
     anatomy = examine(config, auto_class("sequence-classification" if labels else "causal-lm"))
     cut = Boundaries.of(anatomy, bottom_layers, top_layers)
     kept = kept_layers(surrogate, surrogate_layers, cut.first, cut.end)
@@ -128,6 +129,7 @@ def check_weights(
     _, left_out = _load_without(holes, folder, config, anatomy, head, torch.float32, device_map="meta")
     if surrogate == "streamed":
         read_places(folder, cut.layers_name, left_out, config.model_type)
+    return True
 
 
 def sketch_ends(

@@ -11,12 +11,12 @@ the loss itself: a wrong surrogate makes the bottom learn slowly, not the model 
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fl_split.config import Kind
+from fl_split.config import KindOrAuto
 from fl_split.errors import ConfigError
 
 
@@ -46,7 +46,7 @@ def join_exact(hidden_states: Tensor, trunk: Tensor, vjp: Callable[[Tensor], Ten
     return joined
 
 
-def kept_layers(kind: Kind | Literal["auto"], count: int, first: int, end: int) -> tuple[int, ...]:
+def kept_layers(kind: KindOrAuto, count: int, first: int, end: int) -> tuple[int, ...]:
     """Indices of the trunk layers that a node keeps as its surrogate, as they are: the trunk's first ones.
 
     Its early layers carry the Jacobian: of SmolLM2-135M's 14 middle layers the first 4 give the gradient a cosine of

@@ -27,6 +27,7 @@ from fl_split.model.family import auto_class, examine
 from fl_split.model.loading import Boundaries
 from fl_split.model.loss import accumulate
 from fl_split.model.slots import Nowhere
+from fl_split.model.surrogate import kept_layers
 from fl_split.node.build import build_model
 from fl_split.plan.fits_here import check_room
 from fl_split.plan.plan import make_plan
@@ -87,8 +88,8 @@ def settle(
 
 def chosen(config: RunConfig, kind: Kind, folder: Path) -> RunConfig:
     """The configuration with what `auto` became, which keeps no more layers than the trunk has."""
-    layers = min(config.surrogate.layers, len(_cut(config, folder).trunk))
-    return config.with_kind(kind, layers)
+    cut = _cut(config, folder)
+    return config.with_kind(kind, len(kept_layers("auto", config.surrogate.layers, cut.first, cut.end)))
 
 
 def choose(config: RunConfig, node: NodeConfig, folder: Path, clock: Clock | None = None) -> Choice:

@@ -128,10 +128,9 @@ def _model(config: RunConfig) -> tuple[str, tuple[RunConfig, Path]]:
 
 def _weights(config: RunConfig, folder: Path) -> str:
     split, surrogate, labels = config.split, config.surrogate, config.data.label_names
-    check_weights(folder, split.bottom_layers, split.top_layers, surrogate.planned, surrogate.layers, labels)
-    if getattr(read_config(str(folder)), "quantization_config", None) is not None:
-        return "quantized: not looked at"
-    return "all names and shapes are those of the configuration"
+    ends = (split.bottom_layers, split.top_layers)
+    looked = check_weights(folder, *ends, surrogate.planned, surrogate.layers, labels)
+    return "all names and shapes are those of the configuration" if looked else "quantized: not looked at"
 
 
 def _lacking(folder: Path) -> str:
