@@ -6,10 +6,11 @@ FILE holds an institution's questions and answers (JSON lines). Kinds: `none` (t
 layers alone), `identity`, `blocks-2`, `matched` (--matched FILE), `streamed` (two steps, for their time: its gradient
 is the exact one), `shares`, `exact`, `all` (LoRA on all layers of the whole model), and `probes-4`: the estimate from 4
 random probes of the trunk, which is not offered (docs/surrogates.md). `rate-2` trains nothing: it says which rate
-`train.top-lr = "auto"` takes for a top of 2 layers. Each kind has its rates swept on the first file and seed 0, in the
-given order and no further than they make it better, and runs at its best on all files and seeds. Gap closed =
-(none - kind) / (none - exact), of the means of held-out losses per answer token, within a split, over the files and
-seeds that all three have.
+`train.top-lr = "auto"` takes for a top of 2 layers. `trial-blocks-2` says whether a trial at auto's rates lets that
+bottom train, and what it is worth at these rates if it trains untried. Each other kind has its rates swept on the first
+file and seed 0, in the given order and no further than they make it better, and runs at its best on all files and
+seeds. Gap closed = (none - kind) / (none - exact), of the means of held-out losses per answer token, within a split,
+over the files and seeds that all three have.
 
 To be cheap, the trunk runs in this process, in bfloat16 (float32 for `shares` and `probes`; `all` is bfloat16 as a
 whole), the ends in float32, the logits of training in bfloat16; an exact gradient takes one forward pass with a graph,
@@ -24,19 +25,18 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Mapping
 from functools import partial
-from itertools import chain, islice, product
+from itertools import islice, product
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 from about import about, write
 from peft import PeftModel
+from real_table import BATCH, MAX_LENGTH, Figures, Runs, alone, where
 from real_trunks import BOTTOM, ExactTrunk, ProbesTrunk, SharesTrunk, as_model, recorded
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fl_split.config import Data, Lora, NodeConfig, RunConfig, Train
@@ -51,15 +51,12 @@ from fl_split.model.slots import trunk_calls_of
 from fl_split.node import rate_search, trial
 from fl_split.node.evaluate import evaluate
 from fl_split.node.train import RoundSettings, make_optimizer, train_round
-from fl_split.plan.plan import make_plan
 from fl_split.tools.gradcheck import Candidate, bottom_gradient, build
 
-BATCH, MAX_LENGTH = 8, 80
 KINDS = ("none", "exact", "identity", "blocks-2", "blocks-4")
 RATES = ("1e-3,2e-3", "2e-3,4e-3", "4e-3,8e-3")  # of bottom and top
 TOP_RATES = ("2e-3", "4e-3", "8e-3", "1.6e-2")  # of a top alone
 COSINE_BATCHES = 2
-Figures = dict[str, float]
 
 
 class RoundedHead(torch.nn.Module):
@@ -99,6 +96,11 @@ class Bench:
         self.figures |= about("0, 1, ...") | {"model": options.model.name, "steps": options.steps}
         tops = {int(kind.split("-")[1]) for kind in options.kinds if kind.startswith(("none-", "rate-"))}
         self.tops = tuple(sorted(tops | {int(split.split("+")[1]) for split in options.splits}))
+
+    @property
+    def runs(self) -> Runs:
+        """All so far, those of earlier calls included."""
+        return Runs(self.folder, self.options.data[0].stem, self.figures)
 
     def examples(self, file: Path, seed: int) -> Examples:
         data = Data.model_validate({"max-length": MAX_LENGTH, "holdout-max": self.options.heldout, "template": "plain"})
@@ -166,19 +168,40 @@ class Bench:
             found["heldout-loss"] = evaluate(model, heldout)["loss"]
         return found
 
-    def find_rate(self, file: Path, seed: int, top: int) -> None:
+    def drawn(self, file: Path, seed: int) -> tuple[RunConfig, rate_search.Draw]:
+        """A node's configuration, and what draws the examples that it settles things with."""
+        config = RunConfig.from_flat({"data.max-length": MAX_LENGTH, "train.batch-size": BATCH, "train.seed": seed})
+        return config, partial(trial.draw, self.examples(file, seed).train, self.tokenizer, config, seed)
+
+    def find_rate(self, file: Path, seed: int, top: int) -> float:
         """Say what `train.top-lr = "auto"` comes to, for a top of so many layers."""
         key = f"rate/{file.stem}/{seed}/rate-{top}"
-        if key in self.figures:
+        if key not in self.figures:
+            config, draw = self.drawn(file, seed)
+            model, _ = self.build(f"{BOTTOM}+{top}", f"none-{top}")
+            with tempfile.TemporaryDirectory() as answers:
+                found = rate_search.find(config, model, draw, Path(answers) / "answers", late=False)
+            self.figures[key] = found.rate
+            write(self.options.json, self.figures)
+            print(key, found, flush=True)
+        return float(self.figures[key])
+
+    def try_bottom(self, split: str, file: Path, seed: int, kind: str) -> None:
+        """Say what a trial at auto's rates comes to, and what the bottom is worth where it trains untried."""
+        key = f"{split}/{file.stem}/{seed}/{kind}"
+        if f"trial-worth/{key}" in self.figures:
             return
-        config = RunConfig.from_flat({"data.max-length": MAX_LENGTH, "train.batch-size": BATCH, "train.seed": seed})
-        model, _ = self.build(f"{BOTTOM}+{top}", f"none-{top}")
-        draw = partial(trial.draw, self.examples(file, seed).train, self.tokenizer, config, seed)
-        with tempfile.TemporaryDirectory() as answers:
-            found = rate_search.find(config, model, draw, Path(answers) / "answers", late=False)
-        self.figures[key] = found.rate
+        config, draw = self.drawn(file, seed)
+        config = config.with_rate(self.find_rate(file, seed, int(split.split("+")[1])))
+        rates, drawn = "{:g},{:g}".format(*config.train.rates), draw()
+        assert drawn
+        found = trial.try_bottom(self.build(split, kind)[0], *drawn, config.train)
+        said = {"gain": found.mean, "error": found.error, "top": found.top, "trains": float(found.is_useful)}
+        none, both = (self.run(split, file, seed, name, rates)["heldout-loss"] for name in (alone(split), kind))
+        said |= {"worth": none - both}
+        self.figures |= {f"trial-{name}/{key}": value for name, value in said.items()}
         write(self.options.json, self.figures)
-        print(key, found, flush=True)
+        print(key, rates, *(f"{name} {value:.4f}" for name, value in said.items()), flush=True)
 
     def do(self, split: str, file: Path, seed: int, kind: str, rates: str) -> None:
         """Run once, unless it was."""
@@ -193,41 +216,24 @@ class Bench:
     def sweep(self, split: str, kind: str) -> None:
         """A kind's rates on the first file and seed, then its best on all."""
         options = self.options
-        if kind.startswith("rate-"):
+        what, _, of = kind.partition("-")
+        if what in ("rate", "trial"):
             for seed, file in product(range(options.seeds), options.data):
-                self.find_rate(file, seed, int(kind.removeprefix("rate-")))
+                if what == "rate":
+                    self.find_rate(file, seed, int(of))
+                else:
+                    self.try_bottom(split, file, seed, of)
             return
         kind = alone(split) if kind == "none" else kind
         for rates in [f"0,{rate}" for rate in options.top_rates] if kind.startswith("none-") else options.rates:
             self.do(split, options.data[0], 0, kind, rates)
             if kind == "streamed":
                 return
-            if best_rates(self.figures, split, kind, options.data[0].stem) != rates:
+            if self.runs.best_rates(split, kind) != rates:
                 break
-        rates = best_rates(self.figures, split, kind, options.data[0].stem)
+        rates = self.runs.best_rates(split, kind)
         for seed, file in product(range(options.seeds), options.data):
             self.do(split, file, seed, kind, rates)
-
-    def costs(self, split: str, kind: str) -> tuple[float, float]:
-        """MB of weights and training on a node, as `fl-split plan` has them, and MB sent and got in a full step."""
-        name, _, count = kind.partition("-")
-        bottom, top = map(int, split.split("+"))
-        values = {
-            "split.bottom-layers": bottom,
-            "split.top-layers": int(count) if name == "none" else top,
-            "surrogate.kind": {"matched": "blocks", "all": "identity", "probes": "identity"}.get(name, name),
-            "surrogate.layers": int(count or 2),
-            "trunk.exact-gradient": name == "exact",
-            "trunk.share-address": "embedded" if name == "shares" else "",
-            "data.max-length": MAX_LENGTH,
-            "train.batch-size": BATCH,
-        }
-        plan = make_plan(AutoConfig.from_pretrained(self.folder), RunConfig.from_flat(values))
-        if name == "all":
-            layers = (bottom + top + plan.trunk_layers) / (bottom + top)
-            return (plan.full_weights + layers * plan.node.training) / 1e6, 0.0
-        replies = 1 + int(count) / 2 if name == "probes" else 1  # differences, one byte each
-        return (plan.node.weights + plan.node.training) / 1e6, (plan.request_bytes + replies * plan.reply_bytes) / 1e6
 
 
 def cosine(model: PeftModel, trunk: ExactTrunk, batches: list[Batch]) -> float:
@@ -250,109 +256,6 @@ def rounding(bench: Bench, split: str) -> float:
         trunk.keeps_graph = True
         found.append(bottom_gradient(build(bench.folder, bottom, top, trunk, Candidate("exact"), Lora()), some))
     return torch.cosine_similarity(*found, dim=0).item()
-
-
-def alone(split: str) -> str:
-    """The kind that trains nothing but the top of a split."""
-    return f"none-{split.split('+')[1]}"
-
-
-def where(split: str, kind: str) -> str:
-    """Under which split a kind's runs are kept: some are the same in all."""
-    return "any" if kind == "all" or kind.startswith("none-") else split
-
-
-def best_rates(figures: Mapping[str, Any], split: str, kind: str, file: str) -> str:
-    """Of a kind's rates, those of the lowest loss on the first file and seed; empty: none was run."""
-    prefix = f"heldout-loss/{where(split, kind)}/{file}/0/{kind}/"
-    tried = [(loss, key.removeprefix(prefix)) for key, loss in figures.items() if key.startswith(prefix)]
-    return min(tried, default=(0.0, ""))[1]
-
-
-def runs_of(figures: Mapping[str, Any], split: str, kind: str, file: str) -> dict[str, Figures]:
-    """A kind's runs at its best rates: figures by file and seed."""
-    found: dict[str, Figures] = {}
-    rates = best_rates(figures, split, kind, file)
-    for key, value in figures.items():
-        name, *at = key.split("/")
-        if len(at) == 5 and at[0] == where(split, kind) and at[3:] == [kind, rates]:
-            found.setdefault(f"{at[1]}/{at[2]}", {})[name] = value
-    return found
-
-
-def summary(bench: Bench, split: str, kind: str) -> Figures:
-    """What is said of a kind in a split, without the split's and the kind's names."""
-    file = bench.options.data[0].stem
-    own, none, exact = (runs_of(bench.figures, split, name, file) for name in (kind, alone(split), "exact"))
-    (memory, sent), (base_memory, base_sent) = (bench.costs(split, name) for name in (kind, alone(split)))
-    names = ("heldout-loss", "share-leak-bits", *(f"cosine-{when}" for when in ("start", "middle", "end")))
-    said = {name: mean(numbers) for name in names if (numbers := [run[name] for run in own.values() if name in run])}
-    asked = [run["step-s-recorded"] for run in none.values() if run.get("step-s-recorded", 0) > 0]
-    seconds = [run["step-s"] - run.get("step-s-recorded", 0) for run in own.values()]
-    said["step-s"] = mean(seconds) + (mean(asked) if kind.startswith("none") and asked else 0)  # as if each had asked
-    said |= {"runs": len(own), "node-mb": memory, "step-mb": sent}
-    said |= {"memory-ratio": memory / base_memory, "bytes-ratio": sent / base_sent}
-    if common := none.keys() & exact.keys() & own.keys():
-        gain, whole = (sum(none[r]["heldout-loss"] - runs[r]["heldout-loss"] for r in common) for runs in (own, exact))
-        said |= {"loss-won": gain / len(common), "gap-closed": gain / whole}
-    return said
-
-
-def table(bench: Bench) -> Figures:
-    """Print a row per split and kind, at its best rates; return what is said in it."""
-    said: Figures = {}
-    ran = {(at[1], at[4]) for key in bench.figures if len(at := key.split("/")) == 6 and at[0] == "heldout-loss"}
-    for split in sorted({split for split, _ in ran} - {"any"}):
-        print(f"{split}: kind, rates, runs, held-out loss, gap closed, cosine at start, middle, end, MB, MB a step, s")
-        rows = {kind: summary(bench, split, kind) for at, kind in ran if at in (split, "any")}
-        for kind, row in sorted(rows.items(), key=lambda item: -item[1]["heldout-loss"]):
-            for name, value in row.items():
-                what, _, when = name.partition("-") if "cosine" in name else (name, "", "")
-                said["/".join(filter(None, (what, split, kind, when)))] = value
-            rates = best_rates(bench.figures, split, kind, bench.options.data[0].stem)
-            cosines = " / ".join(f"{value:.3f}" for name, value in row.items() if "cosine" in name)
-            print(
-                f"  {kind:10} {rates:10} {row['runs']}  {row['heldout-loss']:.4f}  {row.get('gap-closed', 0):6.2f}"
-                f"  {cosines:21}  {row['node-mb']:6.0f}  {row['step-mb']:5.2f}  {row['step-s']:5.2f}"
-            )
-    return said
-
-
-def plot(bench: Bench, out: Path) -> None:
-    """Loss against memory and bytes; of all splits' kinds less that of the first split's top alone, on common runs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    file, base = bench.options.data[0].stem, alone(bench.options.splits[0])
-    ran = {(at[1], at[4]) for key in bench.figures if len(at := key.split("/")) == 6 and at[0] == "heldout-loss"}
-    alone_runs = runs_of(bench.figures, bench.options.splits[0], base, file)
-    points: dict[str, list[tuple[str, float, float, float]]] = {}
-    for split, kind in sorted(ran):
-        at = bench.options.splits[0] if split == "any" else split
-        runs = runs_of(bench.figures, at, kind, file)
-        if common := runs.keys() & alone_runs.keys():
-            won = [runs[run]["heldout-loss"] - alone_runs[run]["heldout-loss"] for run in common]
-            points.setdefault(split, []).append((kind, *bench.costs(at, kind), mean(won)))
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
-    labels = ("weights and training on the node, MB", "MB on the wire, a step")
-    for place, (axes, label) in enumerate(zip(panels, labels, strict=True)):
-        for (split, found), marker in zip(points.items(), "osD^vP", strict=False):
-            axes.scatter([p[1 + place] for p in found], [p[3] for p in found], marker=marker, label=split)
-        width, height = (high - low for low, high in (axes.get_xlim(), axes.get_ylim()))
-        near: dict[tuple[int, int], tuple[tuple[float, float], list[str]]] = {}  # points of one label
-        for kind, *costs, loss in chain(*points.values()):
-            cell = round(25 * costs[place] / width), round(40 * loss / height)
-            near.setdefault(cell, ((costs[place], loss), []))[1].append(kind)
-        for at_point, kinds in near.values():
-            text = "\n".join(dict.fromkeys(kinds))
-            axes.annotate(text, at_point, xytext=(5, 3), textcoords="offset points", fontsize=7)
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel(f"held-out loss, less that of {base}")
-    panels[0].legend(title="bottom + top")
-    figure.savefig(out, dpi=120)
 
 
 def main() -> None:
@@ -384,10 +287,10 @@ def main() -> None:
             bench.figures[f"cosine/{split}/bfloat16-trunk"] = rounding(bench, split)
         for kind in options.kinds:
             bench.sweep(split, kind)
-    bench.figures |= table(bench)
+    bench.figures |= bench.runs.table()
     write(options.json, bench.figures)
     if options.plot:
-        plot(bench, options.plot)
+        bench.runs.plot(options.splits[0], options.plot)
 
 
 if __name__ == "__main__":
