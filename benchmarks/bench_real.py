@@ -6,9 +6,9 @@ FILE holds an institution's questions and answers (JSON lines). Kinds: `none` (t
 layers alone), `identity`, `blocks-2`, `matched` (--matched FILE), `streamed` (two steps, for their time: its gradient
 is the exact one), `shares`, `exact`, `all` (LoRA on all layers of the whole model), and `probes-4`: the estimate from 4
 random probes of the trunk, which is not offered (docs/surrogates.md). `rate-2` trains nothing: it says which rate
-`train.top-lr = "auto"` takes for a top of 2 layers. `trial-blocks-2` says whether a trial at auto's rates lets that
-bottom train, and what it is worth at these rates if it trains untried. Each other kind has its rates swept on the first
-file and seed 0, in the given order and no further than they make it better, and runs at its best on all files and
+`train.top-lr = "auto"` takes for a top of 2 layers. A bottom trains whatever its gradient is worth; with `tried-`
+before a kind it has to win a trial first, as in an ordinary run, of four rounds. Each kind has its rates swept on the
+first file and seed 0, in the given order and no further than they make it better, and runs at its best on all files and
 seeds. Gap closed = (none - kind) / (none - exact), of the means of held-out losses per answer token, within a split,
 over the files and seeds that all three have.
 
@@ -57,6 +57,7 @@ KINDS = ("none", "exact", "identity", "blocks-2", "blocks-4")
 RATES = ("1e-3,2e-3", "2e-3,4e-3", "4e-3,8e-3")  # of bottom and top
 TOP_RATES = ("2e-3", "4e-3", "8e-3", "1.6e-2")  # of a top alone
 COSINE_BATCHES = 2
+ROUNDS = 4  # of a run, as far as a trial is concerned
 
 
 class RoundedHead(torch.nn.Module):
@@ -88,6 +89,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.folder = options, options.model
         self.tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(options.model))
+        self.config = RunConfig.from_flat({"data.max-length": MAX_LENGTH, "train.batch-size": BATCH})
         self.figures: dict[str, Any] = {}
         if options.json and options.json.exists():
             self.figures = json.loads(options.json.read_text())
@@ -110,7 +112,7 @@ class Bench:
         """A model and its trunk."""
         if kind == "all":
             return whole_model(self.folder), None
-        name, _, count = kind.partition("-")
+        name, _, count = kind.removeprefix("tried-").partition("-")
         bottom, top = map(int, split.split("+"))
         if name == "none":
             trunk: Any = recorded(self.folder, self.tops)
@@ -150,15 +152,25 @@ class Bench:
         found["heldout-loss-before"] = evaluate(model, heldout)["loss"]
         look("start")
         before, seconds = trunk.seconds if kind.startswith("none") else 0.0, 0.0
-        half = steps // 2
         rate = {"bottom-lr": bottom_lr, "top-lr": top_lr, "scheduler": "linear"}
-        optimizer = make_optimizer(model, Train.model_validate({"steps": half, **rate}))
-        for first, last, when in ((0, half, "middle"), (half, steps, "end")):
+        optimizer = make_optimizer(model, Train.model_validate(rate))
+        follows = True
+        for number in range(1, ROUNDS + 1):
+            first, last = (steps * done // ROUNDS for done in (number - 1, number))
+            config = Train.model_validate({"steps": max(last - first, 1), **rate})
             started = time.process_time()
-            config = Train.model_validate({"steps": last - first, **rate})
-            train_round(model, optimizer, batches, config, RoundSettings(first, steps))
+            if kind.startswith("tried-") and trial.is_due(number):
+                settings, drawn = RoundSettings(first, steps), self.drawn(examples, number, trial.steps_of(config))
+                result = trial.try_bottom(model, optimizer, *drawn, config, settings)
+                follows = result.is_sure
+                found |= {f"trial-gain-{number}": result.mean, f"trial-error-{number}": result.error}
+            if first < last:
+                train_round(model, optimizer, batches, config, RoundSettings(first, steps, trains_bottom=follows))
             seconds += time.process_time() - started
-            look(when)
+            if 2 * number in (ROUNDS, 2 * ROUNDS):
+                look("end" if number == ROUNDS else "middle")
+            if kind.startswith("tried-"):
+                found[f"bottom-trained-{number}"] = follows
         found["step-s"] = seconds / steps
         if kind.startswith("none"):
             found["step-s-recorded"] = (trunk.seconds - before) / steps  # of this, the trunk's; 0 where it was known
@@ -168,40 +180,24 @@ class Bench:
             found["heldout-loss"] = evaluate(model, heldout)["loss"]
         return found
 
-    def drawn(self, file: Path, seed: int) -> tuple[RunConfig, rate_search.Draw]:
-        """A node's configuration, and what draws the examples that it settles things with."""
-        config = RunConfig.from_flat({"data.max-length": MAX_LENGTH, "train.batch-size": BATCH, "train.seed": seed})
-        return config, partial(trial.draw, self.examples(file, seed).train, self.tokenizer, config, seed)
+    def drawn(self, examples: Examples, seed: int, *sizes: int) -> tuple[list[Batch], list[Batch]]:
+        """What a node tries things with; arguments as of `trial.draw`."""
+        found = trial.draw(examples.train, self.tokenizer, self.config, seed, *sizes)
+        assert found, "too few examples"
+        return found
 
-    def find_rate(self, file: Path, seed: int, top: int) -> float:
+    def find_rate(self, file: Path, seed: int, top: int) -> None:
         """Say what `train.top-lr = "auto"` comes to, for a top of so many layers."""
         key = f"rate/{file.stem}/{seed}/rate-{top}"
-        if key not in self.figures:
-            config, draw = self.drawn(file, seed)
-            model, _ = self.build(f"{BOTTOM}+{top}", f"none-{top}")
-            with tempfile.TemporaryDirectory() as answers:
-                found = rate_search.find(config, model, draw, Path(answers) / "answers", late=False)
-            self.figures[key] = found.rate
-            write(self.options.json, self.figures)
-            print(key, found, flush=True)
-        return float(self.figures[key])
-
-    def try_bottom(self, split: str, file: Path, seed: int, kind: str) -> None:
-        """Say what a trial at auto's rates comes to, and what the bottom is worth where it trains untried."""
-        key = f"{split}/{file.stem}/{seed}/{kind}"
-        if f"trial-worth/{key}" in self.figures:
+        if key in self.figures:
             return
-        config, draw = self.drawn(file, seed)
-        config = config.with_rate(self.find_rate(file, seed, int(split.split("+")[1])))
-        rates, drawn = "{:g},{:g}".format(*config.train.rates), draw()
-        assert drawn
-        found = trial.try_bottom(self.build(split, kind)[0], *drawn, config.train)
-        said = {"gain": found.mean, "error": found.error, "top": found.top, "trains": float(found.is_useful)}
-        none, both = (self.run(split, file, seed, name, rates)["heldout-loss"] for name in (alone(split), kind))
-        said |= {"worth": none - both}
-        self.figures |= {f"trial-{name}/{key}": value for name, value in said.items()}
+        model, _ = self.build(f"{BOTTOM}+{top}", f"none-{top}")
+        draw = partial(self.drawn, self.examples(file, seed), seed, rate_search.STEPS, rate_search.MEASURED)
+        with tempfile.TemporaryDirectory() as answers:
+            found = rate_search.find(self.config, model, draw, Path(answers) / "answers", late=False)
+        self.figures[key] = found.rate
         write(self.options.json, self.figures)
-        print(key, rates, *(f"{name} {value:.4f}" for name, value in said.items()), flush=True)
+        print(key, found, flush=True)
 
     def do(self, split: str, file: Path, seed: int, kind: str, rates: str) -> None:
         """Run once, unless it was."""
@@ -216,13 +212,9 @@ class Bench:
     def sweep(self, split: str, kind: str) -> None:
         """A kind's rates on the first file and seed, then its best on all."""
         options = self.options
-        what, _, of = kind.partition("-")
-        if what in ("rate", "trial"):
+        if kind.startswith("rate-"):
             for seed, file in product(range(options.seeds), options.data):
-                if what == "rate":
-                    self.find_rate(file, seed, int(of))
-                else:
-                    self.try_bottom(split, file, seed, of)
+                self.find_rate(file, seed, int(kind.removeprefix("rate-")))
             return
         kind = alone(split) if kind == "none" else kind
         for rates in [f"0,{rate}" for rate in options.top_rates] if kind.startswith("none-") else options.rates:

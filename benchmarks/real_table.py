@@ -1,6 +1,6 @@
 """The runs that `bench_real` keeps in its figures, and what it says of them: table and plot.
 
-Keys are ``figure/split/file/seed/kind/rates`` for a run, ``figure/split/kind`` for what is said of a kind at its best rates.
+Keys: ``figure/split/file/seed/kind/rates`` of a run, ``figure/split/kind`` of what is said of a kind at its best rates.
 """
 
 from collections.abc import Mapping
@@ -61,7 +61,7 @@ class Runs:
 
     def costs(self, split: str, kind: str) -> tuple[float, float]:
         """MB of weights and training on a node, as `fl-split plan` has them, and MB sent and got in a full step."""
-        name, _, count = kind.partition("-")
+        name, _, count = kind.removeprefix("tried-").partition("-")
         bottom, top = map(int, split.split("+"))
         values = {
             "split.bottom-layers": bottom,

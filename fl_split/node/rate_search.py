@@ -31,12 +31,14 @@ from fl_split.errors import TrainingError
 from fl_split.files import write_atomic
 from fl_split.model.loss import Batch
 from fl_split.model.slots import in_its_place, trunk_calls_of
-from fl_split.node.train import RoundSettings
-from fl_split.node.trial import STEPS, Gain, for_trial, gain, losses_after, measure
+from fl_split.node.train import RoundSettings, make_optimizer
+from fl_split.node.trial import Gain, gain, losses_after, measure
 from fl_split.node.trunk_cache import CachedTrunk
 
 logger = logging.getLogger(__name__)
 
+STEPS = 10  # of each rate's test
+MEASURED = 64  # examples, at most
 LEAST_STEPS = 30  # of a run in all: in fewer a test takes longer than what it is for
 _FIRST, _LOWEST, _HIGHEST = 4e-3, 2.5e-4, 1.6e-2
 _ENOUGH = 0.9  # of what the best rate wins
@@ -114,8 +116,9 @@ def _try_rates(
 
         def gain_at(rate: float) -> Gain:
             torch.manual_seed(config.train.seed)  # of dropout: the same for all, and so are the hidden states sent
+            train = config.train.model_copy(update={"steps": STEPS, "bottom_lr": 0.0, "top_lr": rate})
             try:
-                after = losses_after(model, batches, measured, for_trial(config.train, 0.0, rate), settings)
+                after = losses_after(model, make_optimizer(model, train), batches, measured, train, settings)
             except TrainingError:
                 return Gain(-inf)
             found = gain(before, after)

@@ -110,7 +110,9 @@ class Ready:
             trunk = with_cache(config, connection, expected, home, stack)
         matched = fetch_matched(config, connection)
         model = build_model(config, node.lora(config.lora), base, trunk, tokenizer.pad_token_id, matched)
-        draw = partial(trial.draw, examples.train, tokenizer, config, hash((config.train.seed, node.partition_id)))
+        seed = hash((config.train.seed, node.partition_id))
+        tested = rate_search.STEPS, rate_search.MEASURED
+        draw = partial(trial.draw, examples.train, tokenizer, config, seed, *tested)
         config = rate_search.settle(config, model, draw, folder.rates, folder.answers, late=saved.number > 0)
         optimizer, distiller, surrogate = train.make_optimizer(model, config.train), None, config.surrogate
         if surrogate.is_trained:

@@ -26,7 +26,7 @@ from fl_split.node.samples import Sample, answer_heldout, keep, means
 from fl_split.node.shares import SharesTrunk
 from fl_split.node.state import SavedRound
 from fl_split.node.train import RoundSettings, Step, Trained, train_round
-from fl_split.node.trial import Gain, draw, explain, is_due, try_bottom
+from fl_split.node.trial import Gain, draw, explain, is_due, steps_of, try_bottom
 from fl_split.node.trunk_cache import CachedTrunk
 
 logger = logging.getLogger(__name__)
@@ -109,10 +109,10 @@ class Round(Ready):
                 f"the base model's held-out loss is not finite: check model.name={config.model.name!r}, and try "
                 "model.dtype='float32'"
             )
-        trial = self.try_bottom()
-        follow = config.surrogate.trains_bottom and (trial.is_useful or not config.surrogate.is_tried)
+        trial = self.try_bottom(how)
+        follow = config.surrogate.trains_bottom and (trial.is_sure or not config.surrogate.is_tried)
         if trial.error and not follow:
-            logger.warning("%s", explain(trial, config.surrogate.kind))
+            logger.warning("%s", explain(trial, config.surrogate.kind, steps_of(config.train)))
         private = record_dp.begin(config, self.examples.train, self.tokenizer, self.account, server_round)
         forward_s = -self.connection.forward_s
         trained = self.run_steps(self.optimizer, how, follow, self.progress.step, private)
@@ -140,27 +140,33 @@ class Round(Ready):
         config, server_round, partition = self.config, self.instructions.server_round, self.node.partition_id
         seed = config.train.seed
         torch.manual_seed(hash((seed, server_round, partition)))  # of dropout
-        first_step = (server_round - 1) * config.train.steps
-        first_example = first_step * config.train.batch_size * config.train.accumulation
-        settings = RoundSettings(
-            first_step=first_step,
-            total_steps=config.num_server_rounds * config.train.steps,
+        settings = self.settings(how, trains_bottom, private)
+        first_example = settings.first_step * config.train.batch_size * config.train.accumulation
+        batches = self.batches(hash((seed, partition)), first_example)
+        return train_round(self.model, optimizer, batches, config.train, settings, on_step)
+
+    def settings(
+        self, how: Aggregation, trains_bottom: bool, private: record_dp.RecordDp | None = None
+    ) -> RoundSettings:
+        """Which part of the run this round is; arguments as of `run_steps`."""
+        config, steps = self.config, self.config.train.steps
+        return RoundSettings(
+            first_step=(self.instructions.server_round - 1) * steps,
+            total_steps=config.num_server_rounds * steps,
             in_flight=config.trunk.in_flight,
             proximal_mu=0.0 if how.share == "none" else self.instructions.proximal_mu,
             trains_bottom=trains_bottom,
             anchored=lambda name: adapters.is_shared(self.model, name, how),
             record_dp=private,
         )
-        batches = self.batches(hash((seed, partition)), first_example)
-        return train_round(self.model, optimizer, batches, config.train, settings, on_step)
 
-    def try_bottom(self) -> Gain:
+    def try_bottom(self, how: Aggregation) -> Gain:
         """Find out what a bottom that trains wins, where that is not known; else say what came of the last trial."""
         config, server_round = self.config, self.instructions.server_round
         if not config.surrogate.is_tried or not (is_due(server_round) or not self.saved.number):
             return self.saved.trial
         seed, examples = hash((config.train.seed, self.node.partition_id, server_round)), self.examples.train
-        drawn = draw(examples, self.tokenizer, config, seed)
+        drawn = draw(examples, self.tokenizer, config, seed, steps_of(config.train))
         if drawn is None:
             logger.warning(
                 "the bottom is not trained: %d examples to train on are too few to try whether surrogate.kind=%r gives "
@@ -170,7 +176,7 @@ class Round(Ready):
             )
             return Gain()
         torch.manual_seed(seed)  # of dropout
-        return try_bottom(self.model, *drawn, config.train, config.trunk.in_flight)
+        return try_bottom(self.model, self.optimizer, *drawn, config.train, self.settings(how, trains_bottom=True))
 
     def answer(self) -> list[Sample]:
         """Answer the first held-out prompts, for the node's own eyes."""

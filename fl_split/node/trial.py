@@ -1,15 +1,13 @@
 """Whether the surrogate's gradient is worth following: tried before the bottom trains on it.
 
 A surrogate can be wrong without anybody noticing: the top alone brings the loss down, and a bottom that follows noise
-only makes the node's model a little worse. So at some rounds a node trains a few steps twice from where it stands, on
-the same batches, the top alone and both ends, and compares the two, through the real trunk, on *other* examples. Then
-all is put back. Where both ends are not better for sure, and by a part of what the top alone wins, the rounds until
-the next trial train the top alone, bit for bit as without a surrogate.
+only makes the node's model a little worse. So before some rounds a node trains up to 30 of the round's steps twice from
+where it stands, on the same batches, the top alone and both ends, and compares the two, through the real trunk, on
+*other* examples. Then all is put back. Where both ends are not better for sure, the rounds until the next trial train
+the top alone, bit for bit as without a surrogate.
 
-On a pretrained decoder (SmolLM2-135M, 2 + 26 + 2, steps of 8 x 80 tokens) the top alone won 0.0093 in such a trial, the
-exact gradient 0.0055 more (error 0.0004), two kept layers 0.0008 (error 0.0002), which is too little. In 20 steps at
-full rates they won 0.091 (error 0.007) and 0.001 (error 0.006) more. What wins in small steps may lose in large ones:
-`identity` once won 0.010 (error 0.002) there and made a round worse by 0.011. So both have to win.
+The steps are those of the round, with its rates, its place in the schedule and the optimizer's moments: smaller or
+fewer ones say something else. PLACEHOLDER
 
 Two things that look cheaper do not tell: taking a trained bottom's update back raises the loss even where it was
 noise, since the top has got used to it; and the inner product with the exact gradient, which random probes of the
@@ -18,6 +16,7 @@ trunk can estimate, takes thousands of forward passes, since each of its samples
 What leaves the node: hidden states of training examples under a bottom that trains, as in any round.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,14 +35,12 @@ from fl_split.errors import TrainingError
 from fl_split.model.loss import Batch, example_losses
 from fl_split.model.slots import trunk_calls_of
 from fl_split.model.turns import run_in_turns
-from fl_split.node.train import RoundSettings, make_optimizer, train_round
+from fl_split.node.train import RoundSettings, train_round
 
-STEPS = 10  # of each of the two
+MOST_STEPS, LEAST_STEPS = 30, 10  # of each of the two; between them, as many as the round's
 LEAST = 8  # examples to measure on; with fewer, no error can be told
-MEASURED = 64  # at most
-_SLOWER = 1 / 8  # than the round: small steps show what the gradient says, large ones how two runs differ
+MEASURED = 128  # at most; half as many would see an exact gradient's gain in fewer first rounds
 _SURE = 2.0  # standard errors
-_PART = 0.1  # of what the top alone wins: less is within what two runs differ by, and does not last
 
 Losses = tuple[Tensor, Tensor]  # of each example: the sum over its targets, and their number; [examples] each
 
@@ -61,11 +58,6 @@ class Gain:
         """Whether chance alone would be this good in fewer than one of forty trials."""
         return self.error > 0 and self.mean > _SURE * self.error
 
-    @property
-    def is_useful(self) -> bool:
-        """Whether it is sure, and matters beside the top."""
-        return self.is_sure and self.mean > _PART * self.top
-
 
 _DIVERGED = Gain(-inf, inf)
 
@@ -75,67 +67,73 @@ def is_due(server_round: int) -> bool:
     return server_round.bit_count() == 1
 
 
+def steps_of(config: Train) -> int:
+    """How many steps a trial takes."""
+    return min(max(config.steps, LEAST_STEPS), MOST_STEPS)
+
+
 def draw(
-    examples: Prepared, tokenizer: PreTrainedTokenizerBase, config: RunConfig, seed: int
+    examples: Prepared,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    seed: int,
+    steps: int,
+    most: int = MEASURED,
 ) -> tuple[list[Batch], list[Batch]] | None:
     """Draw what a trial needs from the examples to train on; None: they are too few.
 
     Returns:
-        Micro-batches for `STEPS` steps, and batches of other examples to measure on.
+        Micro-batches for so many steps, and batches of at most so many other examples to measure on.
     """
-    count, train = min(MEASURED, len(examples) // 3), config.train
+    count, train = min(most, len(examples) // 3), config.train
     if count < LEAST:
         return None
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     measured = heldout_batches([examples[i] for i in order[:count]], tokenizer, train.batch_size)
-    num_batches = STEPS * train.accumulation
+    num_batches = steps * train.accumulation
     others = [examples[i] for i in order[count:][: num_batches * train.batch_size]]
     batches = training_batches(others, tokenizer, train.batch_size, seed, 0, config.data)
     return list(islice(batches, num_batches)), list(measured)
 
 
 def try_bottom(
-    model: PeftModel, batches: Sequence[Batch], measured: Sequence[Batch], config: Train, in_flight: int = 1
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    measured: Sequence[Batch],
+    config: Train,
+    settings: RoundSettings,
 ) -> Gain:
-    """Train the top alone and both ends for a few steps and compare; leaves the model as it was.
+    """Train the top alone and both ends for some of a round's steps and compare; leaves everything as it was.
 
     A training that diverges has won nothing: the round goes on, without the bottom.
 
     Args:
         model: The node's model with its adapters.
-        batches: Micro-batches for `STEPS` steps.
+        optimizer: As the round begins with it.
+        batches: Micro-batches for `steps_of` the round.
         measured: Batches of other examples.
-        config: Accumulation, clipping, schedule and rates. A trial takes an eighth of these; what is useful then is
-            tried once more at all of them, and has to win for sure there.
-        in_flight: Calls to the trunk at the same time, at most.
-
-    Returns:
-        What the first came to if the second confirms it, else what that came to.
+        config: The round's.
+        settings: The round's.
     """
-    top, both = (RoundSettings(in_flight=in_flight, trains_bottom=trains_bottom) for trains_bottom in (False, True))
-    small = for_trial(config, *(rate * _SLOWER for rate in config.rates), scheduler="constant")
+    config = config.model_copy(update={"steps": steps_of(config)})
+    top, both = (replace(settings, trains_bottom=trains_bottom) for trains_bottom in (False, True))
     try:
-        before = measure(model, measured, in_flight)
-
-        def won(rates: Train) -> Gain:
-            without = losses_after(model, batches, measured, rates, top)
-            result = gain(without, losses_after(model, batches, measured, rates, both))
-            return replace(result, top=gain(before, without).mean) if isfinite(result.mean) else _DIVERGED
-
-        result = won(small)
-        at_full = won(for_trial(config, *config.rates)) if result.is_useful else result
+        before = measure(model, measured, settings.in_flight)
+        without = losses_after(model, optimizer, batches, measured, config, top)
+        result = gain(without, losses_after(model, optimizer, batches, measured, config, both))
     except TrainingError:
         return _DIVERGED
-    return result if at_full.is_sure else at_full
-
-
-def for_trial(config: Train, bottom_lr: float, top_lr: float, **changes: object) -> Train:
-    """A round's configuration with a trial's steps and rates."""
-    return config.model_copy(update={"steps": STEPS, "bottom_lr": bottom_lr, "top_lr": top_lr, **changes})
+    return replace(result, top=gain(before, without).mean) if isfinite(result.mean) else _DIVERGED
 
 
 def losses_after(
-    model: PeftModel, batches: Sequence[Batch], measured: Sequence[Batch], config: Train, settings: RoundSettings
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    measured: Sequence[Batch],
+    config: Train,
+    settings: RoundSettings,
 ) -> Losses:
     """Train, measure, and put all back, whatever comes in between.
 
@@ -145,12 +143,13 @@ def losses_after(
     calls = trunk_calls_of(model.get_base_model())
     distiller, calls.distiller = calls.distiller, None  # what it would learn here is for the round to come
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    start = [parameter.detach().clone() for parameter in trained]
+    start, moments = [parameter.detach().clone() for parameter in trained], copy.deepcopy(optimizer.state_dict())
     try:
-        train_round(model, make_optimizer(model, config), iter(batches), config, settings)
+        train_round(model, optimizer, iter(batches), config, settings)
         return measure(model, measured, settings.in_flight)
     finally:
         calls.distiller = distiller
+        optimizer.load_state_dict(moments)
         with torch.no_grad():
             for parameter, value in zip(trained, start, strict=True):
                 parameter.copy_(value)
@@ -185,14 +184,15 @@ def gain(without: Losses, with_bottom: Losses) -> Gain:
     return Gain(mean.item(), error.item())
 
 
-def explain(trial: Gain, kind: str) -> str:
+def explain(trial: Gain, kind: str, steps: int) -> str:
     """Say why the bottom does not train, and what would help.
 
     Args:
         trial: What came of the last one.
         kind: The surrogate's.
+        steps: Of the trial.
     """
-    what = f"the bottom is not trained: in a trial of {STEPS} steps with the gradient of surrogate.kind={kind!r} "
+    what = f"the bottom is not trained: in a trial of {steps} steps with the gradient of surrogate.kind={kind!r} "
     what += (
         f"it {'lowered' if trial.mean > 0 else 'raised'} the loss on other examples by {abs(trial.mean):.4f} (standard "
         f"error {trial.error:.4f}), the top alone lowered it by {trial.top:.4f}; this is too little. "

@@ -24,7 +24,7 @@ from fl_split.errors import TrunkError
 from fl_split.model import adapters
 from fl_split.model.slots import Nowhere, trunk_calls_of
 from fl_split.model.trunk import LocalTrunk, load_trunk
-from fl_split.node import rate_search, round, trial
+from fl_split.node import rate_search, round
 from fl_split.node.rate_search import choose, find, search
 from fl_split.node.trial import Gain, draw
 from fl_split.tools.gradcheck import Candidate, build
@@ -120,7 +120,7 @@ def make(demo_model: Path) -> Callable[..., Setting]:
         examples = load_examples(config.data, NodeConfig(data_path=SOUTH), tokenizer, 0).train
         trunk = Counting(LocalTrunk(load_trunk(demo_model, 2, 2)))
         model = build(demo_model, 2, 2, trunk, Candidate(kind, 2), Lora(dropout=0.1))  # type: ignore[arg-type]
-        return config, model, partial(draw, examples, tokenizer, config, 0)
+        return config, model, partial(draw, examples, tokenizer, config, 0, rate_search.STEPS, rate_search.MEASURED)
 
     return make
 
@@ -173,8 +173,8 @@ def run(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
         (rate_search, "LEAST_STEPS", 1),
         (rate_search, "_LOWEST", 4e-3),
         (rate_search, "_HIGHEST", 8e-3),
-        (trial, "STEPS", 2),
-        (trial, "MEASURED", 16),
+        (rate_search, "STEPS", 2),
+        (rate_search, "MEASURED", 16),
     ):
         monkeypatch.setattr(module, name, value)
     common = {

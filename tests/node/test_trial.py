@@ -26,8 +26,15 @@ from fl_split.model import adapters, slots
 from fl_split.model.loss import Batch, count_targets, example_losses, forward
 from fl_split.model.trunk import LocalTrunk, load_trunk
 from fl_split.node import trial
-from fl_split.node.train import RoundSettings, make_distiller, make_optimizer, train_round
-from fl_split.node.trial import STEPS, Gain, Losses, explain, gain, is_due, try_bottom
+from fl_split.node.train import (
+    RoundSettings,
+    Trained,
+    make_distiller,
+    make_optimizer,
+    optimizer_state,
+    train_round,
+)
+from fl_split.node.trial import LEAST_STEPS, MOST_STEPS, Gain, Losses, explain, gain, is_due, try_bottom
 from fl_split.tools.gradcheck import Candidate, build
 
 Made = tuple[list[Batch], list[Batch]]
@@ -43,7 +50,7 @@ def make_batches(demo_model: Path) -> Callable[[], Made]:
     def make() -> Made:
         measured = list(heldout_batches([train[i] for i in range(32)], tokenizer, 8))
         others = [train[i] for i in range(32, 112)]
-        return list(islice(training_batches(others, tokenizer, 8, 0, 0), STEPS)), measured
+        return list(islice(training_batches(others, tokenizer, 8, 0, 0), MOST_STEPS)), measured
 
     return make
 
@@ -87,29 +94,37 @@ class _Nothing(_Value):
         return grads[0] * float("nan"), None
 
 
-CONFIG = Train.model_validate({"bottom-lr": 8e-3, "top-lr": 1.6e-2})
+CONFIG = Train.model_validate({"steps": 10, "bottom-lr": 8e-3, "top-lr": 1.6e-2})
 
 
-@pytest.mark.parametrize("at_full", [0.3, -0.3, 0.0])
-def test_what_wins_in_small_steps_has_to_win_at_the_rounds_own_rates(
-    demo_model: Path, make_batches: Callable[[], Made], monkeypatch: pytest.MonkeyPatch, at_full: float
+def try_kind(model: PeftModel, made: Made, config: Train = CONFIG) -> Gain:
+    return try_bottom(model, make_optimizer(model, config), *made, config, RoundSettings())
+
+
+@pytest.mark.parametrize(("steps", "tried"), [(3, LEAST_STEPS), (20, 20), (500, MOST_STEPS)])
+def test_trial_is_a_piece_of_the_round_with_its_rates_schedule_and_moments(
+    demo_model: Path, make_batches: Callable[[], Made], monkeypatch: pytest.MonkeyPatch, steps: int, tried: int
 ) -> None:
-    tried: list[Train] = []
+    config = CONFIG.model_copy(update={"steps": steps})
+    model, (batches, measured) = make_model(demo_model, "exact"), make_batches()
+    optimizer = make_optimizer(model, config)
+    train_round(model, optimizer, iter(batches), config.model_copy(update={"steps": 3}), RoundSettings(0, 900))
+    begun = {name: value.clone() for name, value in optimizer_state(model, optimizer).items()}
+    seen: list[tuple[Train, RoundSettings]] = []
 
-    def made_up(model: PeftModel, batches: Any, measured: Any, config: Train, settings: RoundSettings) -> Losses:
-        """Losses of four examples: the top wins 1 each, the bottom 0.3 more in small steps."""
-        tried.append(config)
-        won = 1 + settings.trains_bottom * (0.3 if config.rates != CONFIG.rates else at_full)
-        spread = torch.tensor([0.01, -0.01, 0.02, -0.02]) * settings.trains_bottom
-        return 5.0 - won + spread.double(), torch.ones(4).double()
+    def watched(model: PeftModel, used: Any, batches: Any, config: Train, settings: RoundSettings) -> Trained:
+        assert used is optimizer and config.rates == CONFIG.rates and config.scheduler == CONFIG.scheduler
+        moments = optimizer_state(model, used)
+        assert moments.keys() == begun.keys() and all(torch.equal(moments[name], begun[name]) for name in begun)
+        seen.append((config, settings))
+        return train_round(model, used, batches, config.model_copy(update={"steps": 3}), settings)
 
-    monkeypatch.setattr(trial, "losses_after", made_up)
-    monkeypatch.setattr(trial, "measure", lambda *_: (torch.full((4,), 5.0).double(), torch.ones(4).double()))
-    batches, measured = make_batches()
-    result = try_bottom(make_model(demo_model, "exact"), batches, measured, CONFIG)
-    assert result.is_useful == (at_full > 0) and result.mean == pytest.approx(at_full or 0.0, abs=1e-6)
-    assert [config.rates == CONFIG.rates for config in tried] == [False, False, True, True]
-    assert {config.scheduler for config in tried[2:]} == {CONFIG.scheduler}
+    monkeypatch.setattr(trial, "train_round", watched)
+    try_bottom(model, optimizer, batches, measured, config, RoundSettings(450, 900, proximal_mu=0.1))
+    assert [(config.steps, settings.trains_bottom) for config, settings in seen] == [(tried, False), (tried, True)]
+    assert all((s.first_step, s.total_steps, s.proximal_mu) == (450, 900, 0.1) for _, s in seen)
+    after = optimizer_state(model, optimizer)
+    assert after.keys() == begun.keys() and all(torch.equal(after[name], begun[name]) for name in begun)
 
 
 def test_exact_gradient_is_a_sure_gain_and_model_and_gradients_stay_as_they_were(
@@ -117,9 +132,8 @@ def test_exact_gradient_is_a_sure_gain_and_model_and_gradients_stay_as_they_were
 ) -> None:
     model = make_model(demo_model, "exact")
     before = adapters.adapter_state(model)
-    batches, measured = make_batches()
-    result = try_bottom(model, batches, measured, CONFIG)
-    assert result.is_useful
+    result = try_kind(model, make_batches())
+    assert result.is_sure
     assert all(torch.equal(value, before[name]) for name, value in adapters.adapter_state(model).items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -134,7 +148,7 @@ def test_random_gradient_is_not_followed(
     train_round(model, make_optimizer(model, CONFIG), iter(batches * 3), CONFIG, RoundSettings(trains_bottom=False))
     for seed in range(5):
         _Random.generator.manual_seed(seed)
-        assert not try_bottom(model, batches, measured, CONFIG).is_useful
+        assert not try_kind(model, (batches, measured)).is_sure
 
 
 def test_trial_in_which_the_loss_alone_is_no_longer_finite_is_no_gain(
@@ -144,13 +158,13 @@ def test_trial_in_which_the_loss_alone_is_no_longer_finite_is_no_gain(
     measured = iter([0.0, 0.0, float("nan")])
     monkeypatch.setattr(trial, "train_round", lambda *_: None)
     monkeypatch.setattr(trial, "measure", lambda *_: (torch.full((8,), next(measured)), torch.ones(8)))
-    assert trial.try_bottom(model, *make_batches(), CONFIG) == Gain(float("-inf"), float("inf"))
+    assert try_kind(model, make_batches()) == Gain(float("-inf"), float("inf"))
 
 
 def test_trial_teaches_a_surrogate_nothing(demo_model: Path, make_batches: Callable[[], Made]) -> None:
     model = make_model(demo_model, "distilled")
     distiller = make_distiller(model, 1e-3)
-    try_bottom(model, *make_batches(), CONFIG)
+    try_kind(model, make_batches())
     assert not distiller._gradients
     assert slots.trunk_calls_of(model.get_base_model()).distiller is distiller
 
@@ -185,22 +199,22 @@ def test_trials_become_rarer() -> None:
     assert [n for n in range(1, 40) if is_due(n)] == [1, 2, 4, 8, 16, 32]
 
 
-def test_gain_has_to_be_sure_and_to_matter() -> None:
-    assert not Gain().is_useful
-    assert Gain(0.021, 0.01, 0.2).is_useful and not Gain(0.021, 0.01, 0.22).is_useful
-    assert Gain(0.021, 0.01, -1.0).is_useful and not Gain(0.019, 0.01).is_useful and not Gain(-1.0, 0.01).is_useful
+def test_gain_has_to_be_sure() -> None:
+    assert not Gain().is_sure and not Gain(0.019, 0.01).is_sure and not Gain(-1.0, 0.01).is_sure
+    assert Gain(0.021, 0.01).is_sure
 
 
 def test_explanation_says_what_was_measured_and_what_would_help() -> None:
-    text = explain(Gain(-0.01, 0.02, 0.3), "identity")
+    text = explain(Gain(-0.01, 0.02, 0.3), "identity", 20)
     assert (
         "raised the loss on other examples by 0.0100 (standard error 0.0200), the top alone lowered it by 0.3000"
         in text
+        and "in a trial of 20 steps" in text
         and "exact gradient" in text
     )
-    assert "lowered" in explain(Gain(0.01, 0.02), "blocks")
+    assert "lowered" in explain(Gain(0.01, 0.02), "blocks", 20)
     assert "with the gradient of surrogate.kind='blocks' numbers were no longer finite. Lower rates would help" in (
-        explain(Gain(float("-inf"), float("inf")), "blocks")
+        explain(Gain(float("-inf"), float("inf")), "blocks", 20)
     )
 
 
