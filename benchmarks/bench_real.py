@@ -162,7 +162,7 @@ class Bench:
             if kind.startswith("tried-") and trial.is_due(number):
                 settings, drawn = RoundSettings(first, steps), self.drawn(examples, number, trial.steps_of(config))
                 result = trial.try_bottom(model, optimizer, *drawn, config, settings)
-                follows = result.is_sure
+                follows = trial.passes(result, is_training=number > 1 and follows)
                 found |= {f"trial-gain-{number}": result.mean, f"trial-error-{number}": result.error}
             if first < last:
                 train_round(model, optimizer, batches, config, RoundSettings(first, steps, trains_bottom=follows))

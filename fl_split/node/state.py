@@ -44,6 +44,7 @@ class SavedRound:
     shared_adapter: dict[str, Tensor] = field(default_factory=dict)  # empty without `aggregation.personal`
     shared_optimizer: dict[str, Tensor] = field(default_factory=dict)
     trial: Gain = Gain()  # the newest one of the bottom's gradient
+    trained_bottom: bool = False
     scores: dict[str, Scores] = field(default_factory=dict)  # on held-out examples: `base`, `after`, `exported`
     heldout_id: bytes = b""  # of these examples: `Examples.heldout_id`
 
@@ -83,18 +84,21 @@ class NodeFolder:
             )
         heldout_id = bytes(int(value) for value in numbers.pop("heldout-id"))
         trial = Gain(*(numbers.pop(name).item() for name in _TRIAL))
+        trained_bottom = bool(numbers.pop("bottom-trained", trial.is_sure))  # older versions did not keep it
         scores: dict[str, Scores] = {}
         for key, value in numbers.items():
             when, _, name = key.partition("|")
             scores.setdefault(when, {})[name] = value.item()
-        return SavedRound(number, **files, trial=trial, scores=scores, heldout_id=heldout_id)
+        return SavedRound(
+            number, **files, trial=trial, trained_bottom=trained_bottom, scores=scores, heldout_id=heldout_id
+        )
 
     def save(self, saved: SavedRound) -> None:
         """Keep what a round has trained."""
         files = {name.replace("_", "-"): getattr(saved, name) for name in _TENSORS}
         trial = saved.trial
         numbers: dict[str, Any] = dict(zip(_TRIAL, (trial.mean, trial.error, trial.top), strict=True))
-        numbers["heldout-id"] = list(saved.heldout_id)
+        numbers |= {"bottom-trained": saved.trained_bottom, "heldout-id": list(saved.heldout_id)}
         numbers |= {f"{when}|{name}": x for when, values in saved.scores.items() for name, x in values.items()}
         files["numbers"] = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
         self.rounds.save(saved.number, files, keep=KEPT_ROUNDS)

@@ -26,7 +26,7 @@ from fl_split.node.samples import Sample, answer_heldout, keep, means
 from fl_split.node.shares import SharesTrunk
 from fl_split.node.state import SavedRound
 from fl_split.node.train import RoundSettings, Step, Trained, train_round
-from fl_split.node.trial import Gain, draw, explain, is_due, steps_of, try_bottom
+from fl_split.node.trial import Gain, draw, explain, is_due, passes, steps_of, try_bottom
 from fl_split.node.trunk_cache import CachedTrunk
 
 logger = logging.getLogger(__name__)
@@ -109,8 +109,7 @@ class Round(Ready):
                 f"the base model's held-out loss is not finite: check model.name={config.model.name!r}, and try "
                 "model.dtype='float32'"
             )
-        trial = self.try_bottom(how)
-        follow = config.surrogate.trains_bottom and (trial.is_sure or not config.surrogate.is_tried)
+        trial, follow = self.try_bottom(how)
         if trial.error and not follow:
             logger.warning("%s", explain(trial, config.surrogate.kind, steps_of(config.train)))
         private = record_dp.begin(config, self.examples.train, self.tokenizer, self.account, server_round)
@@ -160,11 +159,13 @@ class Round(Ready):
             record_dp=private,
         )
 
-    def try_bottom(self, how: Aggregation) -> Gain:
-        """Find out what a bottom that trains wins, where that is not known; else say what came of the last trial."""
-        config, server_round = self.config, self.instructions.server_round
-        if not config.surrogate.is_tried or not (is_due(server_round) or not self.saved.number):
-            return self.saved.trial
+    def try_bottom(self, how: Aggregation) -> tuple[Gain, bool]:
+        """Say what came of the newest trial of the bottom's gradient, held now if one is due; and whether it trains."""
+        config, server_round, saved = self.config, self.instructions.server_round, self.saved
+        if not config.surrogate.is_tried:
+            return saved.trial, config.surrogate.trains_bottom
+        if saved.number and not is_due(server_round):
+            return saved.trial, saved.trained_bottom
         seed, examples = hash((config.train.seed, self.node.partition_id, server_round)), self.examples.train
         drawn = draw(examples, self.tokenizer, config, seed, steps_of(config.train))
         if drawn is None:
@@ -174,9 +175,11 @@ class Round(Ready):
                 len(examples),
                 config.surrogate.kind,
             )
-            return Gain()
+            return Gain(), False
+        logger.info("tries the bottom's gradient: %d steps, once without it and once with it", steps_of(config.train))
         torch.manual_seed(seed)  # of dropout
-        return try_bottom(self.model, self.optimizer, *drawn, config.train, self.settings(how, trains_bottom=True))
+        trial = try_bottom(self.model, self.optimizer, *drawn, config.train, self.settings(how, trains_bottom=True))
+        return trial, passes(trial, saved.trained_bottom)
 
     def answer(self) -> list[Sample]:
         """Answer the first held-out prompts, for the node's own eyes."""
@@ -211,6 +214,7 @@ class Round(Ready):
                 shadow.adapter,
                 shadow.optimizer,
                 outcome.trial,
+                outcome.trained_bottom,
                 {"base": outcome.heldout["base"], "after": after, "exported": exported},
                 self.examples.heldout_id,
             )

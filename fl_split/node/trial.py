@@ -62,6 +62,14 @@ class Gain:
 _DIVERGED = Gain(-inf, inf)
 
 
+def passes(trial: Gain, is_training: bool) -> bool:
+    """Whether the bottom trains until the next trial: to begin it has to win for sure, to go on it must not lose.
+
+    At high rates a trial often cannot tell a gain that the one before has shown.
+    """
+    return trial.is_sure or (is_training and trial.mean > 0)
+
+
 def is_due(server_round: int) -> bool:
     """Whether a round begins with a trial: 1, 2, 4, 8, 16, ...; the first results hold the least long."""
     return server_round.bit_count() == 1

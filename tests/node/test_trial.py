@@ -34,7 +34,7 @@ from fl_split.node.train import (
     optimizer_state,
     train_round,
 )
-from fl_split.node.trial import LEAST_STEPS, MOST_STEPS, Gain, Losses, explain, gain, is_due, try_bottom
+from fl_split.node.trial import LEAST_STEPS, MOST_STEPS, Gain, Losses, explain, gain, is_due, passes, try_bottom
 from fl_split.tools.gradcheck import Candidate, build
 
 Made = tuple[list[Batch], list[Batch]]
@@ -204,6 +204,13 @@ def test_gain_has_to_be_sure() -> None:
     assert Gain(0.021, 0.01).is_sure
 
 
+def test_to_go_on_a_bottom_must_not_lose() -> None:
+    assert passes(Gain(0.021, 0.01), is_training=False) and passes(Gain(0.021, 0.01), is_training=True)
+    assert not passes(Gain(0.005, 0.01), is_training=False) and passes(Gain(0.005, 0.01), is_training=True)
+    assert not passes(Gain(-0.001, 0.01), is_training=True)
+    assert not passes(Gain(float("-inf"), float("inf")), is_training=True) and not passes(Gain(), is_training=True)
+
+
 def test_explanation_says_what_was_measured_and_what_would_help() -> None:
     text = explain(Gain(-0.01, 0.02, 0.3), "identity", 20)
     assert (
@@ -273,6 +280,13 @@ def test_useful_bottom_trains_without_another_trial(tmp_path: Path, kind: str) -
     assert rounds[0]["bottom-gain"] > 2 * rounds[0]["bottom-gain-error"] > 0
     assert rounds[2]["bottom-gain"] == rounds[1]["bottom-gain"] != rounds[0]["bottom-gain"]  # the third has no trial
     assert any(value.any() for name, value in exported(tmp_path, "x").items() if ".layers.0." in name and "_B." in name)
+
+
+def test_bottom_that_trains_goes_on_until_a_trial_shows_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gains = iter([Gain(0.01, 0.01), Gain(0.03, 0.01), Gain(0.01, 0.01), Gain(-0.01, 0.01)])
+    monkeypatch.setattr("fl_split.node.steps.try_bottom", lambda *_: next(gains))
+    rounds = run(tmp_path, "x", **{"num-server-rounds": 9, "train.steps": 1})
+    assert [entry["bottom-trained"] for entry in rounds] == [0, 1, 1, 1, 1, 1, 1, 0, 0]
 
 
 def test_surrogate_that_learns_goes_on_learning_while_the_bottom_waits(

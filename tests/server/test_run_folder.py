@@ -89,11 +89,11 @@ def test_a_node_goes_on_from_the_newest_round_before_the_one_asked_for(tmp_path:
     node = NodeFolder(tmp_path, "run-1")
     assert node.load_before(1) is None
     node.save(SavedRound(1, tensors(1), tensors(10), trial=Gain(1.0, 0.5)))
-    node.save(SavedRound(2, tensors(2), tensors(20), tensors(30), trial=Gain(2.0, 0.5)))
+    node.save(SavedRound(2, tensors(2), tensors(20), tensors(30), trial=Gain(2.0, 9.0), trained_bottom=True))
     for asked, expected in ((3, 2), (5, 2), (2, 1)):  # the next; after rounds missed; the last one again
         found = node.load_before(asked)
         assert found is not None
-        assert (found.number, found.trial.mean) == (expected, expected)
+        assert (found.number, found.trial.mean, found.trained_bottom) == (expected, expected, expected == 2)
         assert torch.equal(found.adapter["a"], tensors(expected)["a"])
     assert NodeFolder(tmp_path, "run-2").load_before(1) is None  # another run of the same name
 
