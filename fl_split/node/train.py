@@ -133,6 +133,17 @@ def train_round(
     return Trained(loss_sum / num_losses if num_losses else math.nan, num_tokens, time.monotonic() - started)
 
 
+def rest_of_run(optimizer: torch.optim.Optimizer, config: Train, settings: RoundSettings, steps: int) -> Train:
+    """What is left of a run's schedule in fewer steps: from the rates of now, in a line to 0 unless they are constant.
+
+    Sets the optimizer's rates to those of now.
+    """
+    _scheduler(optimizer, config, settings.first_step, settings.total_steps or settings.first_step + config.steps)
+    now = {f"{group['name']}_lr": group["lr"] for group in optimizer.param_groups}
+    scheduler = "constant" if config.scheduler == "constant" else "linear"
+    return config.model_copy(update={**now, "steps": steps, "scheduler": scheduler})
+
+
 def optimizer_state(model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's state as named tensors, so that it can be kept without pickle."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}

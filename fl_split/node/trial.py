@@ -35,7 +35,7 @@ from fl_split.errors import TrainingError
 from fl_split.model.loss import Batch, example_losses
 from fl_split.model.slots import trunk_calls_of
 from fl_split.model.turns import run_in_turns
-from fl_split.node.train import RoundSettings, train_round
+from fl_split.node.train import RoundSettings, rest_of_run, train_round
 
 MOST_STEPS, LEAST_STEPS = 30, 10  # of each of the two; between them, as many as the round's
 LEAST = 8  # examples to measure on; with fewer, no error can be told
@@ -124,12 +124,13 @@ def try_bottom(
         config: The round's.
         settings: The round's.
     """
-    config = config.model_copy(update={"steps": steps_of(config)})
+    rest = rest_of_run(optimizer, config, settings, steps_of(config))
+    settings = replace(settings, first_step=0, total_steps=None)
     top, both = (replace(settings, trains_bottom=trains_bottom) for trains_bottom in (False, True))
     try:
         before = measure(model, measured, settings.in_flight)
-        without = losses_after(model, optimizer, batches, measured, config, top)
-        result = gain(without, losses_after(model, optimizer, batches, measured, config, both))
+        without = losses_after(model, optimizer, batches, measured, rest, top)
+        result = gain(without, losses_after(model, optimizer, batches, measured, rest, both))
     except TrainingError:
         return _DIVERGED
     return replace(result, top=gain(before, without).mean) if isfinite(result.mean) else _DIVERGED

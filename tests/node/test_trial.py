@@ -101,11 +101,25 @@ def try_kind(model: PeftModel, made: Made, config: Train = CONFIG) -> Gain:
     return try_bottom(model, make_optimizer(model, config), *made, config, RoundSettings())
 
 
-@pytest.mark.parametrize(("steps", "tried"), [(3, LEAST_STEPS), (20, 20), (500, MOST_STEPS)])
-def test_trial_is_a_piece_of_the_round_with_its_rates_schedule_and_moments(
-    demo_model: Path, make_batches: Callable[[], Made], monkeypatch: pytest.MonkeyPatch, steps: int, tried: int
+@pytest.mark.parametrize(
+    ("steps", "tried", "scheduler", "in_trial", "share"),
+    [
+        (3, LEAST_STEPS, "linear", "linear", 0.75),
+        (20, 20, "constant", "constant", 1.0),
+        (500, MOST_STEPS, "cosine", "linear", (1 + 0.5**0.5) / 2),
+    ],
+)
+def test_trial_is_the_rest_of_the_run_in_fewer_steps_with_the_moments_of_now(
+    demo_model: Path,
+    make_batches: Callable[[], Made],
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    tried: int,
+    scheduler: str,
+    in_trial: str,
+    share: float,
 ) -> None:
-    config = CONFIG.model_copy(update={"steps": steps})
+    config = CONFIG.model_copy(update={"steps": steps, "scheduler": scheduler})
     model, (batches, measured) = make_model(demo_model, "exact"), make_batches()
     optimizer = make_optimizer(model, config)
     train_round(model, optimizer, iter(batches), config.model_copy(update={"steps": 3}), RoundSettings(0, 900))
@@ -113,16 +127,18 @@ def test_trial_is_a_piece_of_the_round_with_its_rates_schedule_and_moments(
     seen: list[tuple[Train, RoundSettings]] = []
 
     def watched(model: PeftModel, used: Any, batches: Any, config: Train, settings: RoundSettings) -> Trained:
-        assert used is optimizer and config.rates == CONFIG.rates and config.scheduler == CONFIG.scheduler
         moments = optimizer_state(model, used)
         assert moments.keys() == begun.keys() and all(torch.equal(moments[name], begun[name]) for name in begun)
         seen.append((config, settings))
         return train_round(model, used, batches, config.model_copy(update={"steps": 3}), settings)
 
     monkeypatch.setattr(trial, "train_round", watched)
-    try_bottom(model, optimizer, batches, measured, config, RoundSettings(450, 900, proximal_mu=0.1))
-    assert [(config.steps, settings.trains_bottom) for config, settings in seen] == [(tried, False), (tried, True)]
-    assert all((s.first_step, s.total_steps, s.proximal_mu) == (450, 900, 0.1) for _, s in seen)
+    try_bottom(model, optimizer, batches, measured, config, RoundSettings(225, 900, proximal_mu=0.1))
+    assert [settings.trains_bottom for _, settings in seen] == [False, True]
+    for used, settings in seen:
+        assert (used.steps, used.scheduler) == (tried, in_trial)
+        assert used.rates == pytest.approx([rate * share for rate in CONFIG.rates])
+        assert (settings.first_step, settings.total_steps, settings.proximal_mu) == (0, None, 0.1)
     after = optimizer_state(model, optimizer)
     assert after.keys() == begun.keys() and all(torch.equal(after[name], begun[name]) for name in begun)
 
