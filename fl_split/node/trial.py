@@ -1,13 +1,16 @@
 """Whether the surrogate's gradient is worth following: tried before the bottom trains on it.
 
 A surrogate can be wrong without anybody noticing: the top alone brings the loss down, and a bottom that follows noise
-only makes the node's model a little worse. So before some rounds a node trains up to 30 of the round's steps twice from
-where it stands, on the same batches, the top alone and both ends, and compares the two, through the real trunk, on
-*other* examples. Then all is put back. Where both ends are not better for sure, the rounds until the next trial train
-the top alone, bit for bit as without a surrogate.
+only makes the node's model a little worse. So before some rounds a node trains twice from where it stands, on the same
+batches, the top alone and both ends, and compares the two, through the real trunk, on *other* examples. Then all is put
+back. Where both ends are not better for sure, the rounds until the next trial train the top alone, bit for bit as
+without a surrogate.
 
-The steps are those of the round, with its rates, its place in the schedule and the optimizer's moments: smaller or
-fewer ones say something else. PLACEHOLDER
+A trial is the rest of the run in up to 30 steps: with the optimizer's moments, from the rates of now down to where the
+run's end. Neither small nor full rates alone tell. Small ones show no harm: on SmolLM2-135M (2 + 26 + 2, 8 x 80 tokens)
+`identity` once won 0.010 (error 0.002) at an eighth of rates that ruin the model in 30 steps; in a trial it loses 0.117
+(0.008). At full ones a gain does not show before they come down: on a small Llama two kept layers are worth 0.050 after
+120 steps, and after 30 at full rates -0.024 (0.009); in a trial 0.022 (0.006).
 
 Two things that look cheaper do not tell: taking a trained bottom's update back raises the loss even where it was
 noise, since the top has got used to it; and the inner product with the exact gradient, which random probes of the
