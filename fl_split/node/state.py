@@ -84,7 +84,9 @@ class NodeFolder:
             )
         heldout_id = bytes(int(value) for value in numbers.pop("heldout-id"))
         trial = Gain(*(numbers.pop(name).item() for name in _TRIAL))
-        trained_bottom = bool(numbers.pop("bottom-trained", trial.is_sure))  # older versions did not keep it
+        # older versions did not keep it: they also wanted a tenth of what the top wins
+        useful = trial.is_sure and trial.mean > 0.1 * trial.top
+        trained_bottom = bool(numbers.pop("bottom-trained", useful))
         scores: dict[str, Scores] = {}
         for key, value in numbers.items():
             when, _, name = key.partition("|")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fl_split.config import RunConfig
 from fl_split.errors import ConfigError, NodeStateError
@@ -96,6 +97,20 @@ def test_a_node_goes_on_from_the_newest_round_before_the_one_asked_for(tmp_path:
         assert (found.number, found.trial.mean, found.trained_bottom) == (expected, expected, expected == 2)
         assert torch.equal(found.adapter["a"], tensors(expected)["a"])
     assert NodeFolder(tmp_path, "run-2").load_before(1) is None  # another run of the same name
+
+
+@pytest.mark.parametrize(("gain", "trained"), [(Gain(0.02, 0.001, 0.1), True), (Gain(0.009, 0.001, 0.1), False)])
+def test_a_bottom_that_an_older_version_left_untrained_stays_so_until_its_next_trial(
+    tmp_path: Path, gain: Gain, trained: bool
+) -> None:
+    node = NodeFolder(tmp_path, "run-1")
+    node.save(SavedRound(2, trial=gain, trained_bottom=True))
+    file = next(tmp_path.glob("state/run-1/round-0002/numbers.safetensors"))
+    numbers = load_file(file)
+    del numbers["bottom-trained"]
+    save_file(numbers, file)
+    saved = node.load_before(3)
+    assert saved is not None and saved.trained_bottom == trained
 
 
 def test_a_node_ahead_of_its_server_says_so(tmp_path: Path) -> None:
