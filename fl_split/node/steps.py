@@ -164,7 +164,7 @@ class Round(Ready):
         config, server_round, saved = self.config, self.instructions.server_round, self.saved
         if not config.surrogate.is_tried:
             return saved.trial, config.surrogate.trains_bottom
-        if saved.number and not is_due(server_round):
+        if not is_due(server_round, saved.number):
             return saved.trial, saved.trained_bottom
         seed, examples = hash((config.train.seed, self.node.partition_id, server_round)), self.examples.train
         drawn = draw(examples, self.tokenizer, config, seed, steps_of(config.train))

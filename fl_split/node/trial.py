@@ -73,9 +73,16 @@ def passes(trial: Gain, is_training: bool) -> bool:
     return trial.is_sure or (is_training and trial.mean > 0)
 
 
-def is_due(server_round: int) -> bool:
-    """Whether a round begins with a trial: 1, 2, 4, 8, 16, ...; the first results hold the least long."""
-    return server_round.bit_count() == 1
+def is_due(server_round: int, last: int) -> bool:
+    """Whether a round begins with a trial: 1, 2, 4, 8, 16, ..., or the first one after a node has missed these.
+
+    The first results hold the least long.
+
+    Args:
+        server_round: The round.
+        last: The node's last round before, 0 without one.
+    """
+    return server_round.bit_length() > last.bit_length()
 
 
 def steps_of(config: Train) -> int:

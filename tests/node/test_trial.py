@@ -212,7 +212,12 @@ def test_error_covers_the_truth_in_nine_of_ten_trials() -> None:
 
 
 def test_trials_become_rarer() -> None:
-    assert [n for n in range(1, 40) if is_due(n)] == [1, 2, 4, 8, 16, 32]
+    assert [n for n in range(1, 40) if is_due(n, n - 1)] == [1, 2, 4, 8, 16, 32]
+
+
+def test_node_that_missed_a_trial_has_it_when_it_comes_back() -> None:
+    assert is_due(3, 0) and is_due(3, 1) and is_due(5, 3) and is_due(13, 7) and is_due(16, 3)
+    assert not is_due(3, 2) and not is_due(7, 4) and not is_due(15, 8)
 
 
 def test_gain_has_to_be_sure() -> None:
