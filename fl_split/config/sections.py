@@ -101,8 +101,8 @@ class Surrogate(Section):
     )
     check: bool = Field(
         True,
-        description="try the bottom's gradient on examples kept apart for it, and train the bottom only in rounds in "
-        "which it lowers the loss for sure; not for kinds with an exact gradient",
+        description="try the bottom's gradient on examples kept apart for it, and train the bottom only once it lowers "
+        "the loss there for sure, and until it no longer does; not for kinds with an exact gradient",
     )
     file: str = Field("", description="made by `fl-split surrogate fit`, for the embedded trunk to publish")
     distill: bool = Field(False, description="train a `matched` surrogate on the node as well")

@@ -124,7 +124,8 @@ def try_bottom(
 ) -> Gain:
     """Train the top alone and both ends for some of a round's steps and compare; leaves everything as it was.
 
-    A training that diverges has won nothing: the round goes on, without the bottom.
+    A training that diverges has won nothing: the round goes on, without the bottom. Dropout draws the same in both
+    trainings: two draws differ by more than the error says.
 
     Args:
         model: The node's model with its adapters.
@@ -136,11 +137,17 @@ def try_bottom(
     """
     rest = rest_of_run(optimizer, config, settings, steps_of(config))
     settings = replace(settings, first_step=0, total_steps=None)
-    top, both = (replace(settings, trains_bottom=trains_bottom) for trains_bottom in (False, True))
+    seed = int(torch.randint(2**62, ()))
+
+    def after(trains_bottom: bool) -> Losses:
+        torch.manual_seed(seed)
+        part = replace(settings, trains_bottom=trains_bottom)
+        return losses_after(model, optimizer, batches, measured, rest, part)
+
     try:
         before = measure(model, measured, settings.in_flight)
-        without = losses_after(model, optimizer, batches, measured, rest, top)
-        result = gain(without, losses_after(model, optimizer, batches, measured, rest, both))
+        without = after(trains_bottom=False)
+        result = gain(without, after(trains_bottom=True))
     except TrainingError:
         return _DIVERGED
     return replace(result, top=gain(before, without).mean) if isfinite(result.mean) else _DIVERGED

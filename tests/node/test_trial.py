@@ -167,6 +167,13 @@ def test_random_gradient_is_not_followed(
         assert not try_kind(model, (batches, measured)).is_sure
 
 
+def test_dropout_alone_is_no_gain(demo_model: Path, make_batches: Callable[[], Made]) -> None:
+    model = build(demo_model, 2, 2, LocalTrunk(load_trunk(demo_model, 2, 2)), Candidate("identity"), Lora(dropout=0.2))
+    still = CONFIG.model_copy(update={"bottom_lr": 1e-30, "max_grad_norm": 1e9})  # so that clipping adds nothing either
+    result = try_kind(model, make_batches(), still)
+    assert result.mean == 0.0 and result.top > 0
+
+
 def test_trial_in_which_the_loss_alone_is_no_longer_finite_is_no_gain(
     demo_model: Path, make_batches: Callable[[], Made], monkeypatch: pytest.MonkeyPatch
 ) -> None:
