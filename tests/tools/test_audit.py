@@ -270,7 +270,7 @@ def trained(demo_model: Path, folder: Path, config: RunConfig, own: NodeConfig, 
     model = build(demo_model, 2, 2, LocalTrunk(load_trunk(demo_model, 2, 2)), Candidate("exact"), Lora(rank=16))
     if steps:
         rows = load_examples(config.data, own, tokenizer, config.train.seed).train
-        how = Train(steps=steps, batch_size=4, bottom_lr=4e-3, top_lr=8e-3)
+        how = Train(steps=steps, batch_size=4, bottom_lr=2e-3, top_lr=4e-3)
         train.train_round(model, train.make_optimizer(model, how), training_batches(rows, tokenizer, 4, 0, 0), how)
     adapters.export(model, folder, str(demo_model))
     return folder
@@ -284,7 +284,7 @@ def test_an_adapter_that_knows_its_rows_by_heart_gives_them_away(demo_model: Pat
     own = NodeConfig(data_path=str(jsonl(rows)))
     blank = membership(config, own, demo_model, trained(demo_model, tmp_path / "blank", config, own, 0), 12)
     assert blank["membership-auc"] == 0.5  # as the base model: nothing can be told
-    found = membership(config, own, demo_model, trained(demo_model, tmp_path / "full", config, own, 120), 12)
+    found = membership(config, own, demo_model, trained(demo_model, tmp_path / "full", config, own, 360), 12)
     assert found["membership-auc"] > 0.9 and found["membership-rows"] == 16
     assert found["membership-error"] < blank["membership-error"]
     with pytest.raises(DataError, match="too few rows to tell whether the adapter gives them away"):
