@@ -303,7 +303,7 @@ def test_bottom_that_fails_its_trial_leaves_the_run_that_never_had_one(
 
 @pytest.mark.parametrize("kind", ["blocks", "distilled"])
 def test_useful_bottom_trains_without_another_trial(tmp_path: Path, kind: str) -> None:
-    rounds = run(tmp_path, "x", **{"surrogate.kind": kind, "train.steps": 20, "num-server-rounds": 3})
+    rounds = run(tmp_path, "x", **{"surrogate.kind": kind, "train.steps": 10, "num-server-rounds": 3})
     assert rounds[0]["bottom-trained"] == 1
     assert rounds[0]["bottom-gain"] > 2 * rounds[0]["bottom-gain-error"] > 0
     assert rounds[2]["bottom-gain"] == rounds[1]["bottom-gain"] != rounds[0]["bottom-gain"]  # the third has no trial
