@@ -8,9 +8,9 @@ without a surrogate.
 
 A trial is the rest of the run in up to 30 steps: with the optimizer's moments, from the rates of now down to where the
 run's end. Neither small nor full rates alone tell. Small ones show no harm: on SmolLM2-135M (2 + 26 + 2, 8 x 80 tokens)
-`identity` once won 0.010 (error 0.002) at an eighth of rates that ruin the model in 30 steps; in a trial it loses 0.117
-(0.008). At full ones a gain does not show before they come down: on a small Llama two kept layers are worth 0.050 after
-120 steps, and after 30 at full rates -0.024 (0.009); in a trial 0.022 (0.006).
+`identity` once won 0.010 (error 0.002) at an eighth of rates that ruin the model in 30 steps; in a trial it loses 0.063
+(0.006). At full ones a gain does not show before they come down: on a small Llama two kept layers are worth 0.050 after
+120 steps, and after 30 at full rates -0.024 (0.009); in a trial 0.015 (0.006).
 
 Two things that look cheaper do not tell: taking a trained bottom's update back raises the loss even where it was
 noise, since the top has got used to it; and the inner product with the exact gradient, which random probes of the
