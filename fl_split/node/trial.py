@@ -122,7 +122,7 @@ def try_bottom(
     config: Train,
     settings: RoundSettings,
 ) -> Gain:
-    """Train the top alone and both ends for some of a round's steps and compare; leaves everything as it was.
+    """Train the top alone and both ends for the rest of the run in brief, and compare; leaves everything as it was.
 
     A training that diverges has won nothing: the round goes on, without the bottom. Dropout draws the same in both
     trainings: two draws differ by more than the error says.
