@@ -160,7 +160,7 @@ class Bench:
             config = Train.model_validate({"steps": max(last - first, 1), **rate})
             started = time.process_time()
             if kind.startswith("tried-") and trial.is_due(number, number - 1):
-                settings, drawn = RoundSettings(first, steps), self.drawn(examples, number, trial.steps_of(config))
+                settings, drawn = RoundSettings(first, steps), self.drawn(examples, number)
                 result = trial.try_bottom(model, optimizer, *drawn, config, settings)
                 follows = trial.passes(result, is_training=number > 1 and follows)
                 found |= {f"trial-gain-{number}": result.mean, f"trial-error-{number}": result.error}

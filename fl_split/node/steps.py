@@ -26,7 +26,7 @@ from fl_split.node.samples import Sample, answer_heldout, keep, means
 from fl_split.node.shares import SharesTrunk
 from fl_split.node.state import SavedRound
 from fl_split.node.train import RoundSettings, Step, Trained, train_round
-from fl_split.node.trial import Gain, draw, explain, is_due, passes, steps_of, try_bottom
+from fl_split.node.trial import STEPS, Gain, draw, explain, is_due, passes, try_bottom
 from fl_split.node.trunk_cache import CachedTrunk
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Round(Ready):
             )
         trial, follow = self.try_bottom(how)
         if trial.error and not follow:
-            logger.warning("%s", explain(trial, config.surrogate.kind, steps_of(config.train)))
+            logger.warning("%s", explain(trial, config.surrogate.kind))
         private = record_dp.begin(config, self.examples.train, self.tokenizer, self.account, server_round)
         forward_s = -self.connection.forward_s
         trained = self.run_steps(self.optimizer, how, follow, self.progress.step, private)
@@ -167,7 +167,7 @@ class Round(Ready):
         if not is_due(server_round, saved.number):
             return saved.trial, saved.trained_bottom
         seed, examples = hash((config.train.seed, self.node.partition_id, server_round)), self.examples.train
-        drawn = draw(examples, self.tokenizer, config, seed, steps_of(config.train))
+        drawn = draw(examples, self.tokenizer, config, seed)
         if drawn is None:
             logger.warning(
                 "the bottom is not trained: %d examples to train on are too few to try whether surrogate.kind=%r gives "
@@ -176,7 +176,7 @@ class Round(Ready):
                 config.surrogate.kind,
             )
             return Gain(), False
-        logger.info("tries the bottom's gradient: %d steps, once without it and once with it", steps_of(config.train))
+        logger.info("tries the bottom's gradient: %d steps, once without it and once with it", STEPS)
         torch.manual_seed(seed)  # of dropout
         trial = try_bottom(self.model, self.optimizer, *drawn, config.train, self.settings(how, trains_bottom=True))
         return trial, passes(trial, saved.trained_bottom)

@@ -34,7 +34,7 @@ from fl_split.node.train import (
     optimizer_state,
     train_round,
 )
-from fl_split.node.trial import LEAST_STEPS, MOST_STEPS, Gain, Losses, explain, gain, is_due, passes, try_bottom
+from fl_split.node.trial import STEPS, Gain, Losses, explain, gain, is_due, passes, try_bottom
 from fl_split.tools.gradcheck import Candidate, build
 
 Made = tuple[list[Batch], list[Batch]]
@@ -50,7 +50,7 @@ def make_batches(demo_model: Path) -> Callable[[], Made]:
     def make() -> Made:
         measured = list(heldout_batches([train[i] for i in range(32)], tokenizer, 8))
         others = [train[i] for i in range(32, 112)]
-        return list(islice(training_batches(others, tokenizer, 8, 0, 0), MOST_STEPS)), measured
+        return list(islice(training_batches(others, tokenizer, 8, 0, 0), STEPS)), measured
 
     return make
 
@@ -102,11 +102,11 @@ def try_kind(model: PeftModel, made: Made, config: Train = CONFIG) -> Gain:
 
 
 @pytest.mark.parametrize(
-    ("steps", "tried", "scheduler", "in_trial", "share"),
+    ("steps", "scheduler", "in_trial", "share"),
     [
-        (3, LEAST_STEPS, "linear", "linear", 0.75),
-        (20, 20, "constant", "constant", 1.0),
-        (500, MOST_STEPS, "cosine", "linear", (1 + 0.5**0.5) / 2),
+        (3, "linear", "linear", 0.75),
+        (20, "constant", "constant", 1.0),
+        (500, "cosine", "linear", (1 + 0.5**0.5) / 2),
     ],
 )
 def test_trial_is_the_rest_of_the_run_in_fewer_steps_with_the_moments_of_now(
@@ -114,7 +114,6 @@ def test_trial_is_the_rest_of_the_run_in_fewer_steps_with_the_moments_of_now(
     make_batches: Callable[[], Made],
     monkeypatch: pytest.MonkeyPatch,
     steps: int,
-    tried: int,
     scheduler: str,
     in_trial: str,
     share: float,
@@ -136,7 +135,7 @@ def test_trial_is_the_rest_of_the_run_in_fewer_steps_with_the_moments_of_now(
     try_bottom(model, optimizer, batches, measured, config, RoundSettings(225, 900, proximal_mu=0.1))
     assert [settings.trains_bottom for _, settings in seen] == [False, True]
     for used, settings in seen:
-        assert (used.steps, used.scheduler) == (tried, in_trial)
+        assert (used.steps, used.scheduler) == (STEPS, in_trial)
         assert used.rates == pytest.approx([rate * share for rate in CONFIG.rates])
         assert (settings.first_step, settings.total_steps, settings.proximal_mu) == (0, None, 0.1)
     after = optimizer_state(model, optimizer)
@@ -240,16 +239,16 @@ def test_to_go_on_a_bottom_must_not_lose() -> None:
 
 
 def test_explanation_says_what_was_measured_and_what_would_help() -> None:
-    text = explain(Gain(-0.01, 0.02, 0.3), "identity", 20)
+    text = explain(Gain(-0.01, 0.02, 0.3), "identity")
     assert (
         "raised the loss on other examples by 0.0100 (standard error 0.0200), the top alone lowered it by 0.3000"
         in text
-        and "in a trial of 20 steps" in text
+        and "in a trial of 30 steps" in text
         and "exact gradient" in text
     )
-    assert "lowered" in explain(Gain(0.01, 0.02), "blocks", 20)
+    assert "lowered" in explain(Gain(0.01, 0.02), "blocks")
     assert "with the gradient of surrogate.kind='blocks' numbers were no longer finite. Lower rates would help" in (
-        explain(Gain(float("-inf"), float("inf")), "blocks", 20)
+        explain(Gain(float("-inf"), float("inf")), "blocks")
     )
 
 
@@ -293,7 +292,7 @@ def test_bottom_that_fails_its_trial_leaves_the_run_that_never_had_one(
     monkeypatch.setattr(slots, "join", join.apply)
     rounds = run(tmp_path, "opposite", **{"surrogate.kind": "identity"})
     assert [entry["bottom-trained"] for entry in rounds] == [0, 0]
-    assert "the bottom is not trained: in a trial of 10 steps" in caplog.text and why in caplog.text
+    assert "the bottom is not trained: in a trial of 30 steps" in caplog.text and why in caplog.text
     none, opposite = exported(tmp_path, "none"), exported(tmp_path, "opposite")
     tops = {name for name in opposite if ".layers.0." not in name and ".layers.1." not in name}
     assert tops == none.keys()
