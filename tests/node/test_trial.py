@@ -309,6 +309,28 @@ def test_useful_bottom_trains_without_another_trial(tmp_path: Path, kind: str) -
     assert any(value.any() for name, value in exported(tmp_path, "x").items() if ".layers.0." in name and "_B." in name)
 
 
+@pytest.mark.parametrize("kind", ["blocks", "distilled"])
+def test_trial_that_is_passed_leaves_the_run_that_was_not_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    run(tmp_path, "untried", **{"surrogate.kind": kind, "surrogate.check": False})
+    monkeypatch.setattr("fl_split.node.steps.passes", lambda *_: True)
+    rounds = run(tmp_path, "tried", **{"surrogate.kind": kind})
+    assert all(entry["bottom-trained"] == 1 and entry["bottom-gain-error"] > 0 for entry in rounds)
+    untried, tried = (
+        {
+            file.name: load_file(file)
+            for file in (tmp_path / name / "nodes" / "0").glob("state/*/round-0002/*.safetensors")
+        }
+        for name in ("untried", "tried")
+    )
+    del untried["numbers.safetensors"], tried["numbers.safetensors"]  # losses: evaluation's calls meet in other batches
+    assert tried.keys() == untried.keys() >= {"adapter.safetensors", "optimizer.safetensors"}
+    for file, values in untried.items():
+        assert tried[file].keys() == values.keys()
+        assert all(torch.equal(tried[file][name], value) for name, value in values.items()), file  # bit for bit
+
+
 def test_bottom_that_trains_goes_on_until_a_trial_shows_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gains = iter([Gain(0.01, 0.01), Gain(0.03, 0.01), Gain(0.01, 0.01), Gain(-0.01, 0.01)])
     monkeypatch.setattr("fl_split.node.steps.try_bottom", lambda *_: next(gains))
